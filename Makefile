@@ -1,0 +1,50 @@
+# Every target works on a fresh clone: it makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+ROOMS  := privacy strategies transport clients server benchmarks
+
+.PHONY: help demo test test-slow check fmt links wheel bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Umbel needs Python 3.11 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## train the bundled example on this machine and write its report
+	$(BIN)/umbel run
+
+test: $(READY) ## the test suite (without the tests marked slow)
+	$(BIN)/pytest
+
+test-slow: $(READY) ## the tests marked slow
+	$(BIN)/pytest -m slow
+
+check: $(READY) links ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: $(READY) ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+links: ## the layout that type checkers and editors need (.links/umbel/...)
+	@mkdir -p .links/umbel
+	@for room in $(ROOMS); do ln -sfn ../../$$room .links/umbel/$$room; done
+	@for file in umbel/*; do ln -sfn ../../$$file .links/umbel/$$(basename $$file); done
+
+wheel: $(READY) ## build dist/*.whl
+	$(BIN)/python -m build --wheel
+
+bench: $(READY) ## speed benchmarks
+	$(BIN)/umbel bench speed
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) .links build dist *.egg-info

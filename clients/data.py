@@ -1,0 +1,69 @@
+"""A node's data: what the `data` function of a federation returns.
+
+    @federation.data ...        data(node, options) -> Split
+
+`Examples` are two aligned arrays; a `torch.utils.data.Dataset` of (input, target) pairs is
+accepted by the torch trainer as well.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+ArrayLike = np.ndarray[Any, Any] | Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs and targets of equal length.
+
+    Attributes:
+        x: inputs, first axis is the example.
+        y: targets, first axis is the example.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+
+    x: ArrayLike
+    y: ArrayLike
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise ValueError(
+                f"examples need as many targets as inputs, but there are {len(self.x)} inputs "
+                f"and {len(self.y)} targets"
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, rows: Any) -> "Examples":
+        """The examples at `rows` (indices, a slice or a mask)."""
+        return Examples(self.x[rows], self.y[rows])
+
+
+@dataclass(frozen=True)
+class Split:
+    """A node's training examples and, if it keeps some apart, its own test examples."""
+
+    train: Any
+    test: Any = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """Who is asking for data.
+
+    Attributes:
+        partition: which part of a partitioned data set is this node's, from 0.
+        partitions: how many parts there are.
+        config: the node's own configuration, as given to `umbel client --node-config`.
+    """
+
+    partition: int
+    partitions: int
+    config: Mapping[str, bool | int | float | str]

@@ -1,0 +1,103 @@
+"""What a node needs from whoever knows how to train: the trainer's interface.
+
+A trainer turns a model and a node's own examples into a better model. It knows nothing of
+messages, rounds or privacy: the node (`umbel.clients.node`) makes the update and sends it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from flwr.app import RecordDict
+from torch import Tensor
+
+Options = Mapping[str, bool | int | float | str]
+"""The run's options, as in `[tool.flwr.app.config]` and `-c`."""
+
+Tree = dict[str, Tensor]
+"""Names to CPU tensors, in a fixed order."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model as named tensors: what is trained, and what is only carried along.
+
+    Attributes:
+        parameters: floating-point tensors that take part in averaging.
+        buffers: everything else of the model's state (running statistics, counters).
+    """
+
+    parameters: Tree
+    buffers: Tree = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one node is asked to do in one round.
+
+    Attributes:
+        round: from 1; 0 outside of rounds.
+        seed: fixed by the run's seed, the round and the node; the source of every local choice.
+        options: the run's options.
+        learning_rate: of this round, after the schedule; None where the app leaves it to
+            the trainer.
+        node: the node's own configuration (`partition-id` and the like).
+        memory: the node's own records, kept between rounds.
+    """
+
+    round: int
+    seed: int
+    options: Options
+    learning_rate: float | None = None
+    node: Options = field(default_factory=dict)
+    memory: RecordDict = field(default_factory=RecordDict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of local training.
+
+    Attributes:
+        weights: the model after training; the same names, shapes and order as before.
+        examples: how many examples it was trained on; the weight in an average.
+        metrics: of this node, e.g. {"loss": 0.3}.
+    """
+
+    weights: Weights
+    examples: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The result of an evaluation: metrics as means over `examples` examples."""
+
+    examples: int
+    metrics: dict[str, float]
+
+
+class Trainer(Protocol):
+    """Knows a model: its first weights, how to train it, how to judge it."""
+
+    def initial(self, options: Options, seed: int) -> Weights:
+        """The first model. The same options and seed give the same weights."""
+        ...
+
+    def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
+        """Train on a node's examples. `weights` is not mutated."""
+        ...
+
+    def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
+        """Judge a model on examples. `weights` is not mutated."""
+        ...
+
+
+@runtime_checkable
+class CohortTrainer(Protocol):
+    """A trainer that can train several nodes' models as one batched computation."""
+
+    def train_cohort(
+        self, weights: Sequence[Weights], examples: Sequence[Any], jobs: Sequence[Job]
+    ) -> list[Trained] | None:
+        """What `train` gives for each node, to float tolerance; None where it does not apply."""
+        ...

@@ -1,0 +1,1 @@
+"""The mathematics of privacy: no Flower, no network."""

@@ -1,0 +1,1 @@
+"""The coordinator: engines, rounds, checkpoints, run directory, report."""

@@ -1,0 +1,34 @@
+"""Errors that Umbel raises on purpose; every message is a sentence with the value and the cure.
+
+    UmbelError
+    ├── ConfigError     an option, an app or a file is wrong          exit status 2
+    ├── StackError      layers that do not fit together               exit status 2
+    ├── RunError        a run that could not go on                    exit status 1
+    └── CheckFailed     a verification or a benchmark said no         exit status 3
+"""
+
+
+class UmbelError(Exception):
+    """Base of every error that a user should read as one sentence, without a traceback."""
+
+    exit_status = 1
+
+
+class ConfigError(UmbelError):
+    """A value that the user gave cannot be used."""
+
+    exit_status = 2
+
+
+class StackError(ConfigError):
+    """Layers that do not fit together; raised before any message is sent."""
+
+
+class RunError(UmbelError):
+    """A run that started could not go on."""
+
+
+class CheckFailed(UmbelError):
+    """A verification or a benchmark found what it must not find."""
+
+    exit_status = 3

@@ -1,0 +1,165 @@
+"""The layer interface: what one file under `strategies/` may do to an update on its way.
+
+A stack is a flat list of layers over one collect. For one round:
+
+    server   check    list order     facts about one update, before any message is sent
+    server   publish  list order     -> config that travels to every node
+    node     encode   list order     update -> what is sent
+    server   (the collect turns the replies into one sum)
+    server   decode   reverse order  sum -> the average update
+    server   claim    reverse order  on the facts at the bottom of the stack
+
+State is passed in and out, never kept on `self`: checkpoints cover every layer for free.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from dp_accounting import DpEvent, NeighboringRelation
+from flwr.app import RecordDict
+from torch import Tensor
+
+Config = Mapping[str, bool | int | float | str | bytes]
+"""What a layer tells the nodes: a flat record of scalars."""
+
+Metrics = Mapping[str, float]
+"""Names to numbers; a layer's own are called `"{layer}.{what}"` by the stack."""
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one node's update at a point of the stack.
+
+    Attributes:
+        size: number of coordinates.
+        l2_bound: no update is longer than this, in the update's own unit; None is no bound.
+        weight_bound: no update is multiplied by more than this before it is summed; None is
+            no bound (weights such as numbers of examples).
+        modulus: coordinates are integers modulo this; None is real numbers.
+        server_sees: each update, or only their sum.
+        min_replies: the smallest number of updates that a sum is ever made of.
+    """
+
+    size: int
+    l2_bound: float | None = None
+    weight_bound: float | None = None
+    modulus: int | None = None
+    server_sees: Literal["each", "sum"] = "each"
+    min_replies: int = 1
+
+    def but(self, **changes: Any) -> "Facts":
+        """These facts with some replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one round costs, and to whom it is promised.
+
+    Attributes:
+        event: the mechanism of one round, without subsampling (the cohort adds that).
+        unit: whose presence is hidden.
+        relation: the neighbouring relation that the event's parameters refer to.
+        against: who may look at the output of the mechanism.
+    """
+
+    event: DpEvent
+    unit: Literal["client", "example"]
+    relation: NeighboringRelation
+    against: Literal["model-user", "server", "other-clients"]
+
+
+@dataclass(frozen=True)
+class Round:
+    """The public facts of the round that is being decoded.
+
+    Attributes:
+        number: from 1.
+        cohort: the expected number of nodes, the public denominator of a private average.
+        replies: how many updates the sum is made of.
+        weight: the sum of the updates' weights.
+        facts: at the bottom of the stack.
+        generator: seeded by the run; for choices that need not be secret.
+    """
+
+    number: int
+    cohort: float
+    replies: int
+    weight: float
+    facts: Facts
+    generator: torch.Generator
+
+
+class Layer(Protocol[S]):
+    """One file, both halves; methods in the order in which they happen."""
+
+    @property
+    def name(self) -> str:
+        """The layer's name in metrics, configs and checkpoints."""
+        ...
+
+    def init(self, size: int) -> S:
+        """Server, once: the state before the first round, for updates of `size` coordinates."""
+        ...
+
+    def check(self, facts: Facts, state: S) -> Facts:
+        """Server, list order: the facts after this layer; raises StackError with the cure."""
+        ...
+
+    def publish(self, state: S) -> Config:
+        """Server: what every node must know this round."""
+        ...
+
+    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:
+        """Node, list order: a flat update of shape (size,) to what the next layer gets.
+
+        `memory` is the node's own and lasts over rounds. The input is never mutated.
+        """
+        ...
+
+    def decode(
+        self, total: Tensor, metrics: Metrics, state: S, rnd: Round
+    ) -> tuple[Tensor, S, Metrics]:
+        """Server, reverse order: the sum (or average) of shape (size,), and the next state."""
+        ...
+
+    def claim(self, facts: Facts) -> Claim | None:
+        """Server: what a round costs, on the facts at the bottom of the stack."""
+        ...
+
+
+class Stateless:
+    """Identity halves for a layer without state: it writes only what it does."""
+
+    def init(self, size: int) -> None:  # noqa: ARG002
+        return None
+
+    def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
+        return facts
+
+    def publish(self, state: None) -> Config:  # noqa: ARG002
+        return {}
+
+    def encode(
+        self,
+        update: Tensor,
+        config: Config,  # noqa: ARG002
+        memory: RecordDict,  # noqa: ARG002
+    ) -> tuple[Tensor, Metrics]:
+        return update, {}
+
+    def decode(
+        self,
+        total: Tensor,
+        metrics: Metrics,  # noqa: ARG002
+        state: None,
+        rnd: Round,  # noqa: ARG002
+    ) -> tuple[Tensor, None, Metrics]:
+        return total, state, {}
+
+    def claim(self, facts: Facts) -> Claim | None:  # noqa: ARG002
+        return None

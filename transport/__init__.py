@@ -1,0 +1,1 @@
+"""How bytes travel: message codec, certificates, the link's definition."""

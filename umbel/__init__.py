@@ -1,0 +1,3 @@
+"""Federated learning on Flower: the public names."""
+
+__version__ = "0.1.0"
