@@ -1,10 +1,10 @@
 """Errors that Umbel raises on purpose; every message is a sentence with the value and the cure.
 
-    UmbelError
-    ├── ConfigError     an option, an app or a file is wrong          exit status 2
-    ├── StackError      layers that do not fit together               exit status 2
-    ├── RunError        a run that could not go on                    exit status 1
-    └── CheckFailed     a verification or a benchmark said no         exit status 3
+UmbelError
+├── ConfigError     an option, an app or a file is wrong          exit status 2
+├── StackError      layers that do not fit together               exit status 2
+├── RunError        a run that could not go on                    exit status 1
+└── CheckFailed     a verification or a benchmark said no         exit status 3
 """
 
 
