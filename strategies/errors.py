@@ -4,7 +4,7 @@ UmbelError
 ├── ConfigError     an option, an app or a file is wrong          exit status 2
 ├── StackError      layers that do not fit together               exit status 2
 ├── RunError        a run that could not go on                    exit status 1
-└── CheckFailed     a verification or a benchmark said no         exit status 3
+└── CheckError      a verification or a benchmark said no         exit status 3
 """
 
 
@@ -28,7 +28,7 @@ class RunError(UmbelError):
     """A run that started could not go on."""
 
 
-class CheckFailed(UmbelError):
+class CheckError(UmbelError):
     """A verification or a benchmark found what it must not find."""
 
     exit_status = 3
