@@ -1,0 +1,236 @@
+"""How the replies of a round become one sum: the bottom of every stack.
+
+A collect is a generator. It yields lists of requests; for each it is sent an iterator of the
+replies in order of arrival; it returns the sum. So a protocol of several trips reads from top
+to bottom and knows nothing of networks. `umbel.server.rounds.drive` runs it over a Flower grid.
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from flwr.app import Context, Message
+from torch import Tensor
+
+from umbel.strategies.fold import Fold
+from umbel.strategies.layer import Facts, Metrics
+from umbel.strategies.records import from_array
+
+UPDATE = "update"
+"""Name of the reply's ArrayRecord, and in it of the flat update."""
+BUFFERS = "buffers"
+"""In the same record: the node's floating-point buffers as one flat vector, where they travel."""
+METRICS = "metrics"
+"""Name of the reply's MetricRecord."""
+EXAMPLES = "num-examples"
+"""In that record: how many examples the update was made from (Flower's own key)."""
+
+ClientFn = Callable[[Message, Context], Message]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A reply that was not used."""
+
+    node_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What a collect returns.
+
+    Attributes:
+        total: weighted sum of the updates, shape (size,); zeros when nothing arrived.
+        weight: sum of the weights.
+        replies: how many updates are in the sum.
+        denominator: what turns the sum into an average; 0 where there is none.
+        metrics: weighted means of the nodes' metrics, over the nodes that sent each.
+        buffers: weighted mean of the nodes' buffers, where they travel.
+        rejected: replies that were not used, and why.
+        bytes_up: size of all replies.
+    """
+
+    total: Tensor
+    weight: float
+    replies: int
+    denominator: float
+    metrics: Metrics = field(default_factory=dict)
+    buffers: Tensor | None = None
+    rejected: tuple[Rejected, ...] = ()
+    bytes_up: int = 0
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What a collect knows of the round that it gathers.
+
+    Attributes:
+        number: the round, from 1.
+        size: coordinates of an update.
+        dtype: of an update before any layer.
+        cohort: the expected number of nodes; the denominator of a fixed average.
+        facts: at the bottom of the stack.
+        buffers: coordinates of the nodes' buffers; 0 where they stay local.
+        run_id: of Flower's run.
+    """
+
+    number: int
+    size: int
+    dtype: torch.dtype
+    cohort: float
+    facts: Facts
+    buffers: int = 0
+    run_id: int = 0
+
+
+Gather = Generator[Sequence[Message], Iterator[Message], Sum]
+
+
+class Collect(Protocol):
+    """The bottom of a stack; exactly one."""
+
+    @property
+    def name(self) -> str:
+        """The collect's name in configs and reports."""
+        ...
+
+    def check(self, facts: Facts) -> Facts:
+        """The facts about one update as it enters the sum; raises StackError with the cure."""
+        ...
+
+    def gather(self, requests: Sequence[Message], round_: Gathering) -> Gather:
+        """Yield requests, receive iterators of replies, return the sum."""
+        ...
+
+    def answers(self) -> Mapping[str, ClientFn]:
+        """The node's half of extra trips: query actions by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainSum:
+    """The server adds up the updates in the clear, one after the other as they arrive.
+
+        server -> node  the request            (every node of the cohort)
+        node -> server  update, weight         the server sees each
+
+    Args:
+        weighting: by `examples` (McMahan et al. 2017, section 2); `equal` over the replies; or
+            `fixed`: equal weights and the expected cohort as denominator, which a bounded
+            sensitivity needs.
+        longest: an update with a larger Euclidean norm is rejected; a divergent node must not
+            ruin the round.
+        hold_bytes: memory for replies that arrive before their turn.
+    """
+
+    weighting: Literal["examples", "equal", "fixed"] = "examples"
+    longest: float = 1e8
+    hold_bytes: int = 64 << 20
+    name: str = "plain-sum"
+
+    def check(self, facts: Facts) -> Facts:
+        return facts.but(
+            server_sees="each", weight_bound=None if self.weighting == "examples" else 1.0
+        )
+
+    def answers(self) -> Mapping[str, ClientFn]:
+        return {}
+
+    def gather(self, requests: Sequence[Message], round_: Gathering) -> Gather:
+        position = {message.metadata.dst_node_id: i for i, message in enumerate(requests)}
+        fold = Fold(round_.size, round_.dtype, self.hold_bytes)
+        buffers = Fold(round_.buffers, torch.float64) if round_.buffers else None
+        means = MeanMetrics()
+        rejected: list[Rejected] = []
+        weights: dict[int, float] = {}
+        bytes_up = 0
+        for reply in (yield requests):
+            node = reply.metadata.src_node_id
+            where = position.pop(node, None)
+            if where is None:  # an unknown sender, or a second reply: neither has a place
+                rejected.append(Rejected(node, "a reply that nobody asked for"))
+                continue
+            try:
+                update, weight, size = self._read(reply, round_)
+                if buffers is not None:
+                    buffers.offer(where, read_vector(reply, BUFFERS, round_.buffers), weight)
+            except ValueError as error:
+                rejected.append(Rejected(node, str(error)))
+                fold.skip(where)
+                continue
+            fold.offer(where, update, weight)
+            weights[where] = weight
+            means.add(where, numbers(reply), weight)
+            bytes_up += size
+        total = math.fsum(weights.values())
+        return Sum(
+            total=fold.finish(),
+            weight=total,
+            replies=len(weights),
+            denominator=round_.cohort if self.weighting == "fixed" else total,
+            metrics=means.result(),
+            buffers=buffers.finish() / total if buffers is not None and total else None,
+            rejected=tuple(rejected),
+            bytes_up=bytes_up,
+        )
+
+    def _read(self, reply: Message, round_: Gathering) -> tuple[Tensor, float, int]:
+        """One reply's update, weight and size in bytes; ValueError says what is wrong with it."""
+        update = read_vector(reply, UPDATE, round_.size)
+        if update.dtype != round_.dtype:
+            raise ValueError(f"an update of {update.dtype}, but the model is {round_.dtype}")
+        length = math.sqrt(float(torch.dot(update, update)))
+        if not length <= self.longest:  # also true of NaN
+            what = f"norm {length:.3g}" if math.isfinite(length) else "NaN or infinity"
+            raise ValueError(f"an update with {what}, but {self.longest:.3g} is the longest taken")
+        weight = 1.0
+        if self.weighting == "examples":
+            weight = numbers(reply).get(EXAMPLES, 0.0)
+            if not 0 < weight < 2**53:
+                raise ValueError(f"{EXAMPLES} is {weight!r}, which is no weight")
+        return update, weight, update.numel() * update.element_size()
+
+
+def read_vector(reply: Message, name: str, size: int) -> Tensor:
+    """The flat vector `name` of a reply's update record; ValueError says what is wrong."""
+    if reply.has_error():
+        raise ValueError(reply.error.reason or f"error code {reply.error.code}")
+    record = reply.content.array_records.get(UPDATE)
+    if record is None or name not in record:
+        raise ValueError(f"a reply without {name!r}")
+    vector = from_array(record[name])
+    if vector.shape != (size,):
+        raise ValueError(f"{name!r} has the shape {tuple(vector.shape)}, not ({size},)")
+    return vector
+
+
+def numbers(reply: Message) -> dict[str, float]:
+    """The scalar metrics of a reply."""
+    record = reply.content.metric_records.get(METRICS, {}) if reply.has_content() else {}
+    return {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
+
+
+class MeanMetrics:
+    """Weighted means of metrics, whose bits do not depend on the order of arrival."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, tuple[dict[str, float], float]] = {}
+
+    def add(self, position: int, metrics: Mapping[str, float], weight: float) -> None:
+        """Take one node's metrics."""
+        self._rows[position] = ({k: v for k, v in metrics.items() if k != EXAMPLES}, weight)
+
+    def result(self) -> dict[str, float]:
+        """The means, each over the nodes that sent a finite value."""
+        terms: dict[str, list[tuple[float, float]]] = {}
+        for metrics, weight in self._rows.values():
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    terms.setdefault(name, []).append((value * weight, weight))
+        return {
+            name: math.fsum(value for value, _ in rows) / math.fsum(weight for _, weight in rows)
+            for name, rows in sorted(terms.items())
+        }

@@ -1,0 +1,138 @@
+"""The one place where tensors become Flower records and records become tensors.
+
+A model travels as one flat vector and a manifest that both sides hold. `numpy.save` bytes are
+what Flower's `Array` stores; they are written with one copy and read with none.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array
+from numpy.lib import format as npy
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+_STYPE = "numpy.ndarray"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Names, shapes and dtypes of a flat vector's tensors, in order."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Tensor]) -> "Manifest":
+        """The manifest of a tree of tensors."""
+        return cls(
+            tuple(tree),
+            tuple(tuple(tensor.shape) for tensor in tree.values()),
+            tuple(tensor.dtype for tensor in tree.values()),
+        )
+
+    @cached_property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The vector's dtype: float64 if any tensor needs it, else float32."""
+        return torch.float64 if torch.float64 in self.dtypes else torch.float32
+
+    @cached_property
+    def digest(self) -> str:
+        """A short hash that two sides compare before they trust a vector's layout."""
+        text = json.dumps([self.names, self.shapes, [str(dtype) for dtype in self.dtypes]])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def flatten(self, tree: Mapping[str, Tensor]) -> Tensor:
+        """The tree as a new vector of shape (size,); one copy."""
+        vector = torch.empty(self.size, dtype=self.dtype)
+        start = 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            stop = start + prod(shape)
+            vector[start:stop].view(shape).copy_(tree[name].detach())
+            start = stop
+        return vector
+
+    def unflatten(self, vector: Tensor) -> Tree:
+        """The vector as named tensors: views where the dtype is the vector's own."""
+        tree: Tree = {}
+        start = 0
+        for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True):
+            stop = start + prod(shape)
+            tree[name] = vector[start:stop].view(shape).to(dtype)
+            start = stop
+        return tree
+
+
+def to_array(vector: Tensor) -> Array:
+    """A tensor as a Flower `Array`; its bytes are copied once."""
+    values = vector.detach().cpu().contiguous().numpy()
+    data = b"".join((_header(values.dtype.str, values.shape), values.reshape(-1).data.cast("B")))
+    return Array(str(values.dtype), values.shape, _STYPE, data)
+
+
+def from_array(array: Array) -> Tensor:
+    """A Flower `Array` as a tensor over the array's own bytes: no copy, never write to it.
+
+    Raises:
+        ValueError: the bytes are not those of a plain numeric array.
+    """
+    if array.stype != _STYPE:
+        raise ValueError(f"an array is serialised as {array.stype!r}, not as {_STYPE!r}")
+    dtype, shape, start = _read_header(bytes(array.data[: _header_length(array.data)]))
+    if len(array.data) - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"an array of shape {shape} came with {len(array.data)} bytes")
+    if prod(shape) == 0:
+        return torch.from_numpy(np.zeros(shape, dtype))
+    values = np.frombuffer(array.data, dtype, offset=start).reshape(shape)
+    return torch.from_numpy(np.asarray(_Writable(values)))
+
+
+class _Writable:
+    """A view that calls itself writable, because torch warns about read-only memory."""
+
+    def __init__(self, values: np.ndarray[Any, Any]) -> None:
+        interface = dict(values.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+        self.keep_alive = values
+
+
+@lru_cache(maxsize=256)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    out = io.BytesIO()
+    npy.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return out.getvalue()
+
+
+def _header_length(data: bytes) -> int:
+    if data[:6] != npy.MAGIC_PREFIX or len(data) < 12:
+        raise ValueError("an array's bytes do not begin like a saved numpy array")
+    if data[6] == 1:
+        return 10 + int.from_bytes(data[8:10], "little")
+    return 12 + min(int.from_bytes(data[8:12], "little"), len(data))
+
+
+@lru_cache(maxsize=256)
+def _read_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    file = io.BytesIO(header)
+    version = npy.read_magic(file)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if dtype.hasobject or dtype.kind not in "fiub" or (fortran_order and len(shape) > 1):
+        raise ValueError(f"an array has the dtype {dtype}, which is not plain numbers in C order")
+    return dtype.newbyteorder("="), shape, len(header)

@@ -1,0 +1,90 @@
+"""A stack: a flat list of layers over one collect."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import RecordDict
+from torch import Tensor
+
+from umbel.strategies.collect import Collect, PlainSum, Sum
+from umbel.strategies.errors import StackError
+from umbel.strategies.layer import Claim, Facts, Layer, Round
+
+States = tuple[Any, ...]
+"""One state a layer, in the stack's order."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers in the order in which an update passes them on its node, over one collect.
+
+    >>> print(Stack())
+    plain-sum
+
+    Raises:
+        StackError: two layers have one name.
+    """
+
+    layers: Sequence[Layer[Any]] = ()
+    collect: Collect = field(default_factory=PlainSum)
+
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.layers]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise StackError(
+                f"two layers are called {min(twice)!r}; give one of them another name, because "
+                "names tell their metrics, options and states apart"
+            )
+
+    def __str__(self) -> str:
+        return " -> ".join([*(layer.name for layer in self.layers), self.collect.name])
+
+    def init(self, size: int) -> States:
+        """The layers' states before the first round, for updates of `size` coordinates."""
+        return tuple(layer.init(size) for layer in self.layers)
+
+    def check(self, facts: Facts, states: States) -> Facts:
+        """The facts at the bottom of the stack; raises StackError where layers do not fit."""
+        for layer, state in zip(self.layers, states, strict=True):
+            facts = layer.check(facts, state)
+        return self.collect.check(facts)
+
+    def publish(self, states: States) -> dict[str, Any]:
+        """What every node must know this round, as `"{layer}.{key}"`."""
+        return {
+            f"{layer.name}.{key}": value
+            for layer, state in zip(self.layers, states, strict=True)
+            for key, value in layer.publish(state).items()
+        }
+
+    def encode(
+        self, update: Tensor, config: Mapping[str, Any], memory: RecordDict
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The node's half of all layers: update to what is sent, and the layers' metrics."""
+        metrics: dict[str, float] = {}
+        for layer in self.layers:
+            prefix = f"{layer.name}."
+            own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+            update, said = layer.encode(update, own, memory)
+            metrics |= {prefix + name: value for name, value in said.items()}
+        return update, metrics
+
+    def decode(
+        self, sum_: Sum, states: States, rnd: Round
+    ) -> tuple[Tensor | None, States, dict[str, float]]:
+        """The server's half, in reverse: the average update, or None where there is none."""
+        total, metrics = sum_.total, dict(sum_.metrics)
+        after = list(states)
+        for i in reversed(range(len(self.layers))):
+            layer = self.layers[i]
+            total, after[i], said = layer.decode(total, metrics, states[i], rnd)
+            metrics |= {f"{layer.name}.{name}": value for name, value in said.items()}
+        average = total / sum_.denominator if sum_.denominator > 0 else None
+        return average, tuple(after), metrics
+
+    def claims(self, facts: Facts) -> list[Claim]:
+        """What one round costs, on the facts at the bottom of the stack."""
+        claims = (layer.claim(facts) for layer in reversed(self.layers))
+        return [claim for claim in claims if claim is not None]
