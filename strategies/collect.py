@@ -160,6 +160,8 @@ class PlainSum:
             except ValueError as error:
                 rejected.append(Rejected(node, str(error)))
                 fold.skip(where)
+                if buffers is not None:
+                    buffers.skip(where)
                 continue
             fold.offer(where, update, weight)
             weights[where] = weight
@@ -209,7 +211,9 @@ def read_vector(reply: Message, name: str, size: int) -> Tensor:
 
 def numbers(reply: Message) -> dict[str, float]:
     """The scalar metrics of a reply."""
-    record = reply.content.metric_records.get(METRICS, {}) if reply.has_content() else {}
+    record = reply.content.metric_records.get(METRICS) if reply.has_content() else None
+    if record is None:
+        return {}
     return {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
 
 

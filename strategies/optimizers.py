@@ -1,0 +1,140 @@
+"""Server optimisers: what the coordinator does with the average update.
+
+The update is a direction of improvement, so it plays the part of the negative gradient
+(Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from umbel.strategies.errors import ConfigError
+
+Slots = dict[str, Tensor]
+"""An optimiser's state: named tensors of the model's size."""
+
+
+class ServerOptimizer(Protocol):
+    """Turns the average update of a round into the next model."""
+
+    @property
+    def name(self) -> str:
+        """As in the option `optimizer`."""
+        ...
+
+    def init(self, parameters: Tensor) -> Slots:
+        """The state before the first round."""
+        ...
+
+    def step(self, parameters: Tensor, update: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        """The next model and state; the inputs are not mutated."""
+        ...
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """parameters + learning_rate * update (McMahan et al. 2017)."""
+
+    learning_rate: float = 1.0
+    name: str = "fedavg"
+
+    def init(self, parameters: Tensor) -> Slots:  # noqa: ARG002
+        return {}
+
+    def step(self, parameters: Tensor, update: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        return _moved(parameters, update, self.learning_rate), slots
+
+
+@dataclass(frozen=True)
+class FedAvgM:
+    """Server momentum: m <- momentum * m + update (Hsu et al. 2019, section 4.2)."""
+
+    learning_rate: float = 1.0
+    momentum: float = 0.9
+    name: str = "fedavgm"
+
+    def init(self, parameters: Tensor) -> Slots:
+        return {"momentum": torch.zeros_like(parameters)}
+
+    def step(self, parameters: Tensor, update: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        momentum = (slots["momentum"] * self.momentum).add_(update.to(parameters.dtype))
+        return _moved(parameters, momentum, self.learning_rate), {"momentum": momentum}
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """FedAdam, FedYogi and FedAdagrad (Reddi et al. 2021, algorithm 2).
+
+    One class, because they differ in one line: how the second moment grows. FedAdam corrects
+    the bias of its moments by scaling the learning rate, counting steps from two as Flower
+    does, so that the two agree; the others do not correct it.
+
+    Args:
+        learning_rate: of the server.
+        beta_1: decay of the first moment; FedAdagrad uses none.
+        beta_2: decay of the second moment.
+        tau: added to the root of the second moment; the smaller, the more adaptive.
+    """
+
+    name: Literal["fedadam", "fedyogi", "fedadagrad"]
+    learning_rate: float = 0.1
+    beta_1: float = 0.9
+    beta_2: float = 0.99
+    tau: float = 1e-3
+
+    def init(self, parameters: Tensor) -> Slots:
+        zeros = torch.zeros_like(parameters)
+        return {"first": zeros, "second": zeros.clone(), "steps": torch.zeros(1)}
+
+    def step(self, parameters: Tensor, update: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        update = update.to(parameters.dtype)
+        square, steps = update * update, slots["steps"] + 1
+        beta_1 = 0.0 if self.name == "fedadagrad" else self.beta_1
+        first = torch.lerp(update, slots["first"], beta_1)
+        second = self._second_moment(slots["second"], square)
+        rate = self.learning_rate
+        if self.name == "fedadam":
+            count = float(steps) + 1
+            rate *= (1 - self.beta_2**count) ** 0.5 / (1 - self.beta_1**count)
+        after = parameters + rate * first / (second.sqrt() + self.tau)
+        return after, {"first": first, "second": second, "steps": steps}
+
+    def _second_moment(self, second: Tensor, square: Tensor) -> Tensor:
+        if self.name == "fedadagrad":
+            return second + square
+        if self.name == "fedyogi":
+            return second - (1 - self.beta_2) * square * torch.sign(second - square)
+        return torch.lerp(square, second, self.beta_2)
+
+
+def _moved(parameters: Tensor, direction: Tensor, rate: float) -> Tensor:
+    return torch.add(parameters, direction.to(parameters.dtype), alpha=rate)
+
+
+def optimizer_named(
+    name: str,
+    *,
+    learning_rate: float,
+    momentum: float = 0.9,
+    beta_1: float = 0.9,
+    beta_2: float = 0.99,
+    tau: float = 1e-3,
+) -> ServerOptimizer:
+    """The optimiser that the options name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    makers: dict[str, Callable[[], ServerOptimizer]] = {
+        "fedavg": lambda: FedAvg(learning_rate),
+        "fedavgm": lambda: FedAvgM(learning_rate, momentum),
+        "fedadam": lambda: Adaptive("fedadam", learning_rate, beta_1, beta_2, tau),
+        "fedyogi": lambda: Adaptive("fedyogi", learning_rate, beta_1, beta_2, tau),
+        "fedadagrad": lambda: Adaptive("fedadagrad", learning_rate, beta_1, beta_2, tau),
+    }
+    if name not in makers:
+        raise ConfigError(f"optimizer is {name!r}; it can be {', '.join(makers)}")
+    return makers[name]()
