@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -90,12 +90,12 @@ class Poisson:
 
 def _uniform(
     generator: np.random.Generator, count: int, entropy: Sequence[int] | None
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Uniform numbers in [0, 1): straight from the operating system where nothing is seeded."""
     if entropy is not None:
         return generator.random(count)
     words = np.frombuffer(secrets.token_bytes(8 * count), "<u8")
-    return (words >> np.uint64(11)) * 2.0**-53
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _generator(entropy: Sequence[int] | None) -> np.random.Generator:

@@ -155,9 +155,9 @@ def checked(name: str, value: Any, default: Value) -> Value:
     if type(value) is not kind:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         raise ConfigError(f"{name} is {value!r}, but it must be {words[kind]}, such as {default!r}")
-    if kind is float and math.isnan(value):
+    if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{name} is NaN; give a number, such as {default!r}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def parse(texts: Iterable[str]) -> dict[str, Value]:

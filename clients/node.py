@@ -1,0 +1,249 @@
+"""The node's half of a round: a Flower `ClientApp` around a trainer and a node's own data.
+
+    server -> node   train      model (flat), what the layers publish, the learning rate
+    node -> server   update     trained minus received, through the stack's layers; metrics
+    server -> node   evaluate   model
+    node -> server   metrics    on the node's own test examples
+    server -> node   query.umbel_hello     on engines that do not know their nodes' names
+    node -> server   its partition
+
+Weights arrive and leave as one flat vector whose layout both sides derive from the trainer; a
+digest of the layout travels with it, so a node with another model says so.
+"""
+
+import functools
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from umbel.clients.data import Node, Split
+from umbel.clients.trainer import CohortTrainer, Job, Options, Trained, Trainer, Tree, Weights
+from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS, UPDATE
+from umbel.strategies.errors import ConfigError
+from umbel.strategies.layout import (
+    CONFIG,
+    HELLO,
+    MODEL,
+    PARAMETERS,
+    averaged_buffers,
+    local_buffers,
+)
+from umbel.strategies.records import Manifest, from_array, to_array
+from umbel.strategies.stack import Stack
+
+LOCAL = "umbel.buffers"
+"""The node's own record of the buffers that stay on it."""
+
+
+@dataclass(frozen=True)
+class NodeHalf:
+    """What a node does with messages; the same object serves every virtual node of a process.
+
+    Attributes:
+        trainer: knows the model.
+        data: the node's own examples.
+        options: completes the run's configuration with defaults.
+        stack: the layers, from the options.
+        warm: how many nodes' data are kept between messages.
+    """
+
+    trainer: Trainer
+    data: Callable[[Node, Options], Split | Any]
+    options: Callable[[Options], Options]
+    stack: Callable[[Options], Stack]
+    warm: int = 4
+    _splits: OrderedDict[tuple[int, str], Split] = field(default_factory=OrderedDict, repr=False)
+    _plans: dict[str, "_Plan"] = field(default_factory=dict, repr=False)
+
+    def train(self, message: Message, context: Context) -> Message:
+        """Answer a request to train."""
+        plan = self._plan(context)
+        task = plan.receive(message, context, self._split(plan, context))
+        return plan.reply(task, self.trainer.train(task.weights, task.split.train, task.job))
+
+    def train_many(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        """Answer several requests to train, as one batched computation where the trainer can."""
+        if isinstance(self.trainer, CohortTrainer) and len(messages) > 1:
+            plan = self._plan(contexts[0])
+            tasks = [
+                plan.receive(message, context, self._split(plan, context))
+                for message, context in zip(messages, contexts, strict=True)
+            ]
+            trained = self.trainer.train_cohort(
+                [task.weights for task in tasks],
+                [task.split.train for task in tasks],
+                [task.job for task in tasks],
+            )
+            if trained is not None:
+                return [plan.reply(*pair) for pair in zip(tasks, trained, strict=True)]
+        return [self.train(*pair) for pair in zip(messages, contexts, strict=True)]
+
+    def evaluate(self, message: Message, context: Context) -> Message:
+        """Answer a request to evaluate; a node without test examples reports none."""
+        plan = self._plan(context)
+        split = self._split(plan, context)
+        metrics: dict[str, float] = {}
+        examples = 0
+        if split.test is not None and len(split.test) > 0:
+            task = plan.receive(message, context, split)
+            result = self.trainer.evaluate(task.weights, split.test, plan.options)
+            metrics, examples = result.metrics, result.examples
+        record = MetricRecord({EXAMPLES: examples, **metrics})
+        return Message(RecordDict({METRICS: record}), reply_to=message)
+
+    def hello(self, message: Message, context: Context) -> Message:
+        """Say which partition this node holds."""
+        node = node_of(context)
+        record = ConfigRecord({"partition": node.partition, "partitions": node.partitions})
+        return Message(RecordDict({CONFIG: record}), reply_to=message)
+
+    def answer(self, action: str, message: Message, context: Context) -> Message:
+        """Answer an extra trip of the stack's collect."""
+        answers = self._plan(context).stack.collect.answers()
+        if action not in answers:
+            raise ConfigError(f"no query is registered under {action!r}")
+        return answers[action](message, context)
+
+    def _plan(self, context: Context) -> "_Plan":
+        key = json.dumps(dict(context.run_config), sort_keys=True)
+        if key not in self._plans:
+            options = self.options(context.run_config)
+            self._plans.clear()
+            self._plans[key] = _Plan(
+                options, self.stack(options), self.trainer.initial(options, int(options["seed"]))
+            )
+        return self._plans[key]
+
+    def _split(self, plan: "_Plan", context: Context) -> Split:
+        key = (context.node_id, json.dumps(dict(context.run_config), sort_keys=True))
+        if key in self._splits:
+            self._splits.move_to_end(key)
+            return self._splits[key]
+        found = self.data(node_of(context), plan.options)
+        split = found if isinstance(found, Split) else Split(found)
+        self._splits[key] = split
+        while len(self._splits) > self.warm:
+            self._splits.popitem(last=False)
+        return split
+
+
+@dataclass(frozen=True)
+class _Received:
+    """One request, unpacked."""
+
+    message: Message
+    context: Context
+    split: Split
+    weights: Weights
+    vector: Tensor
+    job: Job
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What depends on the options alone, made once a process."""
+
+    options: Options
+    stack: Stack
+    first: Weights
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        return Manifest.of(self.first.parameters)
+
+    @functools.cached_property
+    def travelling(self) -> Manifest:
+        """The buffers that are averaged."""
+        return Manifest.of(averaged_buffers(self.first.buffers, str(self.options["buffers"])))
+
+    def receive(self, message: Message, context: Context, split: Split) -> _Received:
+        config = message.content.config_records[CONFIG]
+        if config["manifest"] != self.manifest.digest:
+            raise ConfigError(
+                f"this node's model has {self.manifest.size} parameters in another layout than "
+                "the server's; start both with the same app and options"
+            )
+        model = message.content.array_records[MODEL]
+        vector = from_array(model[PARAMETERS])
+        buffers = dict(self.first.buffers) | self._kept(context)
+        if BUFFERS in model:
+            buffers |= self.travelling.unflatten(from_array(model[BUFFERS]))
+        number = int(config["round"])  # type: ignore[arg-type]
+        rate = config.get("learning-rate")
+        job = Job(
+            round=number,
+            seed=job_seed(int(self.options["seed"]), number, node_of(context).partition),
+            options=self.options,
+            learning_rate=None if rate is None else float(rate),  # type: ignore[arg-type]
+            node=context.node_config,
+            memory=context.state,
+        )
+        weights = Weights(self.manifest.unflatten(vector), buffers)
+        return _Received(message, context, split, weights, vector, job)
+
+    def reply(self, task: _Received, trained: Trained) -> Message:
+        update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
+        config = dict(task.message.content.config_records[CONFIG])
+        encoded, said = self.stack.encode(update, config, task.context.state)
+        record = ArrayRecord({UPDATE: to_array(encoded)})
+        if self.travelling.size:
+            sent = averaged_buffers(trained.weights.buffers, str(self.options["buffers"]))
+            record[BUFFERS] = to_array(self.travelling.flatten(sent))
+        self._keep(task.context, trained.weights.buffers)
+        metrics = MetricRecord({EXAMPLES: trained.examples, **trained.metrics, **said})
+        return Message(RecordDict({UPDATE: record, METRICS: metrics}), reply_to=task.message)
+
+    def _keep(self, context: Context, buffers: Tree) -> None:
+        local = local_buffers(buffers, str(self.options["buffers"]))
+        changed = {
+            name: tensor
+            for name, tensor in local.items()
+            if not torch.equal(tensor, self.first.buffers[name])
+        }
+        if changed:
+            context.state[LOCAL] = ArrayRecord({k: to_array(v) for k, v in changed.items()})
+
+    def _kept(self, context: Context) -> Tree:
+        record = context.state.array_records.get(LOCAL)
+        return {} if record is None else {name: from_array(record[name]) for name in record}
+
+
+class FederationClientApp(ClientApp):
+    """The `ClientApp` of a federation; embedded engines may call `train_many`."""
+
+    def __init__(self, half: NodeHalf) -> None:
+        super().__init__()
+        self.half = half
+        self.train()(half.train)
+        self.evaluate()(half.evaluate)
+        self.query(HELLO)(half.hello)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        category, _, action = message.metadata.message_type.partition(".")
+        if category == "query" and action not in ("", HELLO):
+            return self.half.answer(action, message, context)
+        return super().__call__(message, context)
+
+    def train_many(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        """See `NodeHalf.train_many`."""
+        return self.half.train_many(messages, contexts)
+
+
+def node_of(context: Context) -> Node:
+    """Who a context belongs to; a node without a partition has all of its own data."""
+    config = context.node_config
+    return Node(int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)), config)
+
+
+def job_seed(seed: int, number: int, partition: int) -> int:
+    """The seed of one node's work in one round, the same on every engine."""
+    words = np.random.SeedSequence([seed, number, partition]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
