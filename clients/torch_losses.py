@@ -1,0 +1,184 @@
+"""Losses by name, and the metrics that go with them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from umbel.strategies.errors import ConfigError
+
+Loss = Callable[[Any, Any], Tensor]
+"""`(outputs, targets)` to the mean loss of a batch, a scalar."""
+
+BatchMetrics = Callable[[Any, Any], Mapping[str, Any]]
+"""`(outputs, targets)` to metrics, each a mean over the batch: a number or a scalar tensor."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, and what it expects of its targets.
+
+    Attributes:
+        name: as the user gave it.
+        loss: mean over a batch.
+        targets: "class" indices (or, as floats of the outputs' shape, class probabilities),
+            "real" numbers of the outputs' shape, or "any".
+    """
+
+    name: str
+    loss: Loss
+    targets: Literal["class", "real", "any"]
+
+    def prepare(self, targets: Any) -> Any:
+        """Targets in the type that the loss takes: int64 or float32.
+
+        Raises:
+            ConfigError: the targets cannot be what the loss expects.
+        """
+        if not isinstance(targets, Tensor):
+            return targets
+        if self.targets == "class":
+            if targets.is_floating_point() and targets.ndim == 1:
+                raise ConfigError(
+                    f"the loss {self.name} needs integer class labels, but the targets are "
+                    f"{_type_name(targets)}; convert them to integers, or use loss='mse'"
+                )
+            if not targets.is_floating_point() and targets.ndim == 2 and targets.shape[1] == 1:
+                targets = targets.squeeze(1)
+        elif self.targets == "real":
+            return targets.to(torch.float32)
+        wanted = torch.float32 if targets.is_floating_point() else torch.int64
+        return targets if targets.dtype == wanted else targets.to(wanted)
+
+
+def objective(loss: str | Loss) -> Objective:
+    """The objective that a trainer's `loss` names.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    if not isinstance(loss, str):
+        return Objective(getattr(loss, "__name__", type(loss).__name__), loss, "any")
+    if loss not in _BUILT_IN:
+        raise ConfigError(
+            f"loss is {loss!r}; choose one of {', '.join(_BUILT_IN)}, or give a function of "
+            "outputs and targets"
+        )
+    return _BUILT_IN[loss]
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _classes_last(outputs: Tensor, targets: Tensor) -> bool:
+    """Whether outputs are (batch, positions, classes), as in models of sequences."""
+    return outputs.ndim == 3 and targets.ndim == 2 and outputs.shape[:2] == targets.shape
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Softmax cross-entropy; outputs (B, C), (B, C, ...) or, for sequences, (B, T, C)."""
+    if _classes_last(outputs, targets):
+        return functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+    return functional.cross_entropy(outputs, targets)
+
+
+def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Logistic loss of logits; targets 0 or 1, of the outputs' number of elements."""
+    return functional.binary_cross_entropy_with_logits(outputs, _like(targets, outputs))
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared error; targets of the outputs' number of elements."""
+    return functional.mse_loss(outputs, _like(targets, outputs))
+
+
+def _like(targets: Tensor, outputs: Tensor) -> Tensor:
+    if targets.shape == outputs.shape:
+        return targets
+    if targets.numel() != outputs.numel():
+        raise ConfigError(
+            f"a batch of targets has shape {tuple(targets.shape)}, but the model's outputs have "
+            f"{tuple(outputs.shape)}; the loss needs one target for each output"
+        )
+    return targets.reshape(outputs.shape)
+
+
+_BUILT_IN: Mapping[str, Objective] = {
+    "cross-entropy": Objective("cross-entropy", cross_entropy, "class"),
+    "binary-cross-entropy": Objective("binary-cross-entropy", binary_cross_entropy, "real"),
+    "mse": Objective("mse", mean_squared_error, "real"),
+}
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Share of right classes; positions with a negative target are left out."""
+    classes = outputs.argmax(-1 if _classes_last(outputs, targets) else 1)
+    if targets.shape == outputs.shape:
+        targets = targets.argmax(1)
+    known = targets >= 0
+    return float((classes == targets)[known].float().mean()) if bool(known.any()) else 0.0
+
+
+@dataclass
+class Tally:
+    """Metrics of a whole data set, gathered batch by batch.
+
+    The loss and per-batch metrics are averaged over examples; `rmse` and `r2` come from sums
+    over all of them, and `r2` is left out where the targets do not vary.
+    """
+
+    objective: Objective
+    metrics: BatchMetrics | None = None
+    examples: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    moments: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
+
+    def add(self, outputs: Any, targets: Any, count: int) -> None:
+        """Take in one batch of `count` examples."""
+        self.examples += count
+        self._sum("loss", float(self.objective.loss(outputs, targets)), count)
+        if self.metrics is not None:
+            for name, value in self.metrics(outputs, targets).items():
+                self._sum(name, float(value), count)
+        elif self.objective.name == "mse":
+            self._add_moments(outputs, _like(targets, outputs))
+        elif self.objective.name == "binary-cross-entropy":
+            right = (outputs > 0) == (_like(targets, outputs) > 0.5)
+            self._sum("accuracy", float(right.float().mean()), count)
+        elif self.objective.targets == "class" or _looks_like_classes(outputs, targets):
+            self._sum("accuracy", accuracy(outputs, targets), count)
+
+    def result(self) -> dict[str, float]:
+        """The metrics of everything that was added."""
+        result = {name: value / self.examples for name, value in self.sums.items()}
+        n, total, squares, errors = self.moments
+        if n:
+            result["rmse"] = (errors / n) ** 0.5
+            spread = squares - total * total / n
+            if spread > 1e-12 * squares:
+                result["r2"] = 1.0 - errors / spread
+        return result
+
+    def _sum(self, name: str, mean: float, count: int) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + mean * count
+
+    def _add_moments(self, outputs: Tensor, targets: Tensor) -> None:
+        y, error = targets.cpu().double(), (outputs - targets).cpu().double()
+        sums = torch.stack([y.sum(), y.square().sum(), error.square().sum()]).tolist()
+        more = [y.numel(), *sums]
+        self.moments = [old + new for old, new in zip(self.moments, more, strict=True)]
+
+
+def _looks_like_classes(outputs: Any, targets: Any) -> bool:
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and outputs.ndim == 2
+        and outputs.shape[1] > 1
+        and targets.ndim == 1
+        and targets.dtype == torch.int64
+    )

@@ -1,0 +1,127 @@
+"""A trainer for any PyTorch model.
+
+    trainer = TorchTrainer(Net, loss="cross-entropy", batch_size=32, local_epochs=2)
+
+One module per process is built once and filled with each node's weights in turn. The same job
+gives the same bits in any process, whatever ran before in it (on the CPU, for a fixed number
+of threads): shuffles, dropout and augmentations are drawn from the job's seed, and the global
+generators are put back afterwards.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from umbel.clients.seeding import seeded
+from umbel.clients.settings import options_of, read
+from umbel.clients.torch_batches import open_source, to_device, to_model
+from umbel.clients.torch_loop import MakeOptimizer, Task, autocast, call, fit, make_optimizer
+from umbel.clients.torch_losses import BatchMetrics, Loss, Objective, Tally, objective
+from umbel.clients.torch_module import Model, Workbench, build, split, to_cpu
+from umbel.clients.torch_settings import TorchSettings, choose_device
+from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
+
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class TorchTrainer(TorchSettings):
+    """Trains an `nn.Module` on a node's examples. The inherited fields are option defaults.
+
+    Attributes:
+        model: a module class, or a function that returns a module; with an argument, it is
+            given the run's options.
+        loss: "cross-entropy", "binary-cross-entropy" (of logits), "mse", or a function of
+            outputs and targets that returns the mean loss of a batch.
+        optimizer: a function of parameters and learning rate; SGD where it is left out.
+        metrics: a function of outputs and targets that returns means over a batch. Left out:
+            accuracy where targets are classes, rmse and r2 with "mse".
+        OPTIONS: every option that this trainer understands, with its default.
+    """
+
+    model: Model
+    loss: str | Loss = "cross-entropy"
+    optimizer: MakeOptimizer | None = None
+    metrics: BatchMetrics | None = None
+    OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
+    objective: Objective = field(init=False, repr=False, compare=False)
+    bench: Workbench = field(init=False, repr=False, compare=False, default_factory=Workbench)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "OPTIONS", options_of(self, TorchSettings))
+        object.__setattr__(self, "objective", objective(self.loss))
+
+    def settings(self, options: Options, learning_rate: float | None = None) -> TorchSettings:
+        """This trainer's settings with the options' changes; a round's learning rate wins.
+
+        Raises:
+            ConfigError: an option has the wrong type or is out of its range.
+        """
+        own = TorchSettings(**{f: getattr(self, f) for f in TorchSettings.__dataclass_fields__})
+        if learning_rate is not None:
+            options = {**options, "learning-rate": learning_rate}
+        settings = read(own, options)
+        settings.validate()
+        return settings
+
+    def initial(self, options: Options, seed: int) -> Weights:
+        """The first model: parameters drawn from `seed`, buffers as every node builds them."""
+        parameters, _ = split(build(self.model, options, seed))
+        piece = self.bench.piece(self.model, options, choose_device("cpu"))
+        buffers = {
+            name: to_cpu(piece.built.get(name, value)) for name, value in piece.buffers.items()
+        }
+        return Weights({name: to_cpu(p) for name, p in parameters.items()}, buffers)
+
+    def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
+        """Train on a node's examples; `weights` is not mutated.
+
+        Raises:
+            ConfigError: the options, the examples or the weights do not fit the model.
+            RunError: training diverged.
+        """
+        settings = self.settings(job.options, job.learning_rate)
+        device = choose_device(settings.device)
+        source = open_source(examples, device)
+        piece = self.bench.piece(self.model, job.options, device)
+        piece.load(weights)
+        parameters = list(piece.parameters.values())
+        with seeded(job.seed, device):
+            task = Task(
+                module=piece.module,
+                parameters=parameters,
+                objective=self.objective,
+                optimizer=make_optimizer(self.optimizer, parameters, settings),
+                settings=settings,
+                device=device,
+                seed=job.seed,
+            )
+            loss = fit(task, source)
+        return Trained(piece.weights(weights), source.size, {"loss": loss})
+
+    def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
+        """Loss and metrics on examples, in batches of 512; `weights` is not mutated."""
+        settings = self.settings(options)
+        device = choose_device(settings.device)
+        source = open_source(examples, device)
+        piece = self.bench.piece(self.model, options, device)
+        piece.load(weights)
+        piece.module.eval()
+        tally = Tally(self.objective, self.metrics)
+        with seeded(0, device), torch.inference_mode():
+            for start in range(0, source.size, EVALUATION_BATCH):
+                rows = torch.arange(start, min(start + EVALUATION_BATCH, source.size))
+                x, y = source.batch(None if len(rows) == source.size else rows)
+                targets = self.objective.prepare(to_device(y, device))
+                with autocast(settings.precision, device):
+                    outputs = call(piece.module, to_model(x, device, piece.real))
+                tally.add(_full(outputs), targets, len(rows))
+        return Evaluated(tally.examples, tally.result())
+
+
+def _full(outputs: Any) -> Any:
+    """Outputs of mixed precision, back in float32 for the loss and the metrics."""
+    if isinstance(outputs, torch.Tensor) and outputs.dtype in (torch.float16, torch.bfloat16):
+        return outputs.float()
+    return outputs
