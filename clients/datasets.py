@@ -8,6 +8,7 @@ someone needs into a model's inputs: 60,000 images stay 47 MB that all processes
 """
 
 import difflib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Entry:
     licence: str
 
 
-_UCI = "UCI Machine Learning Repository, with scikit-learn"
+_UCI = "UCI, in scikit-learn"
 CATALOGUE = {
     entry.name: entry
     for entry in (
@@ -119,7 +120,7 @@ CATALOGUE = {
             353,
             89,
             "10 numbers",
-            "Efron et al. (2004), with scikit-learn",
+            "Efron et al. 2004, in scikit-learn",
             "BSD-3-Clause, as scikit-learn",
         ),
         Entry(
@@ -164,7 +165,7 @@ def load(name: str, *, cache: Path | None = None, progress: Progress | None = No
     Args:
         name: a key of `CATALOGUE`.
         cache: where fetched files are kept; `cache_folder()` by default.
-        progress: called while something is fetched.
+        progress: called while something is fetched; by default each step is logged.
 
     Raises:
         ConfigError: the name is unknown, or the data can be neither found nor fetched.
@@ -173,7 +174,7 @@ def load(name: str, *, cache: Path | None = None, progress: Progress | None = No
     if entry.name != "fashion-mnist":
         return _from_scikit_learn(entry.name)
     folder = (cache or cache_folder()) / entry.name
-    fashion_mnist.ensure(folder, progress or _silent)
+    fashion_mnist.ensure(folder, progress or _logged)
     return _fashion(folder)
 
 
@@ -202,13 +203,29 @@ def place(name: str, *, cache: Path | None = None) -> str | None:
     return str(folder) if fashion_mnist.cached(folder) is not None else None
 
 
-def _silent(doing: str, share: float) -> None:
-    pass
+def fetch(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> str:
+    """Make sure that a data set is on this machine and undamaged; where it is.
+
+    Raises:
+        ConfigError: the name is unknown, or the data can be neither found nor fetched.
+    """
+    if find(name).name == "fashion-mnist":
+        fashion_mnist.repair((cache or cache_folder()) / name, progress or _logged)
+        _fashion.cache_clear()
+    where = place(name, cache=cache)
+    if where is None:
+        raise ConfigError(f"the data cache lost {name} while it was checked; try again")
+    return where
+
+
+def _logged(doing: str, share: float) -> None:
+    if share == 0:
+        logging.getLogger(__name__).info("fashion-mnist: %s", doing)
 
 
 @remembered
 def _fashion(folder: Path) -> DataSet:
-    arrays = fashion_mnist.ensure(folder, _silent)
+    arrays = fashion_mnist.ensure(folder, _logged)
     entry = CATALOGUE["fashion-mnist"]
     return DataSet(
         name=entry.name,

@@ -155,6 +155,22 @@ def ensure(folder: Path, progress: Progress) -> dict[str, Array]:
     return arrays
 
 
+def repair(folder: Path, progress: Progress) -> None:
+    """`ensure`, then compare all contents with what was published and fetch again if they differ.
+
+    Raises:
+        ConfigError: as `ensure`.
+    """
+    ensure(folder, progress)
+    progress("checking", 0.0)
+    bad = damaged(folder)
+    for name in bad:
+        (folder / name).unlink(missing_ok=True)
+    if bad:
+        ensure(folder, progress)
+    progress("checking", 1.0)
+
+
 def sources(folder: Path) -> dict[str, Source]:
     """Where the files may come from, in the order in which they are tried."""
     found: dict[str, Source] = {
