@@ -1,0 +1,139 @@
+"""Runs a `ClientApp` for virtual nodes, in this process or in a worker."""
+
+import contextlib
+import io
+import pickle
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from umbel.server.flower import RAISED, Envelope
+from umbel.server.packing import Packed, unpack
+
+
+@dataclass(frozen=True)
+class Task:
+    """One message to one virtual node.
+
+    Attributes:
+        envelope: the message without its content.
+        content: of the message, packed once for all nodes that get the same.
+        state: the node's pickled state; None where it has none.
+    """
+
+    envelope: Envelope
+    content: Packed
+    state: bytes | None
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a task.
+
+    Attributes:
+        reply: the node's message, or an error in its place.
+        state: the node's pickled state; None where it has none.
+        failure: the traceback of an exception in the app, for the log.
+    """
+
+    reply: Message
+    state: bytes | None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A client app and what every virtual node of a run shares.
+
+    Attributes:
+        app: the app; if it has `train_many`, groups of training messages go through that.
+        run_config: the run's options.
+        nodes: how many virtual nodes there are.
+        threads: of a node's tensor operations; fixed, so that results do not depend on where a
+            node runs.
+    """
+
+    app: ClientApp
+    run_config: Mapping[str, Any]
+    nodes: int
+    threads: int = 1
+    _empty: bytes = field(default=pickle.dumps(RecordDict(), protocol=5), repr=False)
+
+    def run(self, tasks: Sequence[Task]) -> list[Done]:
+        """Run tasks in order; exceptions of the app become error replies."""
+        many = getattr(self.app, "train_many", None)
+        with self._threads():
+            if many is not None and len(tasks) > 1:
+                contexts = [self._context(task) for task in tasks]
+                try:
+                    replies = many([self._message(task) for task in tasks], contexts)
+                except Exception:
+                    pass  # one bad node must not fail its group: below, each stands alone
+                else:
+                    return [
+                        Done(reply, self._saved(context, task))
+                        for reply, context, task in zip(replies, contexts, tasks, strict=True)
+                    ]
+            return [self._one(task) for task in tasks]
+
+    def _one(self, task: Task) -> Done:
+        context = self._context(task)
+        try:
+            reply = self.app(self._message(task), context)
+            if not isinstance(reply, Message):
+                raise TypeError(f"the app returned a {type(reply).__name__} in place of a Message")
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            failure = "".join(traceback.format_exception(error))
+            return Done(task.envelope.error(RAISED, reason), task.state, failure)
+        return Done(reply, self._saved(context, task))
+
+    def _message(self, task: Task) -> Message:
+        return task.envelope.message(unpack(task.content))
+
+    def _context(self, task: Task) -> Context:
+        node_id = task.envelope.node_id
+        return Context(
+            run_id=task.envelope.run_id,
+            node_id=node_id,
+            node_config={"partition-id": node_id - FIRST_NODE, "num-partitions": self.nodes},
+            state=pickle.loads(task.state or self._empty),
+            run_config=dict(self.run_config),
+        )
+
+    def _saved(self, context: Context, task: Task) -> bytes | None:
+        if not context.state and task.state is None:
+            return None
+        return pickle.dumps(context.state, protocol=5)
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        torch = sys.modules.get("torch")
+        if torch is None:
+            yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+FIRST_NODE = 1001
+"""Id of the virtual node that holds partition 0; below are Flower's reserved ids."""
+
+
+@contextlib.contextmanager
+def output_to(log: io.TextIOBase | None) -> Iterator[None]:
+    """Send what an app prints to the run's log, so that it does not tear the progress bar."""
+    if log is None:
+        yield
+        return
+    with contextlib.redirect_stdout(log):
+        yield
