@@ -26,7 +26,11 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     accelerator = _accelerator_state(device)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # manual_seed walks the stack and every device
+    if device is not None and device.type == "cuda":
+        torch.cuda.default_generators[_index(device)].manual_seed(seed)
+    elif device is not None and device.type == "mps":
+        torch.mps.manual_seed(seed)
     try:
         yield
     finally:
@@ -45,6 +49,10 @@ def _accelerator_state(device: torch.device | None) -> torch.Tensor | None:
     if device.type == "mps":
         return torch.mps.get_rng_state()
     return None
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _restore_accelerator(device: torch.device, state: torch.Tensor) -> None:

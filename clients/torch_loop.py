@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,20 @@ from umbel.clients.torch_settings import TorchSettings, mixed_precision
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.options import dashed
 
+
+class Stepper(Protocol):
+    """The part of `torch.optim.Optimizer` that the loop needs."""
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> Any: ...
+
+
 MakeOptimizer = Callable[[list[nn.Parameter], float], Optimizer]
 """`(parameters, learning rate)` to an optimiser, as `torch.optim.Adam`."""
 
 PENDING_LOSSES = 1000
 """Losses are read from the device after this many steps, and at the end."""
-
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,15 @@ class Task:
     Attributes:
         module: called on the inputs; may be a wrapper of the module that holds the parameters.
         parameters: those that are trained.
+        least: the smallest batch that the module can be trained on.
         seed: of the shuffles (the caller seeds the global generators).
     """
 
     module: nn.Module
     parameters: list[nn.Parameter]
     objective: Objective
-    optimizer: Optimizer
+    optimizer: Stepper
+    least: int
     settings: TorchSettings
     device: torch.device
     seed: int
@@ -73,12 +82,19 @@ class Task:
 
 def make_optimizer(
     make: MakeOptimizer | None, parameters: list[nn.Parameter], settings: TorchSettings
-) -> Optimizer:
+) -> Stepper:
     """The user's optimiser, or SGD with the settings' momentum and weight decay.
+
+    On the CPU that is `PlainSgd`: the same numbers as `torch.optim.SGD`, whose fixed cost of a
+    step is as much as a whole forward pass of a small model.
 
     Raises:
         ConfigError: momentum or weight decay are set, but the optimiser is the user's own.
     """
+    if make is None and parameters[0].device.type == "cpu":
+        return PlainSgd(
+            parameters, settings.learning_rate, settings.momentum, settings.weight_decay
+        )
     if make is None:
         return torch.optim.SGD(
             parameters,
@@ -95,9 +111,44 @@ def make_optimizer(
     return make(parameters, settings.learning_rate)
 
 
-def smallest_batch(module: nn.Module) -> int:
-    """Batch norm cannot be trained on a batch of one."""
-    return 2 if any(isinstance(m, _BATCH_NORM) for m in module.modules()) else 1
+class PlainSgd:
+    """SGD with momentum and weight decay, as `torch.optim.SGD` defines them (no Nesterov)."""
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        learning_rate: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        self.parameters = parameters
+        self.learning_rate = learning_rate
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.velocity: list[Tensor | None] = [None] * len(parameters)
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for index, parameter in enumerate(self.parameters):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if self.weight_decay:
+                gradient = gradient.add(parameter, alpha=self.weight_decay)
+            if self.momentum:
+                gradient = self._with_momentum(index, gradient)
+            parameter.add_(gradient, alpha=-self.learning_rate)
+
+    def _with_momentum(self, index: int, gradient: Tensor) -> Tensor:
+        velocity = self.velocity[index]
+        if velocity is None:
+            self.velocity[index] = gradient.clone()
+            return gradient
+        return velocity.mul_(self.momentum).add_(gradient)
 
 
 def call(module: nn.Module, inputs: Any) -> Any:
@@ -131,7 +182,7 @@ def fit(task: Task, source: Source) -> float:
     lower = mixed_precision(task.settings.precision, task.device)
     scaler = torch.amp.GradScaler("cuda") if lower == torch.float16 else None
     losses = _Losses(task.settings.learning_rate)
-    steps = plan(source.size, task.settings, task.seed, least=smallest_batch(task.module))
+    steps = plan(source.size, task.settings, task.seed, least=task.least)
     with _explained():
         for rows in steps:
             task.optimizer.zero_grad()
@@ -147,15 +198,21 @@ def fit(task: Task, source: Source) -> float:
                 (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
                 losses.add(loss, count)
                 count = 0
-            if scaler is not None:
-                scaler.unscale_(task.optimizer)
-            _shape_gradient(task, anchor)
             if scaler is None:
+                _shape_gradient(task, anchor)
                 task.optimizer.step()
             else:
-                scaler.step(task.optimizer)
-                scaler.update()
+                _scaled_step(scaler, task, anchor)
     return losses.mean()
+
+
+def _scaled_step(scaler: torch.amp.GradScaler, task: Task, anchor: list[Tensor] | None) -> None:
+    """A step in fp16, whose gradients were scaled up so as not to vanish."""
+    optimizer: Any = task.optimizer  # on CUDA always a torch.optim.Optimizer
+    scaler.unscale_(optimizer)
+    _shape_gradient(task, anchor)
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def _parts(rows: Tensor | None, size: int, task: Task) -> Iterator[tuple[Tensor | None, float]]:

@@ -15,7 +15,7 @@ agree in every process.
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from umbel.clients.trainer import Options, Tree, Weights
 from umbel.strategies.errors import ConfigError
 
 BUILD_SEED = 0
+
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 Model = Callable[..., nn.Module]
 """`Net`, or a function of the run's options, that returns a module."""
@@ -78,6 +80,11 @@ def split(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]
     return parameters, buffers
 
 
+def smallest_batch(module: nn.Module) -> int:
+    """Batch norm cannot be trained on a batch of one."""
+    return 2 if any(isinstance(m, _BATCH_NORM) for m in module.modules()) else 1
+
+
 def to_cpu(tensor: Tensor) -> Tensor:
     """A CPU copy that shares nothing with the module."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -91,6 +98,7 @@ class Workpiece:
         parameters: trained, by name.
         buffers: carried along, by name; frozen parameters among them.
         built: what buffers hold in a freshly built module, where that could change.
+        least: the smallest batch it can be trained on.
         hidden: buffers outside of `state_dict`, each with its first value.
     """
 
@@ -98,6 +106,7 @@ class Workpiece:
     parameters: dict[str, nn.Parameter]
     buffers: dict[str, Tensor]
     built: dict[str, Tensor]
+    least: int
     hidden: list[tuple[Tensor, Tensor]]
 
     @classmethod
@@ -113,6 +122,7 @@ class Workpiece:
                 for name, value in buffers.items()
                 if not isinstance(value, nn.Parameter)
             },
+            least=smallest_batch(module),
             hidden=[(b, b.clone()) for b in module.buffers() if id(b) not in state],
         )
 
@@ -188,20 +198,22 @@ class _Slot:
     piece: Workpiece | None = None
 
 
-@dataclass
 class Workbench:
     """Keeps the one module that this thread is working with; a copy starts empty."""
 
-    _local: threading.local = field(default_factory=threading.local)
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.takes_options = takes_options(model)
+        self._local = threading.local()
 
-    def piece(self, model: Model, options: Options, device: torch.device) -> Workpiece:
+    def piece(self, options: Options, device: torch.device) -> Workpiece:
         """The module for these options on this device, built on first use."""
-        key = (device, tuple(sorted(options.items())) if takes_options(model) else ())
+        key = (device, tuple(sorted(options.items())) if self.takes_options else ())
         slot = self._local.__dict__.setdefault("slot", _Slot())
         if slot.key != key:
-            slot.piece = Workpiece.of(build(model, options, BUILD_SEED).to(device))
+            slot.piece = Workpiece.of(build(self.model, options, BUILD_SEED).to(device))
             slot.key = key
         return slot.piece  # type: ignore[no-any-return]
 
-    def __reduce__(self) -> tuple[type["Workbench"], tuple[()]]:
-        return Workbench, ()
+    def __reduce__(self) -> tuple[type["Workbench"], tuple[Model]]:
+        return Workbench, (self.model,)

@@ -46,11 +46,15 @@ class TorchTrainer(TorchSettings):
     metrics: BatchMetrics | None = None
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
     objective: Objective = field(init=False, repr=False, compare=False)
-    bench: Workbench = field(init=False, repr=False, compare=False, default_factory=Workbench)
+    defaults: TorchSettings = field(init=False, repr=False, compare=False)
+    bench: Workbench = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "OPTIONS", options_of(self, TorchSettings))
         object.__setattr__(self, "objective", objective(self.loss))
+        defaults = {name: getattr(self, name) for name in TorchSettings.__dataclass_fields__}
+        object.__setattr__(self, "defaults", TorchSettings(**defaults))
+        object.__setattr__(self, "bench", Workbench(self.model))
 
     def settings(self, options: Options, learning_rate: float | None = None) -> TorchSettings:
         """This trainer's settings with the options' changes; a round's learning rate wins.
@@ -58,17 +62,16 @@ class TorchTrainer(TorchSettings):
         Raises:
             ConfigError: an option has the wrong type or is out of its range.
         """
-        own = TorchSettings(**{f: getattr(self, f) for f in TorchSettings.__dataclass_fields__})
         if learning_rate is not None:
             options = {**options, "learning-rate": learning_rate}
-        settings = read(own, options)
+        settings = read(self.defaults, options)
         settings.validate()
         return settings
 
     def initial(self, options: Options, seed: int) -> Weights:
         """The first model: parameters drawn from `seed`, buffers as every node builds them."""
         parameters, _ = split(build(self.model, options, seed))
-        piece = self.bench.piece(self.model, options, choose_device("cpu"))
+        piece = self.bench.piece(options, choose_device("cpu"))
         buffers = {
             name: to_cpu(piece.built.get(name, value)) for name, value in piece.buffers.items()
         }
@@ -84,7 +87,7 @@ class TorchTrainer(TorchSettings):
         settings = self.settings(job.options, job.learning_rate)
         device = choose_device(settings.device)
         source = open_source(examples, device)
-        piece = self.bench.piece(self.model, job.options, device)
+        piece = self.bench.piece(job.options, device)
         piece.load(weights)
         parameters = list(piece.parameters.values())
         with seeded(job.seed, device):
@@ -94,6 +97,7 @@ class TorchTrainer(TorchSettings):
                 objective=self.objective,
                 optimizer=make_optimizer(self.optimizer, parameters, settings),
                 settings=settings,
+                least=piece.least,
                 device=device,
                 seed=job.seed,
             )
@@ -105,7 +109,7 @@ class TorchTrainer(TorchSettings):
         settings = self.settings(options)
         device = choose_device(settings.device)
         source = open_source(examples, device)
-        piece = self.bench.piece(self.model, options, device)
+        piece = self.bench.piece(options, device)
         piece.load(weights)
         piece.module.eval()
         tally = Tally(self.objective, self.metrics)
