@@ -1,0 +1,217 @@
+"""Where a run stands, and how that survives a kill.
+
+    checkpoint/position.safetensors   the coordinator: model, optimiser, layers, counters
+    checkpoint/nodes.sqlite           states of virtual nodes, by node and round
+
+The position is replaced in one step and decides which round the checkpoint is of. Node states
+are kept in two versions, so that those of the decided round are there whenever a kill comes.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.optimizers import Slots
+from umbel.strategies.stack import States
+
+_FILE = "position.safetensors"
+_NODES = "nodes.sqlite"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best model so far: the metric's value, its round, and the model."""
+
+    value: float
+    round: int
+    parameters: Tensor
+    buffers: Tensor
+
+
+@dataclass(frozen=True)
+class Position:
+    """Everything that the next round depends on.
+
+    Attributes:
+        round: the last finished one; 0 before the first.
+        parameters: the model, flat.
+        buffers: the averaged buffers, flat; empty where they stay on the nodes.
+        slots: of the server optimiser.
+        layers: one state a layer of the stack.
+        best: the best model, where the run keeps track of it.
+        stale: evaluations since the best.
+        average: mean of the models since `average-from`; `averaged` says of how many.
+        abandoned: rounds in a row without enough replies.
+    """
+
+    round: int
+    parameters: Tensor
+    buffers: Tensor
+    slots: Slots = field(default_factory=dict)
+    layers: States = ()
+    best: Best | None = None
+    stale: int = 0
+    average: Tensor | None = None
+    averaged: int = 0
+    abandoned: int = 0
+
+    def but(self, **changes: Any) -> "Position":
+        """This position with some of it replaced."""
+        return replace(self, **changes)
+
+
+def save(directory: Path, position: Position, nodes: Mapping[int, bytes]) -> None:
+    """Save a position, and the node states that changed since the last one.
+
+    Raises:
+        RunError: the disk is full or cannot be written.
+    """
+    tensors = {"parameters": position.parameters, "buffers": position.buffers}
+    tensors |= {f"slot.{name}": tensor for name, tensor in position.slots.items()}
+    if position.best is not None:
+        tensors["best.parameters"] = position.best.parameters
+        tensors["best.buffers"] = position.best.buffers
+    if position.average is not None:
+        tensors["average"] = position.average
+    numbers: dict[str, Any] = {
+        "round": position.round,
+        "stale": position.stale,
+        "averaged": position.averaged,
+        "abandoned": position.abandoned,
+        "best": None if position.best is None else [position.best.value, position.best.round],
+        "layers": [],
+    }
+    for i, state in enumerate(position.layers):
+        numbers["layers"].append(_without_tensors(state, f"layer.{i}.", tensors))
+    file = directory / _FILE
+    fresh = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if nodes or (directory / _NODES).exists():
+            _save_nodes(directory / _NODES, position.round, nodes)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            fresh,
+            metadata={"umbel": json.dumps(numbers)},
+        )
+        fresh.replace(file)
+    except (OSError, SafetensorError, sqlite3.Error) as error:
+        fresh.unlink(missing_ok=True)
+        raise RunError(
+            f"the checkpoint in {directory} cannot be written ({error}); make room and continue "
+            "with --resume"
+        ) from error
+
+
+def load(directory: Path) -> Position | None:
+    """The saved position, or None where there is none.
+
+    Raises:
+        ConfigError: the checkpoint is damaged.
+    """
+    file = directory / _FILE
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            numbers = json.loads(opened.metadata()["umbel"])
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"the checkpoint {file} is damaged ({error}); start a new run") from error
+    best = None
+    if numbers["best"] is not None:
+        value, number = numbers["best"]
+        best = Best(value, number, tensors["best.parameters"], tensors["best.buffers"])
+    return Position(
+        round=numbers["round"],
+        parameters=tensors["parameters"],
+        buffers=tensors["buffers"],
+        slots={k.removeprefix("slot."): v for k, v in tensors.items() if k.startswith("slot.")},
+        layers=tuple(
+            _with_tensors(state, f"layer.{i}.", tensors)
+            for i, state in enumerate(numbers["layers"])
+        ),
+        best=None
+        if best is None
+        else Best(*best, tensors["best.parameters"], tensors["best.buffers"]),
+        stale=numbers["stale"],
+        average=tensors.get("average"),
+        averaged=numbers["averaged"],
+        abandoned=numbers["abandoned"],
+    )
+
+
+def load_nodes(directory: Path, number: int) -> dict[int, bytes]:
+    """The states of virtual nodes as they were at the end of round `number`.
+
+    Later ones, of a round that did not finish, are removed.
+    """
+    file = directory / _NODES
+    if not file.exists():
+        return {}
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("DELETE FROM state WHERE round > ?", (number,))
+        rows = database.execute(
+            "SELECT node, record FROM state AS s WHERE round = "
+            "(SELECT MAX(round) FROM state WHERE node = s.node)"
+        ).fetchall()
+    return dict(rows)
+
+
+def _save_nodes(file: Path, number: int, nodes: Mapping[int, bytes]) -> None:
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=NORMAL")
+        with database:
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS state"
+                " (node INTEGER, round INTEGER, record BLOB, PRIMARY KEY (node, round))"
+            )
+            # what this round replaces is needed until the position of this round is in place;
+            # what the round before replaced no longer is
+            database.execute(
+                "DELETE FROM state WHERE EXISTS (SELECT 1 FROM state AS later"
+                " WHERE later.node = state.node AND later.round > state.round"
+                " AND later.round < ?)",
+                (number,),
+            )
+            database.executemany(
+                "INSERT OR REPLACE INTO state VALUES (?, ?, ?)",
+                [(node, number, record) for node, record in nodes.items()],
+            )
+
+
+def _without_tensors(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """A layer's state as JSON, its tensors put aside by name."""
+    if state is None:
+        return None
+    plain = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[prefix + name] = value
+        else:
+            plain[name] = value
+    return plain
+
+
+def _with_tensors(state: Any, prefix: str, tensors: Mapping[str, Tensor]) -> Any:
+    if state is None:
+        return None
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {**state, **own}
+
+
+def no_buffers() -> Tensor:
+    """The buffers of a run that averages none."""
+    return torch.zeros(0)

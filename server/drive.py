@@ -1,0 +1,53 @@
+"""The loop that runs a collect's protocol over a grid, and the clock that watches it."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from umbel.strategies.collect import Gather, Sum
+
+
+def stream(grid: Grid, messages: Sequence[Message], timeout: float | None) -> Iterator[Message]:
+    """Replies in order of arrival, on grids that can do so; else as one batch."""
+    if not messages:
+        return iter(())
+    streaming: Callable[..., Iterator[Message]] | None = getattr(grid, "stream", None)
+    if streaming is not None:
+        return streaming(messages, timeout)
+    return iter(grid.send_and_receive(messages, timeout=timeout))
+
+
+def drive(gathering: Gather, send: Callable[[Sequence[Message]], Iterator[Message]]) -> Sum:
+    """Run a collect's protocol over a way to send: requests out, replies in, until the sum."""
+    try:
+        requests = next(gathering)
+        while True:
+            requests = gathering.send(send(requests))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+class Phases:
+    """Seconds by phase; a phase may be taken out of the one it happens in."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str, within: str | None = None) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+            if within is not None:
+                self.seconds[within] = self.seconds.get(within, 0.0) - took
+
+    def total(self) -> float:
+        """Since the round began."""
+        return time.perf_counter() - self._began

@@ -1,0 +1,75 @@
+"""Federated evaluation: the model on the nodes' own test examples."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+
+from umbel.server.roster import NodeRef
+from umbel.strategies.collect import EXAMPLES, Rejected, numbers
+
+LOWER_IS_BETTER = ("loss", "rmse", "mae", "mse", "error", "perplexity")
+"""Metrics that should fall; every other should grow."""
+
+
+@dataclass(frozen=True)
+class FederatedEvaluation:
+    """What the nodes reported.
+
+    Attributes:
+        rows: a dict a node: `node`, `examples` and its metrics, by name.
+        failed: nodes that sent an error.
+    """
+
+    rows: Sequence[Mapping[str, Any]] = ()
+    failed: Sequence[Rejected] = field(default_factory=tuple)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """For each metric: `mean` (weighted by examples), `spread` (standard deviation over
+        nodes), `worst_decile` (mean of the worst tenth of nodes), `nodes`.
+        """
+        names = sorted({name for row in self.rows for name in row} - {"node", "examples"})
+        result: dict[str, dict[str, float]] = {}
+        for name in names:
+            rows = [row for row in self.rows if math.isfinite(row.get(name, math.nan))]
+            if rows:
+                values = np.array([row[name] for row in rows], dtype=np.float64)
+                weights = np.array([row["examples"] for row in rows], dtype=np.float64)
+                result[name] = _spread(name, values, weights)
+        return result
+
+
+def _spread(
+    name: str, values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]
+) -> dict[str, float]:
+    worst_first = np.sort(values)
+    if name.split("-")[-1] in LOWER_IS_BETTER:
+        worst_first = worst_first[::-1]
+    tenth = max(1, len(values) // 10)
+    return {
+        "mean": float(np.average(values, weights=weights)),
+        "spread": float(values.std()),
+        "worst_decile": float(worst_first[:tenth].mean()),
+        "nodes": len(values),
+    }
+
+
+def gather(replies: Iterable[Message], nodes: Sequence[NodeRef]) -> FederatedEvaluation:
+    """Collect the nodes' replies to requests to evaluate."""
+    names = {node.node_id: node.name for node in nodes}
+    order = {node.node_id: i for i, node in enumerate(nodes)}
+    rows: dict[int, dict[str, Any]] = {}
+    failed: list[Rejected] = []
+    for reply in replies:
+        node_id = reply.metadata.src_node_id
+        if reply.has_error():
+            failed.append(Rejected(node_id, reply.error.reason or f"error {reply.error.code}"))
+            continue
+        metrics = numbers(reply)
+        examples = metrics.pop(EXAMPLES, 0.0)
+        if node_id in order and examples > 0 and math.isfinite(examples):
+            rows[order[node_id]] = {"node": names[node_id], "examples": int(examples), **metrics}
+    return FederatedEvaluation([rows[i] for i in sorted(rows)], tuple(failed))

@@ -1,0 +1,43 @@
+"""What stands between the sum of a round and its release."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from umbel.strategies.layer import Facts
+
+
+class Guard(Protocol):
+    """Stands between a sum and its release: the budget and the ledger of a private run."""
+
+    def stop(self, number: int) -> str | None:
+        """Why round `number` must not run (`budget`), or None."""
+        ...
+
+    def charge(self, number: int, facts: Facts, replies: int) -> None:
+        """Commit what decoding this round's sum will cost, before it is decoded."""
+        ...
+
+    def epsilon(self) -> float | None:
+        """Spent so far, against model users; None without privacy."""
+        ...
+
+    @property
+    def seeded(self) -> bool:
+        """Whether cohorts may be drawn from the run's seed."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoGuard:
+    """A run that promises no privacy."""
+
+    seeded: bool = True
+
+    def stop(self, number: int) -> str | None:  # noqa: ARG002
+        return None
+
+    def charge(self, number: int, facts: Facts, replies: int) -> None:  # noqa: ARG002
+        return None
+
+    def epsilon(self) -> float | None:
+        return None

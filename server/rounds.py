@@ -1,0 +1,385 @@
+"""The rounds of a federation, read from top to bottom.
+
+    choose a cohort -> send the model -> gather one sum -> charge -> decode -> optimise ->
+    evaluate -> write down -> checkpoint
+
+One loop for every engine: all it needs is a Flower `Grid`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from umbel.server import checkpoint
+from umbel.server.checkpoint import Best, Position
+from umbel.server.drive import Phases, drive, stream
+from umbel.server.evaluation import LOWER_IS_BETTER, FederatedEvaluation, gather
+from umbel.server.guard import Guard, NoGuard
+from umbel.server.progress import Progress
+from umbel.server.roster import NodeRef
+from umbel.server.rundir import RunDirectory
+from umbel.strategies.cohort import cohort_named
+from umbel.strategies.collect import BUFFERS, Gathering, Rejected, Sum
+from umbel.strategies.errors import RunError
+from umbel.strategies.layer import Facts, Round
+from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
+from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
+from umbel.strategies.options import RunOptions
+from umbel.strategies.records import Manifest, Tree, to_array
+from umbel.strategies.stack import Stack
+
+CHECKPOINT_EVERY_S = 1.0
+"""Rounds that are shorter than this share a checkpoint; a resumed run repeats them."""
+PATIENCE_WITHOUT_REPLIES = 3
+"""Rounds in a row without enough replies after which a run gives up."""
+
+Evaluate = Callable[[Tree, Tree], Mapping[str, float]]
+"""Central evaluation: parameters and buffers to metrics."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how.
+
+    Attributes:
+        parameters: the first model.
+        buffers: the first model's buffers.
+        options: of the run.
+        stack: the layers and the collect.
+        evaluate: central evaluation, where there is held-out data.
+        learning_rate: of the nodes, before the schedule; None leaves it to the trainer.
+        guard: the budget of a private run.
+    """
+
+    parameters: Tree
+    buffers: Tree
+    options: RunOptions
+    stack: Stack = field(default_factory=Stack)
+    evaluate: Evaluate | None = None
+    learning_rate: float | None = None
+    guard: Guard = field(default_factory=NoGuard)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    rounds: int
+    stopped: str
+    metrics: Mapping[str, float]
+    parameters: Tree
+    buffers: Tree
+
+
+class Rounds:
+    """Runs a job over a grid.
+
+    Args:
+        job: what is trained.
+        grid: the engine.
+        nodes: the population, in a fixed order.
+        run: where the run is written down.
+        progress: where a person watches.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        grid: Grid,
+        nodes: Sequence[NodeRef],
+        run: RunDirectory,
+        progress: Progress,
+    ) -> None:
+        self.job, self.grid, self.nodes, self.run, self.progress = job, grid, nodes, run, progress
+        options = job.options
+        self.manifest = Manifest.of(job.parameters)
+        self.travelling = Manifest.of(averaged_buffers(job.buffers, options.buffers))
+        self.cohort = cohort_named(options.cohort, options.cohort_size, options.cohort_cap)
+        self.optimizer: ServerOptimizer = optimizer_named(
+            options.optimizer,
+            learning_rate=options.server_learning_rate,
+            momentum=options.server_momentum,
+            beta_1=options.beta_1,
+            beta_2=options.beta_2,
+            tau=options.tau,
+        )
+        self.names = {node.node_id: node.name for node in nodes}
+        self.expected = self.cohort.expected(len(nodes))
+        self.facts = Facts(size=self.manifest.size)
+        self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
+        self._saved_at = 0.0
+        self._metrics: Mapping[str, float] = {}
+
+    def fit(self) -> Outcome:
+        """Train until a reason to stop; a run directory with a checkpoint is continued.
+
+        Raises:
+            RunError: no node could train.
+        """
+        position = self._begin()
+        stopped = "rounds"
+        while position.round < self.job.options.rounds:
+            number = position.round + 1
+            reason = self.job.guard.stop(number)
+            if reason is None and self._patience_is_over(position):
+                reason = "early-stop"
+            if reason is not None:
+                stopped = reason
+                break
+            position = self._round(position, number)
+        return self._end(position, stopped)
+
+    # ---- one round
+
+    def _round(self, position: Position, number: int) -> Position:
+        phases = Phases()
+        with phases("sample"):
+            cohort = self._choose(number)
+            requests = self._requests(position, number, cohort)
+        facts = self.job.stack.check(self.facts, position.layers)
+        with phases("train"):
+            sum_ = drive(
+                self.job.stack.collect.gather(requests, self._gathering(number, facts)),
+                lambda messages: self._replies(messages, phases),
+            )
+        self.job.guard.charge(number, facts, sum_.replies)
+        with phases("aggregate"):
+            position, train_metrics = self._apply(position, number, facts, sum_)
+        with phases("evaluate"):
+            position, metrics = self._evaluate(position)
+        with phases("federated"):
+            federated = self._federated(position) if self._federated_is_due(number) else None
+        line = {
+            "round": number,
+            "seconds": phases.total(),
+            "phases": phases.seconds,
+            "bytes_down": self._bytes(requests),
+            "bytes_up": sum_.bytes_up,
+            "clients": sum_.replies,
+            "failed": self._failures([*sum_.rejected, *(federated.failed if federated else ())]),
+            "metrics": metrics,
+            "train": train_metrics,
+            "federated": federated.summary() if federated else None,
+            "epsilon": self.job.guard.epsilon(),
+            "learning_rate": self._rate(number),
+        }
+        self.run.append_round(line)
+        self.progress.round_done(line)
+        self._save(position, last=number == self.job.options.rounds)
+        return position
+
+    def _choose(self, number: int) -> list[NodeRef]:
+        entropy = [self.job.options.seed, number, 1] if self.job.guard.seeded else None
+        return [self.nodes[i] for i in self.cohort.draw(len(self.nodes), entropy)]
+
+    def _requests(
+        self, position: Position, number: int, cohort: Sequence[NodeRef], kind: str = "train"
+    ) -> list[Message]:
+        config = ConfigRecord({"round": number, "manifest": self.manifest.digest})
+        rate = self._rate(number)
+        if rate is not None:
+            config["learning-rate"] = rate
+        if kind == "train":
+            for name, value in self.job.stack.publish(position.layers).items():
+                config[name] = value
+        model = ArrayRecord({PARAMETERS: to_array(position.parameters)})
+        if self.travelling.size:
+            model[BUFFERS] = to_array(position.buffers)
+        content = RecordDict({MODEL: model, CONFIG: config})
+        return [Message(content, node.node_id, kind, group_id=str(number)) for node in cohort]
+
+    def _rate(self, number: int) -> float | None:
+        rate = self.job.learning_rate
+        return None if rate is None else rate * self.job.options.learning_rate_factor(number)
+
+    def _gathering(self, number: int, facts: Facts) -> Gathering:
+        return Gathering(
+            number=number,
+            size=self.manifest.size,
+            dtype=self.manifest.dtype,
+            cohort=self.expected,
+            facts=facts,
+            buffers=self.travelling.size,
+            run_id=self.grid.run.run_id,
+        )
+
+    def _replies(self, messages: Sequence[Message], phases: "Phases") -> Iterator[Message]:
+        """The grid's replies; the time that the collect spends between them is aggregation."""
+        timeout = self.job.options.round_timeout or None
+        for done, reply in enumerate(stream(self.grid, messages, timeout), start=1):
+            self.progress.message_done(done, len(messages))
+            with phases("aggregate", within="train"):
+                yield reply
+
+    def _apply(
+        self, position: Position, number: int, facts: Facts, sum_: Sum
+    ) -> tuple[Position, dict[str, float]]:
+        """The next model: decode the sum, step the optimiser, mix in the buffers."""
+        if sum_.replies < self.job.options.min_replies and self.job.guard.seeded:
+            return self._abandon(position, number, sum_), {}
+        rnd = Round(
+            number=number,
+            cohort=self.expected,
+            replies=sum_.replies,
+            weight=sum_.weight,
+            facts=facts,
+            generator=torch.Generator().manual_seed(self.job.options.seed * 1_000_003 + number),
+        )
+        average, layers, metrics = self.job.stack.decode(sum_, position.layers, rnd)
+        after = position.but(round=number, layers=layers, abandoned=0)
+        if average is None:
+            return after, metrics
+        parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
+        if not bool(torch.isfinite(parameters).all()):
+            raise RunError(
+                f"the model stopped being finite in round {number}; lower learning-rate or "
+                "server-learning-rate"
+            )
+        after = after.but(parameters=parameters, slots=slots)
+        if sum_.buffers is not None:
+            after = after.but(buffers=sum_.buffers.to(position.buffers.dtype))
+        return self._averaged(after), metrics
+
+    def _abandon(self, position: Position, number: int, sum_: Sum) -> Position:
+        """A round without enough replies leaves the model as it was."""
+        why = self._failures(sum_.rejected)
+        first = f"; node {why[0]['node']} said: {why[0]['reason']}" if why else ""
+        after = position.but(round=number, abandoned=position.abandoned + 1)
+        need = self.job.options.min_replies
+        said = f"round {number}: {sum_.replies} of {need} needed replies could be used{first}"
+        nobody = sum_.replies == 0 and len(why) > 0 and position.round == 0
+        if nobody or after.abandoned >= PATIENCE_WITHOUT_REPLIES:
+            raise RunError(f"{said}; the run ends, and its log.txt has the nodes' errors")
+        self.progress.note(f"{said}; the model stays as it was")
+        return after
+
+    def _averaged(self, position: Position) -> Position:
+        start = self.job.options.average_from
+        if not start or position.round < start:
+            return position
+        count = position.averaged + 1
+        before = position.average if position.average is not None else position.parameters
+        return position.but(average=before.lerp(position.parameters, 1 / count), averaged=count)
+
+    # ---- evaluation
+
+    def _model(self, position: Position) -> tuple[Tree, Tree]:
+        """What the run would end with now."""
+        vector, buffers = position.parameters, position.buffers
+        if position.average is not None:
+            vector = position.average
+        return self._tree(vector, buffers)
+
+    def _tree(self, vector: Tensor, buffers: Tensor) -> tuple[Tree, Tree]:
+        mixed = dict(self.job.buffers)
+        if self.travelling.size:
+            mixed |= self.travelling.unflatten(buffers)
+        return self.manifest.unflatten(vector), mixed
+
+    def _evaluate(self, position: Position) -> tuple[Position, Mapping[str, float]]:
+        options = self.job.options
+        due = position.round % options.evaluate_every == 0 or position.round == options.rounds
+        if self.job.evaluate is None or not due:
+            return position, {}
+        metrics = self.job.evaluate(*self._model(position))
+        self._metrics = metrics
+        return self._remember_best(position, metrics), metrics
+
+    def _remember_best(self, position: Position, metrics: Mapping[str, float]) -> Position:
+        options, name = self.job.options, self.job.options.early_stop_metric
+        if options.keep == "last" and not options.early_stop_patience:
+            return position
+        if name not in metrics:
+            raise RunError(
+                f"early-stop-metric is {name!r}, but the evaluation gives {', '.join(metrics)}"
+            )
+        value = -metrics[name] if name in LOWER_IS_BETTER else metrics[name]
+        if position.best is not None and not value > position.best.value:
+            return position.but(stale=position.stale + 1)
+        vector = position.parameters if position.average is None else position.average
+        best = Best(value, position.round, vector, position.buffers)
+        return position.but(best=best, stale=0)
+
+    def _patience_is_over(self, position: Position) -> bool:
+        patience = self.job.options.early_stop_patience
+        return patience > 0 and position.stale >= patience
+
+    def _federated_is_due(self, number: int) -> bool:
+        every = self.job.options.federated_every
+        return every >= 0 and (
+            number == self.job.options.rounds or (every > 0 and number % every == 0)
+        )
+
+    def _federated(self, position: Position) -> FederatedEvaluation:
+        count = self.job.options.federated_nodes or len(self.nodes)
+        nodes = self.nodes[:count]
+        requests = self._requests(position, position.round, nodes, "evaluate")
+        timeout = self.job.options.round_timeout or None
+        evaluation = gather(stream(self.grid, requests, timeout), nodes)
+        if evaluation.rows:
+            self.run.write_nodes(evaluation.rows)
+        return evaluation
+
+    # ---- begin, save, end
+
+    def _begin(self) -> Position:
+        position = checkpoint.load(self.run.checkpoint_path)
+        if position is not None:
+            restore = getattr(self.grid, "restore_states", None)
+            if restore is not None:
+                restore(checkpoint.load_nodes(self.run.checkpoint_path, position.round))
+            self.run.truncate_rounds(position.round)
+            for line in self.run.rounds():
+                self._metrics = line.get("metrics") or self._metrics
+            return position
+        self.run.truncate_rounds(-1)
+        parameters = self.manifest.flatten(self.job.parameters)
+        buffers = checkpoint.no_buffers()
+        if self.travelling.size:
+            buffers = self.travelling.flatten(
+                averaged_buffers(self.job.buffers, self.job.options.buffers)
+            )
+        position = Position(
+            round=0,
+            parameters=parameters,
+            buffers=buffers,
+            slots=self.optimizer.init(parameters),
+            layers=self.job.stack.init(self.manifest.size),
+        )
+        position, metrics = self._evaluate(position)
+        if metrics:
+            self.run.append_round({"round": 0, "metrics": metrics})
+        return position
+
+    def _save(self, position: Position, *, last: bool) -> None:
+        now = time.monotonic()
+        if last or now - self._saved_at >= CHECKPOINT_EVERY_S:
+            states = getattr(self.grid, "pickled_states", dict)
+            checkpoint.save(self.run.checkpoint_path, position, states())
+            self._saved_at = now
+
+    def _end(self, position: Position, stopped: str) -> Outcome:
+        parameters, buffers = self._model(position)
+        metrics = self._metrics
+        if self.job.options.keep == "best" and position.best is not None:
+            parameters, buffers = self._tree(position.best.parameters, position.best.buffers)
+            if self.job.evaluate is not None:
+                metrics = self.job.evaluate(parameters, buffers)
+        self.run.write_model({**parameters, **buffers}, {"round": str(position.round)})
+        return Outcome(position.round, stopped, dict(metrics), parameters, buffers)
+
+    def _failures(self, rejected: Sequence[Rejected]) -> list[dict[str, Any]]:
+        return [
+            {"node": self.names.get(item.node_id, str(item.node_id)), "reason": item.reason}
+            for item in rejected
+        ]
+
+    def _bytes(self, requests: Sequence[Message]) -> int:
+        size = self.manifest.size * self.manifest.dtype.itemsize
+        return len(requests) * (size + self.travelling.size * 4)
