@@ -1,0 +1,92 @@
+"""Clipping a flat update to an L2 norm, so that the bound really holds in floating point.
+
+Two things go wrong in plain code: squares of large float32 numbers overflow to infinity (an
+update of 1e30 becomes 0 or NaN), and `update * (norm / length)` can come out a little longer
+than `norm`. Here lengths are taken in float64 after scaling by the largest coordinate, and a
+clipped update is shrunk until its length, computed again, is within the bound.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from umbel.privacy.validate import positive
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """An update within the bound, and what it was before.
+
+    Attributes:
+        update: shape (size,), of the input's dtype, with an L2 norm of at most the bound.
+        length: the L2 norm before clipping; private data of the node.
+        was_clipped: the update was longer than the bound; private data of the node.
+    """
+
+    update: Tensor
+    length: float
+    was_clipped: bool
+
+
+def l2_norm(update: Tensor) -> float:
+    """The L2 norm of a tensor of any shape, in float64 and without overflow.
+
+    Edge cases: an empty tensor has norm 0; a tensor with NaN has norm NaN; with an infinity,
+    infinity.
+    """
+    if update.numel() == 0:
+        return 0.0
+    flat = update.detach().reshape(-1)
+    # Squares of any float32 number fit in float64, so no scaling pass is needed there.
+    if flat.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+    wide = flat.to(torch.float64)
+    largest = float(wide.abs().max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(wide / largest))
+
+
+def clip(update: Tensor, norm: float) -> Clipped:
+    """Scale an update down to an L2 norm of at most `norm`; shorter ones are left as they are.
+
+    Guarantees: `l2_norm(result.update) <= norm`, as computed in float64.
+
+    Edge cases: the zero update stays zero. 1e30 is scaled like any other number.
+
+    Args:
+        update: shape (size,), floating point, finite.
+        norm: the bound, above 0, in the update's own unit.
+
+    Raises:
+        ValueError: the norm is not positive, or the update is not floating point or not finite.
+
+    Example:
+        >>> clip(torch.tensor([3.0, 4.0]), norm=1.0).update.tolist()
+        [0.6000000238418579, 0.800000011920929]
+    """
+    positive(norm=norm)
+    if not update.is_floating_point():
+        raise ValueError(
+            f"only floating-point updates can be clipped, but this one is {update.dtype}; "
+            "keep integer buffers out of the update"
+        )
+    length = l2_norm(update)
+    if not math.isfinite(length):
+        raise ValueError("the update is not finite; a NaN or infinite update must be rejected")
+    if length <= norm:
+        return Clipped(update, length, was_clipped=False)
+    return Clipped(_shrink(update, norm, length), length, was_clipped=True)
+
+
+def _shrink(update: Tensor, norm: float, length: float) -> Tensor:
+    factor = norm / length
+    step = 2.0**-24
+    while True:
+        shrunk = (update.to(torch.float64) * factor).to(update.dtype)
+        if l2_norm(shrunk) <= norm:
+            return shrunk
+        factor *= 1 - step
+        step *= 2
