@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ROOMS  := privacy strategies transport clients server benchmarks
 
-.PHONY: help demo test test-slow check fmt links wheel bench clean
+.PHONY: help demo test test-slow check fmt links proto wheel bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,11 @@ links: ## the layout that type checkers and editors need (.links/umbel/...)
 	@for room in $(ROOMS); do ln -sfn ../../$$room .links/umbel/$$room; done
 	@for file in umbel/*; do ln -sfn ../../$$file .links/umbel/$$(basename $$file); done
 
+proto: links ## generate transport/link_pb2 (code of Protobuf 5.29 runs on 5.29 and all of 6)
+	$(PYTHON) -m venv .proto
+	.proto/bin/python -m pip install --quiet 'grpcio-tools==1.71.2' 'setuptools<81'
+	.proto/bin/python -m grpc_tools.protoc -I.links --python_out=.links --pyi_out=.links umbel/transport/link.proto
+
 wheel: $(READY) ## build dist/*.whl
 	$(BIN)/python -m build --wheel
 
@@ -47,4 +52,4 @@ bench: $(READY) ## speed benchmarks
 	$(BIN)/umbel bench speed
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .links build dist *.egg-info
+	rm -rf $(VENV) .links .proto build dist *.egg-info
