@@ -105,7 +105,7 @@ class Entry:
     licence: str
 
 
-_UCI = "UCI, in scikit-learn"
+_UCI = "UCI (scikit-learn)"
 CATALOGUE = {
     entry.name: entry
     for entry in (
@@ -120,7 +120,7 @@ CATALOGUE = {
             353,
             89,
             "10 numbers",
-            "Efron et al. 2004, in scikit-learn",
+            "Efron et al. (scikit-learn)",
             "BSD-3-Clause, as scikit-learn",
         ),
         Entry(

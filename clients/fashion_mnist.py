@@ -39,7 +39,7 @@ MIRRORS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
 )
-TIMEOUT_S = 10
+TIMEOUT_S = 8  # without a byte
 CHUNK = 1 << 18  # bytes
 
 
@@ -190,7 +190,8 @@ def _fill(folder: Path, progress: Progress) -> None:
                 found = source(Path(scratch), progress)
                 contents = {key: _read(found, file) for key, file in FILES.items()}
             except SourceError as error:
-                reasons.append(f"{name}: {error}")
+                if str(error):  # an empty folder explains nothing
+                    reasons.append(f"{name}: {error}")
                 continue
         for key, content in contents.items():
             file = FILES[key]
@@ -241,7 +242,7 @@ def _placed(folder: Path, scratch: Path, progress: Progress) -> Path:  # noqa: A
         if not (folder / f"{file.idx}.gz").exists() and not (folder / file.idx).exists()
     ]
     if missing:
-        raise SourceError("no files" if len(missing) == len(FILES) else f"no {missing[0]}")
+        raise SourceError("" if len(missing) == len(FILES) else f"{missing[0]} is missing")
     return folder
 
 
@@ -250,14 +251,14 @@ def _from_apt(scratch: Path, progress: Progress) -> Path:
     options = ["-qq", f"-oAcquire::http::Timeout={TIMEOUT_S}", "-oAcquire::Retries=0"]
     try:
         _apt([*options, "download", PACKAGE], scratch, progress)
-    except SourceError:
-        # The machine's own lists may be missing or old; a private copy needs no root either.
-        (scratch / "lists" / "partial").mkdir(parents=True)
-        (scratch / "cache").mkdir()
-        scratch.chmod(0o755)  # for root, apt reads its lists as another user
-        options += [f"-oDir::State::Lists={scratch}/lists", f"-oDir::Cache={scratch}/cache"]
-        _apt([*options, "-oAcquire::Languages=none", "update"], scratch, progress)
-        _apt([*options, "download", PACKAGE], scratch, progress)
+    except SourceError as first:
+        # Other lists help against an unknown or moved package, not against a dead network.
+        if "Failed to fetch" in str(first) and "404" not in str(first):
+            raise
+        try:
+            _apt_with_own_lists(options, scratch, progress)
+        except SourceError:
+            raise first from None
     packages = list(scratch.glob(f"{PACKAGE}_*.deb"))
     if not packages:
         raise SourceError(f"apt-get found no package {PACKAGE}")
@@ -270,6 +271,16 @@ def _from_apt(scratch: Path, progress: Progress) -> Path:
     if unpacked.returncode:
         raise SourceError(_last_line(unpacked.stderr) or "dpkg-deb failed")
     return scratch / "unpacked" / SYSTEM.relative_to("/")
+
+
+def _apt_with_own_lists(options: list[str], scratch: Path, progress: Progress) -> None:
+    """For a machine whose package lists are missing or old: fetch a private copy first."""
+    (scratch / "lists" / "partial").mkdir(parents=True)
+    (scratch / "cache").mkdir()
+    scratch.chmod(0o755)  # for root, apt reads its lists as another user
+    options = [*options, f"-oDir::State::Lists={scratch}/lists", f"-oDir::Cache={scratch}/cache"]
+    _apt([*options, "-oAcquire::Languages=none", "update"], scratch, progress)
+    _apt([*options, "download", PACKAGE], scratch, progress)
 
 
 def _apt(arguments: list[str], scratch: Path, progress: Progress) -> None:

@@ -83,7 +83,7 @@ class Dirichlet:
         owner = np.empty(count, np.int64)
         for members in _rows(classes, int(classes.max()) + 1):
             shares = generator.dirichlet(np.full(parts, self.alpha))
-            ends = np.floor(np.cumsum(shares) * len(members)).astype(np.int64)
+            ends = np.rint(np.cumsum(shares) * len(members)).astype(np.int64)
             ends[-1] = len(members)
             sizes = np.diff(np.minimum(ends, len(members)), prepend=0)
             owner[generator.permutation(members)] = np.repeat(np.arange(parts), sizes)

@@ -30,14 +30,13 @@ def list_(as_json: Json = False) -> None:
         ]
         typer.echo(json.dumps({"datasets": rows, "cache": str(datasets.cache_folder())}))
         return
-    header = ("name", "task", "train", "test", "features", "source", "here")
+    header = ("name", "task", "train", "test", "source", "here")
     lines: list[tuple[str, ...]] = [
         (
             entry.name,
             entry.task,
             f"{entry.train:,}",
             f"{entry.test:,}",
-            entry.features,
             entry.source,
             "yes" if places[entry.name] else "no",
         )
@@ -56,7 +55,7 @@ def list_(as_json: Json = False) -> None:
     for title in header:
         table.add_column(
             title,
-            no_wrap=title not in ("features", "source"),
+            no_wrap=title != "source",
             justify="right" if title in ("train", "test") else "left",
         )
     for line in lines:
