@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +326,7 @@ def _from_web(mirror: str, scratch: Path, progress: Progress) -> Path:
                     copy.write(chunk)
                     done += len(chunk)
                     progress(doing, min(done / total, 1.0))
-        except OSError as error:  # URLError and time-outs are OSErrors
+        except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
             raise SourceError(str(getattr(error, "reason", None) or error)) from error
     return scratch
 
