@@ -131,8 +131,8 @@ def load(directory: Path) -> Position | None:
         raise ConfigError(f"the checkpoint {file} is damaged ({error}); start a new run") from error
     best = None
     if numbers["best"] is not None:
-        value, number = numbers["best"]
-        best = Best(value, number, tensors["best.parameters"], tensors["best.buffers"])
+        value, at_round = numbers["best"]
+        best = Best(value, at_round, tensors["best.parameters"], tensors["best.buffers"])
     return Position(
         round=numbers["round"],
         parameters=tensors["parameters"],
@@ -142,9 +142,7 @@ def load(directory: Path) -> Position | None:
             _with_tensors(state, f"layer.{i}.", tensors)
             for i, state in enumerate(numbers["layers"])
         ),
-        best=None
-        if best is None
-        else Best(*best, tensors["best.parameters"], tensors["best.buffers"]),
+        best=best,
         stale=numbers["stale"],
         average=tensors.get("average"),
         averaged=numbers["averaged"],

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -27,17 +27,6 @@ from umbel.server.roster import NodeRef
 from umbel.server.workers import Nursery, Workers
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
-
-GROUP = 1
-"""Tasks that go to a worker together, unless the app can train more nodes at once."""
-
-
-class Grouping(Protocol):
-    """A client app that trains several nodes as one computation."""
-
-    def group_size(self, run_config: Mapping[str, Any]) -> int:
-        """How many; a function of the options alone, so that results do not depend on workers."""
-        ...
 
 
 @dataclass
@@ -90,7 +79,7 @@ class EmbeddedGrid(Grid):
         run_config: Mapping[str, Any] | None = None,
         run_id: int = 1,
         threads: int = 1,
-        group_size: int = GROUP,
+        group_size: int = 1,
         nursery: Nursery | None = None,
         log: Path | None = None,
     ) -> None:
@@ -228,6 +217,10 @@ class EmbeddedGrid(Grid):
             for partition, node_id in enumerate(self.get_node_ids())
         ]
 
+    def name_of(self, node_id: int) -> str:
+        """The node's name in reports: its partition."""
+        return str(node_id - FIRST_NODE)
+
     def _envelope(self, message: Message) -> Envelope:
         node_id = message.metadata.dst_node_id
         if not FIRST_NODE <= node_id < FIRST_NODE + self._nodes:
@@ -300,8 +293,8 @@ class EmbeddedGrid(Grid):
         give_id(done.reply, f"{message_id}-reply")
         self._ready[message_id] = done.reply
         if done.failure and self._log is not None:
-            partition = task.envelope.node_id - FIRST_NODE
-            self._log.write(f"node {partition} failed:\n{done.failure}\n")
+            name = self.name_of(task.envelope.node_id)
+            self._log.write(f"node {name} failed:\n{done.failure}\n")
             self._log.flush()
         self.on_done(1)
 

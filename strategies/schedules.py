@@ -14,7 +14,8 @@ def factor(
     """What the learning rate is multiplied by in round `number`.
 
     Args:
-        schedule: `constant`; `cosine` and `linear` fall to `gamma` in the last round;
+        schedule: `constant`; `cosine` and `linear` fall towards `gamma`, which the
+            round after the last would have;
             `step` multiplies by `gamma` each `every` rounds; `exponential` by `gamma` a round.
         number: from 1.
         rounds: planned rounds.
@@ -26,12 +27,12 @@ def factor(
         ConfigError: an unknown schedule.
 
     >>> [round(factor("cosine", n, 3, gamma=0.0, every=1, warmup=0), 2) for n in (1, 2, 3)]
-    [1.0, 0.5, 0.0]
+    [1.0, 0.75, 0.25]
     """
     if number <= warmup:
         return number / (warmup + 1)
     done = number - warmup - 1
-    last = max(1, rounds - warmup - 1)
+    last = max(1, rounds - warmup)
     match schedule:
         case "constant":
             return 1.0

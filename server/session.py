@@ -1,0 +1,56 @@
+"""What an engine gives to the server app that it runs: where to write, where to show."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from umbel.server import progress
+from umbel.server.progress import Progress
+from umbel.server.rundir import RunDirectory, machine, versions
+
+
+@dataclass
+class Session:
+    """One run of one server app.
+
+    Attributes:
+        run: the run directory.
+        progress: where a person watches.
+        result: what a federation's app reports when it ends; empty for other apps.
+    """
+
+    run: RunDirectory
+    progress: Progress
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+_current: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+@contextlib.contextmanager
+def session(run: RunDirectory, shown: Progress) -> Iterator[Session]:
+    """The session that `current` finds while a server app runs."""
+    opened = Session(run, shown)
+    token = _current.set(opened)
+    try:
+        yield opened
+    finally:
+        _current.reset(token)
+
+
+def current(name: str, options: dict[str, Any]) -> Session:
+    """The engine's session; under Flower's own engines a new one, in `runs/`."""
+    found = _current.get()
+    if found is not None:
+        return found
+    config = {
+        "app": name,
+        "options": options,
+        "engine": "flower",
+        "versions": versions(),
+        "machine": machine(),
+    }
+    return Session(RunDirectory.create(None, name, config), progress.choose(sys.stderr))

@@ -1,0 +1,150 @@
+"""The one object from which both apps of a federation come.
+
+    task.py         federation = Federation(trainer=TorchTrainer(Net), data=Partitioned(...))
+    server_app.py   app = federation.server_app()
+    client_app.py   app = federation.client_app()
+
+The two halves cannot disagree about the model, the options or the layers, because there is
+nothing to agree about: they hold the same object.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from umbel.clients.data import Node, Split
+from umbel.clients.node import FederationClientApp, NodeHalf
+from umbel.clients.trainer import Trainer, Weights
+from umbel.server.roster import roster
+from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
+from umbel.server.session import Session, current
+from umbel.strategies.options import Options, RunOptions, Value, checked
+from umbel.strategies.stack import Stack
+
+LOCAL_STATISTICS = "running_mean"
+"""How the running statistics of batch normalisation are called in torch."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A federated task: who trains what on which data, under which stack.
+
+    Attributes:
+        trainer: knows the model; see `umbel.TorchTrainer`, `SklearnTrainer`, `FunctionTrainer`.
+        data: a node's own examples; see `umbel.Partitioned`.
+        test: held-out examples for central evaluation; left out, `data.central_test` is used
+            where it exists.
+        stack: the layers and the collect, or a function of the options that makes them.
+        options: defaults of this app, over those of Umbel and of the trainer.
+        summary: adds to the result of a run, e.g. a comparison with other ways to train.
+        name: of the app, in run directories.
+    """
+
+    trainer: Trainer
+    data: Callable[[Node, Options], Split | Any]
+    test: Callable[[Options], Any] | None = None
+    stack: Stack | Callable[[Options], Stack] = field(default_factory=Stack)
+    options: Mapping[str, Value] = field(default_factory=dict)
+    summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
+    name: str = "federation"
+
+    def known_options(self) -> dict[str, Value]:
+        """Every option that this federation understands, with its default."""
+        trainers: Mapping[str, Value] = getattr(self.trainer, "OPTIONS", {})
+        return {**RunOptions.defaults(), **trainers, **self.options}
+
+    def complete(self, given: Options) -> dict[str, Value]:
+        """The given options over the defaults, types checked.
+
+        Raises:
+            ConfigError: an option of the wrong type.
+        """
+        known = self.known_options()
+        return known | {
+            name: checked(name, value, known[name]) if name in known else value
+            for name, value in given.items()
+        }
+
+    def stack_for(self, options: Options) -> Stack:
+        """The stack that these options ask for."""
+        return self.stack if isinstance(self.stack, Stack) else self.stack(options)
+
+    def client_app(self) -> FederationClientApp:
+        """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
+        return FederationClientApp(
+            NodeHalf(self.trainer, self.data, options=self.complete, stack=self.stack_for)
+        )
+
+    def server_app(self) -> "FederationServerApp":
+        """The coordinator's app; assign it to `app` at the top level of `server_app.py`."""
+        return FederationServerApp(self)
+
+    def job(self, options: Options) -> Job:
+        """What the coordinator trains under these options (complete ones)."""
+        run_options = RunOptions.read(options)
+        first = self.trainer.initial(options, run_options.seed)
+        rate = options.get("learning-rate")
+        return Job(
+            parameters=first.parameters,
+            buffers=first.buffers,
+            options=run_options,
+            stack=self.stack_for(options),
+            evaluate=self._central_evaluation(options),
+            learning_rate=float(rate) if isinstance(rate, int | float) else None,
+        )
+
+    def _central_evaluation(self, options: Options) -> Evaluate | None:
+        held_out = self.test or getattr(self.data, "central_test", None)
+        if held_out is None:
+            return None
+        examples = held_out(options)
+
+        def evaluate(parameters: dict[str, Any], buffers: dict[str, Any]) -> Mapping[str, float]:
+            weights = Weights(parameters, buffers)
+            return self.trainer.evaluate(weights, examples, options).metrics
+
+        return evaluate
+
+
+class FederationServerApp(ServerApp):
+    """The `ServerApp` of a federation."""
+
+    def __init__(self, federation: Federation) -> None:
+        super().__init__()
+        self.federation = federation
+        self.main()(self._run)
+
+    def _run(self, grid: Grid, context: Context) -> None:
+        federation = self.federation
+        options = federation.complete(context.run_config)
+        session = current(federation.name, dict(options))
+        job = federation.job(options)
+        nodes = roster(grid)
+        rounds = Rounds(job, grid, nodes, session.run, session.progress)
+        session.progress.start(
+            f"{federation.name} ({rounds.manifest.size:,} parameters)",
+            job.options.rounds,
+            len(nodes),
+        )
+        self._advise(job, session)
+        outcome = rounds.fit()
+        session.result |= {
+            "rounds": outcome.rounds,
+            "metrics": dict(outcome.metrics),
+            "epsilon": job.guard.epsilon(),
+            "stopped": outcome.stopped,
+        }
+        if federation.summary is not None:
+            session.result["summary"] = dict(federation.summary(outcome, options))
+
+    def _advise(self, job: Job, session: Session) -> None:
+        """Say what a user would otherwise find out from a bad curve."""
+        statistics = any(LOCAL_STATISTICS in name for name in job.buffers)
+        if statistics and job.options.buffers == "local" and job.evaluate is not None:
+            session.progress.note(
+                "the model's running statistics stay on the nodes, so the central evaluation "
+                "sees those of the first model; use buffers=mean, or group normalisation"
+            )

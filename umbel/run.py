@@ -1,0 +1,214 @@
+"""`umbel run`: an app on the embedded engine, with a run directory and a report."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import ServerApp
+
+from umbel.federation import Federation, FederationServerApp
+from umbel.server import progress as showing
+from umbel.server.embedded import EmbeddedGrid
+from umbel.server.observer import ObservedGrid
+from umbel.server.progress import Progress
+from umbel.server.rundir import RunDirectory, machine, versions
+from umbel.server.session import session
+from umbel.server.workers import Nursery
+from umbel.strategies.app import AppFolder, open_app
+from umbel.strategies.errors import ConfigError
+from umbel.strategies.options import Options, override
+
+NODES = 10
+"""Virtual nodes of an app that does not say how many it wants."""
+EXAMPLE = Path(__file__).parent / "examples" / "fashion"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal; it can go on from its directory, `run`."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(str(run))
+        self.run = run
+
+
+def run(
+    app: Path | str | None = None,
+    *,
+    options: Options | None = None,
+    nodes: int | None = None,
+    workers: int | None = None,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run an app on this machine.
+
+    Args:
+        app: the app's folder; the bundled example if None.
+        options: change those of the app's `[tool.flwr.app.config]`.
+        nodes: virtual nodes; as many as the app says, else 10, if None.
+        workers: worker processes; one a core if None; 0 runs the nodes in this process.
+        out: the run directory; a new one under `runs/` if None.
+        resume: a run directory to continue, in place of `app`.
+        progress: where to show what happens; standard error if None.
+
+    Returns:
+        What `umbel run --json` prints.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+        RunError: the run could not go on.
+        Interrupted: by Ctrl-C; the run directory can be resumed.
+
+    >>> run("my-app", options={"rounds": 5})["metrics"]  # doctest: +SKIP
+    """
+    workers = _processors() if workers is None else workers
+    nursery = Nursery(preload=["umbel.federation"]) if workers > 0 else None
+    try:
+        plan = _plan(app, options or {}, nodes, workers, resume)
+        directory = _directory(plan, out, resume)
+        return _execute(plan, directory, nursery, progress or showing.choose(sys.stderr))
+    finally:
+        if nursery is not None:
+            nursery.close()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A run that has been checked and can start."""
+
+    folder: AppFolder
+    server_app: ServerApp
+    options: dict[str, Any]
+    nodes: int
+    workers: int
+
+    @property
+    def federation(self) -> Federation | None:
+        app = self.server_app
+        return app.federation if isinstance(app, FederationServerApp) else None
+
+    @property
+    def group_size(self) -> int:
+        """How many nodes the app would train as one computation."""
+        size = getattr(self.federation and self.federation.trainer, "group_size", None)
+        return 1 if size is None else int(size(self.options))
+
+
+def _plan(
+    app: Path | str | None,
+    changes: Options,
+    nodes: int | None,
+    workers: int,
+    resume: Path | str | None,
+) -> _Plan:
+    if resume is not None:
+        before = RunDirectory.open(Path(resume)).config()
+        app, nodes = before["app_path"], before["nodes"]
+        changes = {**before["changes"], **changes}
+    folder = open_app(Path(app) if app is not None else _example())
+    server_app = folder.server_app()
+    known: Mapping[str, Any] = folder.options
+    if isinstance(server_app, FederationServerApp):
+        known = server_app.federation.complete(folder.options)
+    elif resume is not None:
+        raise ConfigError(
+            f"{folder.name} keeps its own rounds, so Umbel cannot continue it; only apps made "
+            "with Federation can be resumed"
+        )
+    options = override(known, changes)
+    return _Plan(folder, server_app, options, nodes or folder.nodes or NODES, workers)
+
+
+def _example() -> Path:
+    """The bundled example: beside this file in a wheel, in `examples/` in a checkout."""
+    if EXAMPLE.is_dir():
+        return EXAMPLE
+    return Path(__file__).resolve().parent.parent / "examples" / "fashion"
+
+
+def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -> RunDirectory:
+    if resume is not None:
+        return RunDirectory.open(Path(resume))
+    folder = plan.folder
+    known: Mapping[str, Any] = folder.options
+    if plan.federation is not None:
+        known = plan.federation.complete(folder.options)
+    config = {
+        "app": folder.name,
+        "app_path": str(folder.path),
+        "app_hash": folder.digest(),
+        "options": plan.options,
+        "changes": {k: v for k, v in plan.options.items() if known.get(k) != v},
+        "nodes": plan.nodes,
+        "engine": "embedded",
+        "workers": plan.workers,
+        "versions": versions(),
+        "machine": machine(),
+        "command": sys.argv,
+    }
+    return RunDirectory.create(None, folder.name, config, out=Path(out) if out else None)
+
+
+def _execute(
+    plan: _Plan, directory: RunDirectory, nursery: Nursery | None, progress: Progress
+) -> dict[str, Any]:
+    began = time.monotonic()
+    _log_to(directory.log_path, quiet=plan.federation is not None)
+    kind = EmbeddedGrid if plan.federation is not None else ObservedGrid
+    grid = kind(
+        plan.folder.path,
+        plan.nodes,
+        workers=plan.workers,
+        run_config=plan.options,
+        group_size=plan.group_size,
+        nursery=nursery,
+        log=directory.log_path,
+    )
+    context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(plan.options))
+    try:
+        with grid, session(directory, progress) as current:
+            plan.server_app(grid, context)
+            if isinstance(grid, ObservedGrid):
+                current.result |= grid.finish(directory)
+    except KeyboardInterrupt:
+        progress.finish(f"stopped; continue with: umbel run --resume {directory.path}")
+        raise Interrupted(directory.path) from None
+    except BaseException:
+        progress.finish("")
+        raise
+    result = {
+        "run": str(directory.path),
+        "epsilon": None,
+        "delta": None,
+        "epsilon_against": None,
+        "seconds": round(time.monotonic() - began, 3),
+        **current.result,
+    }
+    directory.write_result(result)
+    return result
+
+
+def _log_to(path: Path, *, quiet: bool) -> None:
+    """Flower's log goes to the run's log.txt; for apps that speak through it, to stderr too."""
+    logger = logging.getLogger("flwr")
+    for handler in list(logger.handlers):
+        if quiet or isinstance(handler, logging.FileHandler):
+            logger.removeHandler(handler)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def _processors() -> int:
+    with suppress(AttributeError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
