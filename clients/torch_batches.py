@@ -107,7 +107,7 @@ class ArraySource:
         return len(self.x)
 
     def batch(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _rows(self.x, rows), _rows(self.y, rows)
+        return rows_of(self.x, rows), rows_of(self.y, rows)
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,12 @@ def _stored(array: Any, device: torch.device) -> ArrayLike:
         if array.flags.writeable and all(step >= 0 for step in array.strides):
             array = torch.from_numpy(array)
     if device.type != "cpu" and array.nbytes <= RESIDENT_BYTES:
-        return _rows(array, None).to(device)
+        return rows_of(array, None).to(device)
     return array  # type: ignore[no-any-return]
 
 
-def _rows(array: ArrayLike, rows: Tensor | None) -> Tensor:
+def rows_of(array: ArrayLike, rows: Tensor | None) -> Tensor:
+    """Some rows of an array, or all of them, as a tensor; all of a tensor are not copied."""
     if isinstance(array, Tensor):
         return array if rows is None else array.index_select(0, rows.to(array.device))
     return torch.from_numpy(np.array(array) if rows is None else array[rows.numpy()])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ class Objective:
     Attributes:
         name: as the user gave it.
         loss: mean over a batch.
+        each: the same before the mean, the first axis being the example; None if unknown.
         targets: "class" indices (or, as floats of the outputs' shape, class probabilities),
             "real" numbers of the outputs' shape, or "any".
     """
@@ -31,6 +33,7 @@ class Objective:
     name: str
     loss: Loss
     targets: Literal["class", "real", "any"]
+    each: Loss | None = None
 
     def prepare(self, targets: Any) -> Any:
         """Targets in the type that the loss takes: int64 or float32.
@@ -79,21 +82,22 @@ def _classes_last(outputs: Tensor, targets: Tensor) -> bool:
     return outputs.ndim == 3 and targets.ndim == 2 and outputs.shape[:2] == targets.shape
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Softmax cross-entropy; outputs (B, C), (B, C, ...) or, for sequences, (B, T, C)."""
     if _classes_last(outputs, targets):
-        return functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
-    return functional.cross_entropy(outputs, targets)
+        outputs = outputs.movedim(-1, 1)
+    return functional.cross_entropy(outputs, targets, reduction=reduction)
 
 
-def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+def binary_cross_entropy(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Logistic loss of logits; targets 0 or 1, of the outputs' number of elements."""
-    return functional.binary_cross_entropy_with_logits(outputs, _like(targets, outputs))
+    targets = _like(targets, outputs)
+    return functional.binary_cross_entropy_with_logits(outputs, targets, reduction=reduction)
 
 
-def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+def mean_squared_error(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Squared error; targets of the outputs' number of elements."""
-    return functional.mse_loss(outputs, _like(targets, outputs))
+    return functional.mse_loss(outputs, _like(targets, outputs), reduction=reduction)
 
 
 def _like(targets: Tensor, outputs: Tensor) -> Tensor:
@@ -107,10 +111,14 @@ def _like(targets: Tensor, outputs: Tensor) -> Tensor:
     return targets.reshape(outputs.shape)
 
 
+def _built_in(name: str, loss: Callable[..., Tensor], targets: Any) -> Objective:
+    return Objective(name, loss, targets, partial(loss, reduction="none"))
+
+
 _BUILT_IN: Mapping[str, Objective] = {
-    "cross-entropy": Objective("cross-entropy", cross_entropy, "class"),
-    "binary-cross-entropy": Objective("binary-cross-entropy", binary_cross_entropy, "real"),
-    "mse": Objective("mse", mean_squared_error, "real"),
+    "cross-entropy": _built_in("cross-entropy", cross_entropy, "class"),
+    "binary-cross-entropy": _built_in("binary-cross-entropy", binary_cross_entropy, "real"),
+    "mse": _built_in("mse", mean_squared_error, "real"),
 }
 
 

@@ -100,6 +100,8 @@ class Workpiece:
         built: what buffers hold in a freshly built module, where that could change.
         least: the smallest batch it can be trained on.
         hidden: buffers outside of `state_dict`, each with its first value.
+        batchable: False once the model turned out not to be trainable with others at once.
+        checked: whether that was looked into.
     """
 
     module: nn.Module
@@ -108,6 +110,8 @@ class Workpiece:
     built: dict[str, Tensor]
     least: int
     hidden: list[tuple[Tensor, Tensor]]
+    batchable: bool = True
+    checked: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> "Workpiece":
@@ -160,6 +164,11 @@ class Workpiece:
             self.built[name] = buffer.detach().clone()
         if given is not None:
             _fill(buffer, given, name)
+
+    def touched(self, given: Weights) -> bool:
+        """Whether training changed a buffer that `given` was loaded into."""
+        state = [(self.buffers[n], given.buffers.get(n, first)) for n, first in self.built.items()]
+        return any(not torch.equal(b.cpu(), first.cpu()) for b, first in state + self.hidden)
 
     def weights(self, before: Weights) -> Weights:
         """The module's state as new CPU tensors; frozen values that were given are reused."""

@@ -51,6 +51,19 @@ class TorchSettings:
     local_processes: int = 1
     batched: str = "auto"
 
+    def processes(self) -> int:
+        """How many processes of this node share a job: one for each GPU, or as many as asked.
+
+        Raises:
+            ConfigError: more GPUs are asked for than the node has.
+        """
+        if self.gpus == 1 or self.device == "cpu":
+            return self.local_processes
+        found = torch.cuda.device_count()
+        if self.gpus > found:
+            raise ConfigError(f"gpus is {self.gpus}, but this node has {found}; use gpus=0 (all)")
+        return max(self.gpus or found, self.local_processes if found == 0 else 1)
+
     def validate(self) -> None:
         """Raises:
         ConfigError: a value is out of its range.

@@ -8,11 +8,13 @@ of threads): shuffles, dropout and augmentations are drawn from the job's seed, 
 generators are put back afterwards.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from umbel.clients import torch_cohort
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
 from umbel.clients.torch_batches import open_source, to_device, to_model
@@ -103,6 +105,28 @@ class TorchTrainer(TorchSettings):
             )
             loss = fit(task, source)
         return Trained(piece.weights(weights), source.size, {"loss": loss})
+
+    def train_cohort(
+        self, weights: Sequence[Weights], examples: Sequence[Any], jobs: Sequence[Job]
+    ) -> list[Trained] | None:
+        """What `train` gives for each node, to float tolerance, as one batched computation.
+
+        None where that does not apply: see `umbel.clients.torch_cohort`.
+        """
+        first = jobs[0]
+        settings = self.settings(first.options, first.learning_rate)
+        alike = all(
+            job.learning_rate == first.learning_rate and job.options == first.options
+            for job in jobs
+        )
+        if not alike or self.optimizer is not None or settings.processes() > 1:
+            return None
+        device = choose_device(settings.device)
+        with seeded(first.seed, device):
+            piece = self.bench.piece(first.options, device)
+            return torch_cohort.train_cohort(
+                piece, self.objective, settings, weights, examples, jobs
+            )
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         """Loss and metrics on examples, in batches of 512; `weights` is not mutated."""
