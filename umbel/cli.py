@@ -1,5 +1,169 @@
-"""The command line."""
+"""The command line.
+
+Exit status: 0 done; 1 the run failed; 2 bad usage or configuration; 3 a check failed; 130
+stopped by Ctrl-C. Results go to stdout, everything else to stderr. Commands import what they
+need when they run, so that `umbel --help` is quick.
+"""
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+# Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+INTERRUPTED = 130
+
+_GROUPS = {
+    "data": "Data sets: list them, fetch them.",
+}
+"""Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
+
+app = typer.Typer(
+    name="umbel",
+    help="Federated learning on Flower.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AppArgument = Annotated[
+    Path | None, typer.Argument(metavar="[APP]", help="An app's folder; the bundled example.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("-c", "--run-config", metavar="'K=V ...'", help="Change the app's options."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line on stdout.")]
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Federated learning on Flower."""
+    context.obj = {"debug": debug}
+    if version:
+        from umbel import __version__
+
+        typer.echo(f"umbel {__version__}")
+        raise typer.Exit
+
+
+@app.command("run")
+def run_command(
+    path: AppArgument = None,
+    config: Options = None,
+    nodes: Annotated[int | None, typer.Option(help="Virtual nodes.", min=1)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; 0 is none. Default: one a core.", min=0)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<run-id>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train an app on this machine and write a report."""
+    from umbel.run import run
+    from umbel.server.report import write_report
+    from umbel.strategies.errors import ConfigError
+    from umbel.strategies.options import parse
+
+    if resume is not None and (path is not None or out is not None):
+        raise ConfigError("--resume names the run to continue; leave out APP and --out")
+    result = run(
+        path, options=parse(config or []), nodes=nodes, workers=workers, out=out, resume=resume
+    )
+    report = write_report(Path(result["run"]))
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    from umbel.summary import lines
+
+    for line in lines(result, report):
+        typer.echo(line)
+
+
+@app.command("report")
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+) -> None:
+    """Draw a run: report.html and PNG plots, in its directory."""
+    from umbel.server.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command("new")
+def new_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to make.")],
+) -> None:
+    """Make an app that runs at once."""
+    from umbel.scaffold import new_app
+
+    folder = new_app(Path(name))
+    typer.echo(f"made {folder}; run it with: umbel run {name}")
+
+
+def _mount(arguments: list[str]) -> None:
+    """Import the group that is asked for; the others are names with a help text."""
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    for name, text in _GROUPS.items():
+        if name == wanted:
+            module = importlib.import_module(f"umbel.{name}_commands")
+            app.add_typer(module.app, name=name, help=text)
+        else:
+            app.add_typer(typer.Typer(), name=name, help=text)
 
 
 def main() -> None:
     """Entry point of the `umbel` command."""
+    arguments = sys.argv[1:]
+    _mount(arguments)
+    status: Any
+    try:
+        status = app(arguments, standalone_mode=False)
+    except Exception as error:
+        status = _explain(error, debug="--debug" in arguments)
+    except KeyboardInterrupt as stop:
+        run = getattr(stop, "run", None)
+        _say("stopped" if run is None else f"stopped; continue with: umbel run --resume {run}")
+        status = INTERRUPTED
+    sys.stdout.flush()
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _explain(error: Exception, *, debug: bool) -> int:
+    """Say in one sentence what went wrong; the exit status."""
+    from umbel.strategies.errors import UmbelError
+
+    if debug and not isinstance(error, click.ClickException):
+        traceback.print_exception(error)
+    if isinstance(error, click.ClickException):
+        hint = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        said = error.format_message().partition(" Did you mean")  # click and typer both ask
+        text = said[0] + "".join(said[1:]).split("?")[0] + ("?" if said[1] else "")
+        _say(text + (f" See: {hint} --help" if hint else ""))
+        return 2
+    if isinstance(error, click.Abort):
+        return INTERRUPTED
+    if isinstance(error, UmbelError):
+        _say(str(error))
+        return error.exit_status
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    _say(f"{type(error).__name__}: {error}{where}; add --debug after `umbel` for the traceback")
+    return 1
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"umbel: {text}\n")

@@ -1,0 +1,47 @@
+"""What a person reads at the end of a run."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_WHY = {
+    "rounds": "all rounds done",
+    "early-stop": "stopped early, no more improvement",
+    "budget": "stopped, the privacy budget is spent",
+}
+
+
+def lines(result: Mapping[str, Any], report: Path) -> Iterator[str]:
+    """The result of a run in a few lines, the report's place last."""
+    metrics = ", ".join(f"{name} {_number(name, value)}" for name, value in metrics_of(result))
+    why = _WHY.get(str(result.get("stopped")), str(result.get("stopped")))
+    yield f"{result.get('rounds', 0)} rounds in {result['seconds']:.1f} s ({why})"
+    if metrics:
+        yield metrics
+    if result.get("epsilon") is not None:
+        yield f"epsilon {result['epsilon']:.4g} at delta {result['delta']:g}"
+    yield from _summary(result.get("summary"))
+    yield f"report: {report}"
+
+
+def metrics_of(result: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The final metrics, accuracy first."""
+    return sorted(result.get("metrics", {}).items(), key=lambda item: (item[0] != "accuracy", item))
+
+
+def _summary(summary: Any) -> Iterator[str]:
+    """An app's own summary: a text, or rows of named numbers."""
+    if isinstance(summary, str):
+        yield summary
+    elif isinstance(summary, Mapping):
+        width = max((len(str(name)) for name in summary), default=0)
+        for name, value in summary.items():
+            if isinstance(value, Mapping):
+                value = "  ".join(f"{key} {_number(key, number)}" for key, number in value.items())
+            yield f"{name!s:<{width}}  {value}"
+
+
+def _number(name: str, value: Any) -> str:
+    if not isinstance(value, int | float):
+        return str(value)
+    return f"{value:.1%}" if name == "accuracy" else f"{value:.4g}"
