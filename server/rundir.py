@@ -177,6 +177,12 @@ class RunDirectory:
         _replace_json(path, value)
         return path
 
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Replace the file `name` in this directory with `content`."""
+        path = self.path / name
+        _replace(path, lambda fresh: _fill(fresh, content))
+        return path
+
     def append_round(self, line: Mapping[str, Any]) -> None:
         """Add one round to `metrics.jsonl`; it survives a kill of this process right after.
 
@@ -305,16 +311,16 @@ def _replace(path: Path, write: Callable[[Path], None], error: type[UmbelError] 
 
 def _replace_json(path: Path, value: Mapping[str, Any], error: type[UmbelError] = RunError) -> None:
     text = json.dumps(value, indent=2, default=_plain) + "\n"
-    _replace(path, lambda fresh: _fill(fresh, text), error)
+    _replace(path, lambda fresh: _fill(fresh, text.encode()), error)
 
 
 def _replace_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(value, default=_plain) + "\n" for value in values)
-    _replace(path, lambda fresh: _fill(fresh, text))
+    _replace(path, lambda fresh: _fill(fresh, text.encode()))
 
 
-def _fill(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _fill(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
