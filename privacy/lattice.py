@@ -164,8 +164,8 @@ class LatticeGaussian:
     @property
     def tv_per_sample(self) -> float:
         """Total-variation distance of one draw of `sample` or `add` to its exact law."""
-        # The carry's probability is wrong by 2**-51 of its tilt's bound, (|k| + 1) / (4 steps^2), at
-        # most, which averages to less than a quarter of 2**-51 / steps; and by 2**-64 as an integer.
+        # The carry is wrong by 2**-51 of its tilt's bound, (|k| + 1) / (4 steps^2), at most, which
+        # averages to less than a quarter of 2**-51 / steps, and by 2**-64 as an integer.
         return self._table.tv + 2.0**-51 / self.steps
 
     def sample(self, size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
