@@ -127,11 +127,12 @@ class Pace:
 
 @dataclass
 class Assembly:
-    """A content that is arriving in chunks."""
+    """A content that is arriving in chunks; `keep` is false where nobody wants it."""
 
     size: int
     parts: list[memoryview] = field(default_factory=list)
     received: int = 0
+    keep: bool = True
 
     def add(self, chunk: memoryview) -> bool:
         """Take a chunk; whether the content is complete.
@@ -144,8 +145,14 @@ class Assembly:
             raise FrameError(
                 f"a content announced with {self.size} bytes came with {self.received}"
             )
-        self.parts.append(chunk)
+        if self.keep:
+            self.parts.append(chunk)
         return self.received == self.size
+
+    def forget(self) -> None:
+        """Count the rest, and keep nothing."""
+        self.keep = False
+        self.parts.clear()
 
 
 def check_size(size: int, largest: int) -> None:

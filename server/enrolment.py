@@ -1,0 +1,318 @@
+"""Who belongs to a federation: nodes, tokens, certificates and revocations, in SQLite.
+
+The database lies in the coordinator's `--state` and is shared between the server process and
+`umbel nodes` and `umbel status` in other terminals; the server notices their changes within a
+second. Tokens are kept as hashes: whoever reads the database cannot enrol with it.
+"""
+
+import hashlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+
+from umbel.strategies.errors import ConfigError, RunError
+from umbel.transport.certificates import (
+    TICKET_PREFIX,
+    Authority,
+    CertificateError,
+    common_name,
+    load_certificate,
+    make_ticket,
+    sign_request,
+)
+from umbel.transport.join import JoinFile, make_join_file
+
+FIRST_NODE_ID = 1001
+_SCHEMA = """
+create table if not exists nodes (
+    node_id integer primary key, name text unique not null, created real not null,
+    revoked real, own_certificate integer not null default 0);
+create table if not exists certificates (
+    serial text primary key, name text not null, issued real not null, expires real not null);
+create table if not exists tokens (
+    digest text primary key, name text not null, expires real not null,
+    used real, request text);
+create table if not exists facts (name text primary key, value text not null);
+"""
+
+
+class RefusedError(Exception):
+    """A peer may not do this; the sentence is for the peer."""
+
+
+@dataclass(frozen=True)
+class EnrolledNode:
+    """One node of the federation.
+
+    Attributes:
+        node_id: Flower's id of it, the same for ever.
+        name: people's.
+        created: when the operator added it, seconds since 1970.
+        revoked: when it was revoked, or None.
+        enrolled: whether it has a certificate.
+        expires: when its newest certificate ends, or None.
+    """
+
+    node_id: int
+    name: str
+    created: float
+    revoked: float | None
+    enrolled: bool
+    expires: float | None
+
+
+class Enrolment:
+    """The database of a federation.
+
+    Args:
+        folder: the coordinator's state; made if missing.
+
+    Raises:
+        ConfigError: the database cannot be opened, or is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "umbel.sqlite"
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._database = sqlite3.connect(self.path, timeout=10, check_same_thread=False)
+            self.path.chmod(0o600)
+            self._database.execute("pragma journal_mode=wal")
+            found = self._database.execute("pragma quick_check").fetchone()[0]
+            self._database.executescript(_SCHEMA)
+        except (sqlite3.Error, OSError) as problem:
+            raise ConfigError(_unusable(self.path, problem)) from problem
+        if found != "ok":
+            raise ConfigError(_unusable(self.path, found))
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._database.close()
+
+    # ---- what an operator does
+
+    def add(
+        self, name: str, authority: Authority, address: str, valid_s: float = 24 * 3600.0
+    ) -> JoinFile:
+        """Add a node, or give a known one a new join file (its older ones are void).
+
+        Raises:
+            ConfigError: the name cannot be one, or the node was revoked.
+        """
+        self._insert(name, own_certificate=False)
+        expires = time.time() + valid_s
+        # The ticket outlives its token a little: a late node reads a sentence, not a TLS alert.
+        join = make_join_file(
+            name, address, expires, make_ticket(authority, name, valid_s / 86400 + 7)
+        )
+        with self._write() as database:
+            database.execute("delete from tokens where name=? and used is null", (name,))
+            database.execute(
+                "insert into tokens (digest, name, expires) values (?, ?, ?)",
+                (_digest(join.token), name, expires),
+            )
+        return join
+
+    def register(self, name: str) -> None:
+        """Admit a node that brings a certificate of the operator's own authority."""
+        self._insert(name, own_certificate=True)
+
+    def revoke(self, name: str) -> None:
+        """Shut a node out, now and for good.
+
+        Raises:
+            ConfigError: there is no such node.
+        """
+        with self._write() as database:
+            changed = database.execute(
+                "update nodes set revoked=coalesce(revoked, ?) where name=?", (time.time(), name)
+            ).rowcount
+            database.execute("delete from tokens where name=?", (name,))
+        if not changed:
+            known = ", ".join(node.name for node in self.nodes()) or "none"
+            raise ConfigError(f"there is no node {name!r}; the nodes are: {known}")
+
+    def nodes(self) -> list[EnrolledNode]:
+        """All nodes, in the order in which they were added."""
+        rows = self._read(
+            "select n.node_id, n.name, n.created, n.revoked, n.own_certificate,"
+            " max(c.expires) from nodes n left join certificates c on c.name = n.name"
+            " group by n.node_id order by n.node_id"
+        )
+        return [
+            EnrolledNode(row[0], row[1], row[2], row[3], bool(row[4]) or row[5] is not None, row[5])
+            for row in rows
+        ]
+
+    # ---- what a peer asks for
+
+    def enrol(
+        self, peer: bytes, token: str, request: bytes, authority: Authority
+    ) -> x509.Certificate:
+        """Exchange a token and a signing request for a certificate.
+
+        The same request may come again, for a node that lost the answer.
+
+        Raises:
+            RefusedError: the token is unknown, used, expired, or another node's.
+        """
+        row = self._read(
+            "select name, expires, used, request from tokens where digest=?", (_digest(token),)
+        )
+        if not row:
+            raise RefusedError("this token is not known here; ask the operator for a new join file")
+        name, expires, used, known_request = row[0]
+        asked = hashlib.sha256(request).hexdigest()
+        presented = _peer_name(peer)
+        if presented != TICKET_PREFIX + name:
+            raise RefusedError("the token and the certificate are not of the same join file")
+        if used is not None and known_request != asked:
+            raise RefusedError(f"the token of {name} was used; ask for a new join file")
+        if expires < time.time():
+            raise RefusedError(f"the token of {name} has expired; ask for a new join file")
+        certificate = self._sign(name, request, authority)
+        with self._write() as database:
+            database.execute(
+                "update tokens set used=?, request=? where digest=?",
+                (time.time(), asked, _digest(token)),
+            )
+        return certificate
+
+    def renew(self, peer: bytes, request: bytes, authority: Authority) -> x509.Certificate:
+        """A new certificate for a node that has one.
+
+        Raises:
+            RefusedError: it has none, or was revoked.
+        """
+        return self._sign(self.identify(peer).name, request, authority)
+
+    def identify(self, peer: bytes) -> EnrolledNode:
+        """Which node a certificate (PEM, already verified by TLS) belongs to.
+
+        Raises:
+            RefusedError: none, or one that was revoked.
+        """
+        try:
+            certificate = load_certificate(peer)
+        except CertificateError as problem:
+            raise RefusedError(str(problem)) from problem
+        name = common_name(certificate)
+        if name.startswith(TICKET_PREFIX):
+            raise RefusedError("a join file's ticket can enrol a node, and nothing else")
+        node = next((each for each in self.nodes() if each.name == name), None)
+        if node is None:
+            raise RefusedError(f"no node {name!r} is enrolled here; run: umbel nodes add {name}")
+        if node.revoked is not None:
+            raise RefusedError(f"node {name} was revoked by the operator")
+        serial = str(certificate.serial_number)
+        known = self._read("select 1 from certificates where serial=? and name=?", (serial, name))
+        if not known and not self._own_certificate(name):
+            raise RefusedError(f"this certificate of {name} was not issued here")
+        return node
+
+    # ---- what the server remembers
+
+    def fact(self, name: str) -> Any:
+        """A value that was kept under a name, or None."""
+        rows = self._read("select value from facts where name=?", (name,))
+        return json.loads(rows[0][0]) if rows else None
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a value under a name."""
+        with self._write() as database:
+            database.execute(
+                "insert into facts values (?, ?)"
+                " on conflict(name) do update set value=excluded.value",
+                (name, json.dumps(value)),
+            )
+
+    def version(self) -> int:
+        """A number that changes when another process has written."""
+        return int(self._read("pragma data_version")[0][0])
+
+    # ---- inside
+
+    def _insert(self, name: str, *, own_certificate: bool) -> None:
+        if not name or len(name) > 57 or not all(c.isalnum() or c in "-_." for c in name):
+            raise ConfigError(
+                f"{name!r} cannot be a node's name; use up to 57 letters, digits, '-', '_' and '.'"
+            )
+        for node in self.nodes():
+            if node.name == name and node.revoked is not None:
+                raise ConfigError(f"node {name} was revoked; enrol the machine under a new name")
+        with self._write() as database:
+            database.execute(
+                "insert into nodes (node_id, name, created, own_certificate) values"
+                " ((select coalesce(max(node_id), ?) + 1 from nodes), ?, ?, ?)"
+                " on conflict(name) do update set own_certificate="
+                "max(own_certificate, excluded.own_certificate)",
+                (FIRST_NODE_ID - 1, name, time.time(), int(own_certificate)),
+            )
+
+    def _sign(self, name: str, request: bytes, authority: Authority) -> x509.Certificate:
+        for node in self.nodes():
+            if node.name == name and node.revoked is not None:
+                raise RefusedError(f"node {name} was revoked by the operator")
+        try:
+            certificate = sign_request(authority, request, name)
+        except CertificateError as problem:
+            raise RefusedError(str(problem)) from problem
+        row = (
+            str(certificate.serial_number),
+            name,
+            time.time(),
+            certificate.not_valid_after_utc.timestamp(),
+        )
+        with self._write() as database:
+            database.execute("insert into certificates values (?, ?, ?, ?)", row)
+        return certificate
+
+    def _own_certificate(self, name: str) -> bool:
+        return bool(self._read("select 1 from nodes where name=? and own_certificate", (name,)))
+
+    def _read(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        with self._lock:
+            try:
+                return self._database.execute(query, values).fetchall()
+            except sqlite3.Error as problem:
+                raise RunError(_unusable(self.path, problem)) from problem
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._lock, self._database:
+                yield self._database
+        except sqlite3.Error as problem:
+            raise RunError(_unusable(self.path, problem)) from problem
+
+
+def _peer_name(peer: bytes) -> str:
+    try:
+        return common_name(load_certificate(peer))
+    except CertificateError as problem:
+        raise RefusedError(str(problem)) from problem
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _unusable(path: Path, problem: object) -> str:
+    text = str(problem)
+    if "full" in text or "disk I/O" in text or "No space" in text:
+        return f"{path} cannot be written ({text}); make room on its disk and start again"
+    if "locked" in text:
+        return f"{path} is locked by another process; wait for it or stop it"
+    if "malformed" in text or "not a database" in text or "***" in text:
+        return f"{path} is damaged ({text[:200]}); put back a copy of it, or enrol anew elsewhere"
+    return f"{path} cannot be used: {text}"
