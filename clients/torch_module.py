@@ -15,7 +15,7 @@ agree in every process.
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ class Workpiece:
         built: what buffers hold in a freshly built module, where that could change.
         least: the smallest batch it can be trained on.
         hidden: buffers outside of `state_dict`, each with its first value.
+        frozen: the frozen values that were last filled in, to know them again.
         batchable: False once the model turned out not to be trainable with others at once.
         checked: whether that was looked into.
     """
@@ -110,6 +111,7 @@ class Workpiece:
     built: dict[str, Tensor]
     least: int
     hidden: list[tuple[Tensor, Tensor]]
+    frozen: dict[str, Tensor] = field(default_factory=dict)
     batchable: bool = True
     checked: bool = False
 
@@ -158,12 +160,18 @@ class Workpiece:
     def _load_buffer(self, name: str, buffer: Tensor, given: Tensor | None) -> None:
         if given is None:
             given = self.built.get(name)
-        elif isinstance(buffer, nn.Parameter) and name not in self.built:
-            if torch.equal(buffer, given.to(buffer.device)):
+        elif isinstance(buffer, nn.Parameter):
+            if given is self.frozen.get(name):
                 return
-            self.built[name] = buffer.detach().clone()
+            self.frozen[name] = given
+            if name not in self.built:
+                if torch.equal(buffer, given.to(buffer.device)):
+                    return
+                self.built[name] = buffer.detach().clone()
         if given is not None:
             _fill(buffer, given, name)
+        if given is not self.frozen.get(name):
+            self.frozen.pop(name, None)
 
     def touched(self, given: Weights) -> bool:
         """Whether training changed a buffer that `given` was loaded into."""
