@@ -18,6 +18,8 @@ from rich.progress import Progress as RichBar
 from rich.text import Text
 
 _INTERVAL_S = 0.1  # a live bar is redrawn at most ten times a second
+_BAR_WIDTH, _SMALLEST_BAR = 24, 10
+_DROPPED = ("nodes", "seconds", "failed", "doing", "metric loss", "epsilon", "eta")  # in this order
 _RECENT = 10  # rounds whose median time makes the estimate
 
 
@@ -74,17 +76,17 @@ class PlainProgress:
 
     def start(self, title: str, rounds: int, nodes: int) -> None:
         self._pace.start(rounds)
-        self._print(f"{title}: {count(rounds, 'round')}, {count(nodes, 'node')}")
+        self._print(f"{_one_line(title)}: {count(rounds, 'round')}, {count(nodes, 'node')}")
 
     def message_done(self, done: int, total: int) -> None:
         pass
 
     def round_done(self, line: Mapping[str, Any]) -> None:
         self._pace.round_done(line)
-        self._print("  ".join(self._pace.parts(line)))
+        self._print("  ".join(self._pace.parts(line).values()))
 
     def note(self, text: str) -> None:
-        self._print(f"note: {text}")
+        self._print(f"note: {_one_line(text)}")
 
     def finish(self, text: str) -> None:
         if text and not self._finished:
@@ -92,7 +94,7 @@ class PlainProgress:
         self._finished = True
 
     def _print(self, text: str) -> None:
-        print(_one_line(text), file=self._stream, flush=True)
+        print(text, file=self._stream, flush=True)
 
 
 class RichProgress:
@@ -113,7 +115,7 @@ class RichProgress:
         self._task = TaskID(0)
         self._bar = RichBar(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=_BAR_WIDTH),
             TextColumn("{task.fields[state]}", markup=False),
             console=self._console,
             auto_refresh=False,  # no thread: forked workers must not inherit one
@@ -166,12 +168,19 @@ class RichProgress:
 
     def _draw(self, fraction: float, doing: str) -> None:
         pace = self._pace
-        parts = pace.parts(self._line)[1:] if self._line else []
+        parts = pace.parts(self._line)
+        round_text = parts.pop("round")
+        if doing:
+            parts["doing"] = doing
+        room = self._console.width - len(round_text) - _SMALLEST_BAR - 3
+        for kind in _DROPPED:
+            if len("  ".join(parts.values())) > room:
+                parts.pop(kind, None)
         self._bar.update(
             self._task,
             completed=min(pace.done + fraction, max(pace.rounds, 1)),
-            description=f"round {pace.done}/{pace.rounds}",
-            state="  ".join([*parts, *([doing] if doing else [])]),
+            description=round_text,
+            state="  ".join(parts.values()),
         )
         self._bar.refresh()
 
@@ -214,24 +223,26 @@ class Pace:
         ordered = sorted(self._recent)
         return ordered[len(ordered) // 2] * (self.rounds - self.done)
 
-    def parts(self, line: Mapping[str, Any]) -> list[str]:
-        """`round 3/30`, `accuracy 0.712`, `loss 0.81`, `10 nodes`, `0.52 s`, `ETA 14 s`."""
-        parts = [f"round {self.done}/{self.rounds}"]
+    def parts(self, line: Mapping[str, Any]) -> dict[str, str]:
+        """`round 3/30`, `accuracy 0.712`, `10 nodes`, `0.52 s`, `ETA 14 s` …, each by its kind."""
+        parts = {"round": f"round {self.done}/{self.rounds}"}
         metrics = line.get("metrics") or {}
         first = headline(metrics)
         for name in [first, *(["loss"] if "loss" in metrics and first != "loss" else [])]:
             if name is not None:
-                parts.append(f"{_one_line(name)} {number(metrics[name])}")
+                parts[f"metric {name}"] = f"{_one_line(name)} {number(metrics[name])}"
         if line.get("epsilon") is not None:
-            parts.append(f"epsilon {number(line['epsilon'])}")
-        if "clients" in line and line["clients"] is not None:
-            parts.append(count(int(line["clients"]), "node"))
+            parts["epsilon"] = f"epsilon {number(line['epsilon'])}"
+        if line.get("clients") is not None:
+            parts["nodes"] = count(int(line["clients"]), "node")
         if line.get("failed"):
-            parts.append(f"{len(line['failed'])} failed")
+            parts["failed"] = f"{len(line['failed'])} failed"
         if line.get("seconds") is not None:
-            parts.append(f"{line['seconds']:.2f} s")
+            parts["seconds"] = f"{line['seconds']:.2f} s"
         remaining = self.remaining()
-        return [*parts, f"ETA {duration(remaining)}"] if remaining is not None else parts
+        if remaining is not None:
+            parts["eta"] = f"ETA {duration(remaining)}"
+        return parts
 
 
 def headline(metrics: Mapping[str, Any]) -> str | None:
@@ -251,9 +262,9 @@ def number(value: object) -> str:
         return _one_line(str(value))
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite" if value > 0 else "-infinite"
-    if value == 0 or 0.001 <= abs(value) < 1:
+    if isinstance(value, float) and (value == 0 or 0.001 <= abs(value) < 1):
         return f"{value:.3f}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
