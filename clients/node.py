@@ -192,13 +192,14 @@ class _Plan:
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
         config = dict(task.message.content.config_records[CONFIG])
-        encoded, said = self.stack.encode(update, config, task.context.state)
+        measured = {EXAMPLES: trained.examples, **trained.metrics}
+        encoded, said = self.stack.encode(update, config, task.context.state, measured)
         record = ArrayRecord({UPDATE: to_array(encoded)})
         if self.travelling.size:
             sent = averaged_buffers(trained.weights.buffers, str(self.options["buffers"]))
             record[BUFFERS] = to_array(self.travelling.flatten(sent))
         self._keep(task.context, trained.weights.buffers)
-        metrics = MetricRecord({EXAMPLES: trained.examples, **trained.metrics, **said})
+        metrics = MetricRecord({**said})
         return Message(RecordDict({UPDATE: record, METRICS: metrics}), reply_to=task.message)
 
     def _keep(self, context: Context, buffers: Tree) -> None:

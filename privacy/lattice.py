@@ -35,7 +35,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umbel.privacy.clipping import l2_norm
 from umbel.privacy.entropy import Entropy
 from umbel.privacy.validate import positive
 
@@ -80,10 +79,10 @@ def round_to_zero(update: Tensor, step: float) -> Tensor:
     return torch.trunc(update / step) * step
 
 
-def on_grid(update: Tensor, step: float, norm: float) -> bool:
-    """Every coordinate is a multiple of `step`, and the L2 norm is at most `norm`."""
-    scaled = update.to(torch.float64) / step
-    return bool((scaled == scaled.round()).all()) and l2_norm(update) <= norm
+def on_grid(update: Tensor, step: float) -> bool:
+    """Whether every coordinate is a multiple of `step`, a power of two."""
+    scaled = update / step
+    return bool(torch.equal(scaled, scaled.round()))
 
 
 @dataclass(frozen=True)

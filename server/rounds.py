@@ -142,7 +142,7 @@ class Rounds:
         with phases("sample"):
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
-        facts = self.job.stack.check(self.facts, position.layers)
+        facts = self.job.stack.check(self.facts.but(round=number), position.layers)
         with phases("train"):
             sum_ = drive(
                 self.job.stack.collect.gather(requests, self._gathering(number, facts)),
@@ -201,7 +201,7 @@ class Rounds:
     def _gathering(self, number: int, facts: Facts) -> Gathering:
         return Gathering(
             number=number,
-            size=self.manifest.size,
+            size=facts.size,
             dtype=self.manifest.dtype,
             cohort=self.expected,
             facts=facts,

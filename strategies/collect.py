@@ -14,6 +14,8 @@ import torch
 from flwr.app import Context, Message
 from torch import Tensor
 
+from umbel.privacy.clipping import l2_norm
+from umbel.privacy.lattice import on_grid
 from umbel.strategies.fold import Fold
 from umbel.strategies.layer import Facts, Metrics
 from umbel.strategies.records import from_array
@@ -26,6 +28,9 @@ METRICS = "metrics"
 """Name of the reply's MetricRecord."""
 EXAMPLES = "num-examples"
 """In that record: how many examples the update was made from (Flower's own key)."""
+
+LENIENCE = 1e-9
+"""Two machines may add up the squares of one update in different orders."""
 
 ClientFn = Callable[[Message, Context], Message]
 
@@ -133,7 +138,9 @@ class PlainSum:
 
     def check(self, facts: Facts) -> Facts:
         return facts.but(
-            server_sees="each", weight_bound=None if self.weighting == "examples" else 1.0
+            server_sees="each",
+            weight_bound=None if self.weighting == "examples" else 1.0,
+            public_denominator=self.weighting == "fixed",
         )
 
     def answers(self) -> Mapping[str, ClientFn]:
@@ -184,10 +191,19 @@ class PlainSum:
         update = read_vector(reply, UPDATE, round_.size)
         if update.dtype != round_.dtype:
             raise ValueError(f"an update of {update.dtype}, but the model is {round_.dtype}")
-        length = math.sqrt(float(torch.dot(update, update)))
-        if not length <= self.longest:  # also true of NaN
-            what = f"norm {length:.3g}" if math.isfinite(length) else "NaN or infinity"
-            raise ValueError(f"an update with {what}, but {self.longest:.3g} is the longest taken")
+        facts = round_.facts
+        longest = self.longest if facts.l2_bound is None else facts.l2_bound
+        # A promised bound is checked in float64, as clipping computes it; else a quick look does.
+        length = (
+            math.sqrt(float(torch.dot(update, update)))
+            if facts.l2_bound is None
+            else l2_norm(update) / (1 + LENIENCE)
+        )
+        if not length <= longest:  # also true of NaN
+            what = f"norm {length:.6g}" if math.isfinite(length) else "NaN or infinity"
+            raise ValueError(f"an update with {what}, but {longest:.6g} is the longest taken")
+        if facts.grid is not None and not on_grid(update, facts.grid):
+            raise ValueError("an update off the grid that all nodes round to")
         weight = 1.0
         if self.weighting == "examples":
             weight = numbers(reply).get(EXAMPLES, 0.0)

@@ -14,7 +14,7 @@ State is passed in and out, never kept on `self`: checkpoints cover every layer 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from dp_accounting import DpEvent, NeighboringRelation
@@ -42,6 +42,10 @@ class Facts:
         modulus: coordinates are integers modulo this; None is real numbers.
         server_sees: each update, or only their sum.
         min_replies: the smallest number of updates that a sum is ever made of.
+        grid: coordinates are multiples of this power of two, so that sums are exact; None is
+            any real number.
+        public_denominator: the sum is divided by a number that does not depend on who came.
+        round: the round that the facts are about, from 1; 0 before the first.
     """
 
     size: int
@@ -50,6 +54,9 @@ class Facts:
     modulus: int | None = None
     server_sees: Literal["each", "sum"] = "each"
     min_replies: int = 1
+    grid: float | None = None
+    public_denominator: bool = False
+    round: int = 0
 
     def but(self, **changes: Any) -> "Facts":
         """These facts with some replaced."""
@@ -65,12 +72,18 @@ class Claim:
         unit: whose presence is hidden.
         relation: the neighbouring relation that the event's parameters refer to.
         against: who may look at the output of the mechanism.
+        sampled: whether the cohort's secret sampling amplifies it.
+        again: the event of a round that is run once more after a crash; None is `event`.
+        slack: what the round adds to delta.
     """
 
     event: DpEvent
     unit: Literal["client", "example"]
     relation: NeighboringRelation
     against: Literal["model-user", "server", "other-clients"]
+    sampled: bool = True
+    again: DpEvent | None = None
+    slack: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,15 @@ class Layer(Protocol[S]):
 
     def claim(self, facts: Facts) -> Claim | None:
         """Server: what a round costs, on the facts at the bottom of the stack."""
+        ...
+
+
+@runtime_checkable
+class SeesMetrics(Protocol):
+    """A layer that takes what a node measured into the update, instead of sending it beside."""
+
+    def attach(self, update: Tensor, metrics: Metrics, config: Config) -> Tensor:
+        """Node, before `encode`: the update with coordinates for `metrics` at its end."""
         ...
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from umbel.strategies.collect import Collect, PlainSum, Sum
 from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Facts, Layer, Round
+from umbel.strategies.layer import Claim, Facts, Layer, Metrics, Round, SeesMetrics
 
 States = tuple[Any, ...]
 """One state a layer, in the stack's order."""
@@ -59,23 +59,38 @@ class Stack:
             for key, value in layer.publish(state).items()
         }
 
+    @property
+    def private(self) -> bool:
+        """Whether a layer makes a privacy claim; nothing may then leave a node beside it."""
+        return any(getattr(layer, "private", False) for layer in self.layers)
+
     def encode(
-        self, update: Tensor, config: Mapping[str, Any], memory: RecordDict
+        self,
+        update: Tensor,
+        config: Mapping[str, Any],
+        memory: RecordDict,
+        measured: Metrics | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """The node's half of all layers: update to what is sent, and the layers' metrics."""
+        """The node's half of all layers: update to what is sent, and the metrics beside it.
+
+        `measured` is what the node found in training; under a private stack only layers see it.
+        """
         metrics: dict[str, float] = {}
         for layer in self.layers:
             prefix = f"{layer.name}."
             own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+            if isinstance(layer, SeesMetrics):
+                update = layer.attach(update, measured or {}, own)
             update, said = layer.encode(update, own, memory)
             metrics |= {prefix + name: value for name, value in said.items()}
-        return update, metrics
+        return update, {} if self.private else {**(measured or {}), **metrics}
 
     def decode(
         self, sum_: Sum, states: States, rnd: Round
     ) -> tuple[Tensor | None, States, dict[str, float]]:
         """The server's half, in reverse: the average update, or None where there is none."""
-        total, metrics = sum_.total, dict(sum_.metrics)
+        total: Tensor = sum_.total
+        metrics = {} if self.private else dict(sum_.metrics)
         after = list(states)
         for i in reversed(range(len(self.layers))):
             layer = self.layers[i]
