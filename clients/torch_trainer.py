@@ -26,6 +26,10 @@ from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
 
 EVALUATION_BATCH = 512
 
+COHORT = 32
+"""Nodes that are trained as one computation. Fixed, so that results do not depend on how many
+processes share a round."""
+
 
 @dataclass(frozen=True)
 class TorchTrainer(TorchSettings):
@@ -127,6 +131,14 @@ class TorchTrainer(TorchSettings):
             return torch_cohort.train_cohort(
                 piece, self.objective, settings, weights, examples, jobs
             )
+
+    def group_size(self, options: Options) -> int:
+        """How many nodes an engine should give to `train_cohort` at a time; 1 is no batching."""
+        settings = self.settings(options)
+        if self.optimizer is not None or settings.processes() > 1:
+            return 1
+        piece = self.bench.piece(options, choose_device(settings.device))
+        return COHORT if torch_cohort.worthwhile(piece, settings, COHORT) else 1
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         """Loss and metrics on examples, in batches of 512; `weights` is not mutated."""
