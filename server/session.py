@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,12 +20,28 @@ class Session:
     Attributes:
         run: the run directory.
         progress: where a person watches.
+        own: no engine of Umbel's will finish this run; the app must do it.
         result: what a federation's app reports when it ends; empty for other apps.
     """
 
     run: RunDirectory
     progress: Progress
+    own: bool = False
+    began: float = field(default_factory=time.monotonic)
     result: dict[str, Any] = field(default_factory=dict)
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the result and write it down."""
+        result = {
+            "run": str(self.run.path),
+            "epsilon": None,
+            "delta": None,
+            "epsilon_against": None,
+            "seconds": round(time.monotonic() - self.began, 3),
+            **self.result,
+        }
+        self.run.write_result(result)
+        return result
 
 
 _current: ContextVar[Session | None] = ContextVar("session", default=None)
@@ -53,4 +70,4 @@ def current(name: str, options: dict[str, Any]) -> Session:
         "versions": versions(),
         "machine": machine(),
     }
-    return Session(RunDirectory.create(None, name, config), progress.choose(sys.stderr))
+    return Session(RunDirectory.create(None, name, config), progress.choose(sys.stderr), own=True)

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from umbel.clients.data import Node, Split
 from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.trainer import Trainer, Weights
+from umbel.server.report import write_report
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.server.session import Session, current
@@ -139,6 +140,9 @@ class FederationServerApp(ServerApp):
         }
         if federation.summary is not None:
             session.result["summary"] = dict(federation.summary(outcome, options))
+        if session.own:
+            session.finish()
+            write_report(session.run.path)
 
     def _advise(self, job: Job, session: Session) -> None:
         """Say what a user would otherwise find out from a bad curve."""

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -160,7 +159,6 @@ def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -
 def _execute(
     plan: _Plan, directory: RunDirectory, nursery: Nursery | None, progress: Progress
 ) -> dict[str, Any]:
-    began = time.monotonic()
     _log_to(directory.log_path, quiet=plan.federation is not None)
     kind = EmbeddedGrid if plan.federation is not None else ObservedGrid
     grid = kind(
@@ -179,21 +177,12 @@ def _execute(
             if isinstance(grid, ObservedGrid):
                 current.result |= grid.finish(directory)
     except KeyboardInterrupt:
-        progress.finish(f"stopped; continue with: umbel run --resume {directory.path}")
+        progress.finish("")
         raise Interrupted(directory.path) from None
     except BaseException:
         progress.finish("")
         raise
-    result = {
-        "run": str(directory.path),
-        "epsilon": None,
-        "delta": None,
-        "epsilon_against": None,
-        "seconds": round(time.monotonic() - began, 3),
-        **current.result,
-    }
-    directory.write_result(result)
-    return result
+    return current.finish()
 
 
 def _log_to(path: Path, *, quiet: bool) -> None:
