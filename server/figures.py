@@ -187,14 +187,11 @@ def _metric(rounds: Sequence[Round], name: str, stem: str) -> Plot | None:
         says.append("The coordinator measures the model on its own data.")
     if fair:
         lines += _federated(fair, scale, bool(np.nanmin(drawable(values)) >= 0))
-        spread, worst = (any(key in part for _, part in fair) for key in ("spread", "worst_decile"))
-        says.append(
-            ("The nodes measure it on theirs" if central else "The nodes measure it on their data")
-            + (": the shade is one standard deviation around their mean" if spread else "")
-            + (", the dashed line their worst tenth" if spread and worst else "")
-            + (": the dashed line is their worst tenth" if worst and not spread else "")
-            + "."
-        )
+        says.append("The nodes measure it on theirs." if central else "The nodes measure it.")
+        if any("spread" in part for _, part in fair):
+            says.append("The shade is one standard deviation around their mean.")
+        if any("worst_decile" in part for _, part in fair):
+            says.append("“Worst tenth” is the mean of the worst tenth of the nodes.")
     if train:
         lines.append(_line("training", GREEN, train, scale))
         says.append("Training is the mean that the nodes report while they train.")

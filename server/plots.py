@@ -218,7 +218,6 @@ def draw_nodes(
         left = figure.add_subplot(1, 1 if sizes is None else 2, 1)
         _histogram(left, y)
         left.set_xlabel(clean(unit))
-        left.set_ylabel("nodes")
         _marks(left, marks, left.axvline)
         if sizes is not None:
             right = figure.add_subplot(1, 2, 2)
@@ -282,6 +281,8 @@ def _draw_line(axes: Any, line: Line, order: float) -> None:
     if line.band is not None:
         low, high = (drawable(edge)[kept] for edge in line.band)
         axes.fill_between(x[kept], low, high, color=line.color, alpha=0.16, linewidth=0)
+        if len(x) == 1:  # a shade of no width
+            axes.vlines(x, low, high, color=line.color, alpha=0.3, linewidth=6)
     axes.plot(
         x[kept],
         y[kept],
@@ -291,7 +292,8 @@ def _draw_line(axes: Any, line: Line, order: float) -> None:
         linewidth=1.8 if len(x) <= 400 else 1.0,
         marker="o" if len(x) <= 41 else None,
         markersize=3.6 if len(x) > 1 else 6,
-        markeredgewidth=0,
+        markerfacecolor="none" if line.dashed else line.color,
+        markeredgewidth=1.2 if line.dashed else 0,
         zorder=order,  # the first line of the legend lies on top
     )
 
@@ -311,11 +313,15 @@ def _named_nodes(axes: Any, nodes: Sequence[str], y: Floats, sizes: Floats | Non
 
 
 def _histogram(axes: Any, y: Floats) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     bins = int(np.clip(np.sqrt(len(y)), 10, 40))
     width = y.max() - y.min()
     margin = 0.0 if width > 1e-9 * max(1e-300, abs(y).max()) else 0.05 * max(1e-3, abs(y).max())
     counts, edges = np.histogram(y, bins, (y.min() - margin, y.max() + margin))
     axes.bar(edges[:-1], counts, np.diff(edges) * 0.92, align="edge", color=BLUE, linewidth=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_ylabel("nodes")
     axes.grid(axis="y")
 
 
