@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from dp_accounting import DpEvent, NeighboringRelation
 from flwr.app import RecordDict
 from torch import Tensor
+
+if TYPE_CHECKING:  # importing it takes a second, which a run without privacy need not wait
+    from dp_accounting import DpEvent, NeighboringRelation
 
 Config = Mapping[str, bool | int | float | str | bytes]
 """What a layer tells the nodes: a flat record of scalars."""
@@ -77,9 +79,9 @@ class Claim:
         slack: what the round adds to delta.
     """
 
-    event: DpEvent
+    event: "DpEvent"
     unit: Literal["client", "example"]
-    relation: NeighboringRelation
+    relation: "NeighboringRelation"
     against: Literal["model-user", "server", "other-clients"]
     sampled: bool = True
     again: DpEvent | None = None
