@@ -14,7 +14,7 @@ State is passed in and out, never kept on `self`: checkpoints cover every layer 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from flwr.app import RecordDict
