@@ -12,6 +12,8 @@ A stack is a flat list of layers over one collect. For one round:
 State is passed in and out, never kept on `self`: checkpoints cover every layer for free.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -60,7 +62,7 @@ class Facts:
     public_denominator: bool = False
     round: int = 0
 
-    def but(self, **changes: Any) -> "Facts":
+    def but(self, **changes: Any) -> Facts:
         """These facts with some replaced."""
         return replace(self, **changes)
 
@@ -77,15 +79,17 @@ class Claim:
         sampled: whether the cohort's secret sampling amplifies it.
         again: the event of a round that is run once more after a crash; None is `event`.
         slack: what the round adds to delta.
+        separation: a unit takes part at most once in this many consecutive rounds.
     """
 
-    event: "DpEvent"
+    event: DpEvent
     unit: Literal["client", "example"]
-    relation: "NeighboringRelation"
+    relation: NeighboringRelation
     against: Literal["model-user", "server", "other-clients"]
     sampled: bool = True
     again: DpEvent | None = None
     slack: float = 0.0
+    separation: int = 1
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class Layer(Protocol[S]):
         ...
 
     def publish(self, state: S) -> Config:
-        """Server: what every node must know this round."""
+        """Server: what every node must know this round; the stack adds `bound`, see there."""
         ...
 
     def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:
