@@ -19,7 +19,7 @@ from torch import Tensor
 from umbel.server import checkpoint
 from umbel.server.checkpoint import Best, Position
 from umbel.server.drive import Phases, drive, stream
-from umbel.server.evaluation import LOWER_IS_BETTER, FederatedEvaluation, gather
+from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.guard import Guard, NoGuard
 from umbel.server.progress import Progress
 from umbel.server.roster import NodeRef
@@ -186,7 +186,8 @@ class Rounds:
         if rate is not None:
             config["learning-rate"] = rate
         if kind == "train":
-            for name, value in self.job.stack.publish(position.layers).items():
+            facts = self.facts.but(round=number)
+            for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
         model = ArrayRecord({PARAMETERS: to_array(position.parameters)})
         if self.travelling.size:
@@ -231,7 +232,9 @@ class Rounds:
             facts=facts,
             generator=torch.Generator().manual_seed(self.job.options.seed * 1_000_003 + number),
         )
-        average, layers, metrics = self.job.stack.decode(sum_, position.layers, rnd)
+        average, layers, metrics = self.job.stack.decode(
+            sum_, position.layers, rnd, self.facts.but(round=number)
+        )
         after = position.but(round=number, layers=layers, abandoned=0)
         if average is None:
             return after, metrics
@@ -299,7 +302,7 @@ class Rounds:
             raise RunError(
                 f"early-stop-metric is {name!r}, but the evaluation gives {', '.join(metrics)}"
             )
-        value = -metrics[name] if name in LOWER_IS_BETTER else metrics[name]
+        value = -metrics[name] if direction(name) < 0 else metrics[name]
         if position.best is not None and not value > position.best.value:
             return position.but(stale=position.stale + 1)
         vector = position.parameters if position.average is None else position.average

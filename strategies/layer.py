@@ -103,6 +103,7 @@ class Round:
         weight: the sum of the updates' weights.
         facts: at the bottom of the stack.
         generator: seeded by the run; for choices that need not be secret.
+        entering: the facts as an update enters the layer that is being decoded.
     """
 
     number: int
@@ -111,6 +112,7 @@ class Round:
     weight: float
     facts: Facts
     generator: torch.Generator
+    entering: Facts | None = None
 
 
 class Layer(Protocol[S]):

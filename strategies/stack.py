@@ -1,7 +1,7 @@
 """A stack: a flat list of layers over one collect."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import RecordDict
@@ -51,13 +51,21 @@ class Stack:
             facts = layer.check(facts, state)
         return self.collect.check(facts)
 
-    def publish(self, states: States) -> dict[str, Any]:
-        """What every node must know this round, as `"{layer}.{key}"`."""
-        return {
-            f"{layer.name}.{key}": value
-            for layer, state in zip(self.layers, states, strict=True)
-            for key, value in layer.publish(state).items()
-        }
+    def publish(self, states: States, facts: Facts | None = None) -> dict[str, Any]:
+        """What every node must know this round, as `"{layer}.{key}"`.
+
+        With `facts` of an update before the stack, every layer that receives bounded updates is
+        told their bound as `bound`, so that a norm is written down once.
+        """
+        config: dict[str, Any] = {}
+        for layer, state in zip(self.layers, states, strict=True):
+            for key, value in layer.publish(state).items():
+                config[f"{layer.name}.{key}"] = value
+            if facts is not None:
+                if facts.l2_bound is not None:
+                    config[f"{layer.name}.bound"] = facts.l2_bound
+                facts = layer.check(facts, state)
+        return config
 
     @property
     def private(self) -> bool:
@@ -86,15 +94,23 @@ class Stack:
         return update, {} if self.private else {**(measured or {}), **metrics}
 
     def decode(
-        self, sum_: Sum, states: States, rnd: Round
+        self, sum_: Sum, states: States, rnd: Round, facts: Facts | None = None
     ) -> tuple[Tensor | None, States, dict[str, float]]:
-        """The server's half, in reverse: the average update, or None where there is none."""
+        """The server's half, in reverse: the average update, or None where there is none.
+
+        With `facts` of an update before the stack, every layer is told those of its own place.
+        """
+        places: list[Facts | None] = []
+        for layer, state in zip(self.layers, states, strict=True):
+            places.append(facts)
+            facts = layer.check(facts, state) if facts is not None else None
         total: Tensor = sum_.total
         metrics = {} if self.private else dict(sum_.metrics)
         after = list(states)
         for i in reversed(range(len(self.layers))):
             layer = self.layers[i]
-            total, after[i], said = layer.decode(total, metrics, states[i], rnd)
+            here = replace(rnd, entering=places[i])
+            total, after[i], said = layer.decode(total, metrics, states[i], here)
             metrics |= {f"{layer.name}.{name}": value for name, value in said.items()}
         average = total / sum_.denominator if sum_.denominator > 0 else None
         return average, tuple(after), metrics

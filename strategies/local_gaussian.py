@@ -1,0 +1,80 @@
+"""LocalGaussian: each node adds noise before anything leaves it.
+
+    server -> node   bound B of clipped updates (from Clip)
+    node             update, clipped to B once more, + N,  N ~ Normal(0, sigma^2) on a lattice
+    node -> server   the noised update, and nothing beside it
+    server           sums; it can check nothing, because noise has no bound
+
+Protects each node against the server and everyone after it: whatever its update was, the server
+cannot tell it from any other of length B. Two updates of length B lie up to 2 B apart
+(replace-one), so sigma is the analytic Gaussian's for the sensitivity 2 B (Balle and Wang 2018).
+One participation costs epsilon at delta; a node that takes part k times has spent k of them.
+
+The node takes B from the server but does not trust it: it clips to the B that it draws noise
+for, so a smaller or larger B changes usefulness, never the guarantee.
+"""
+
+from dataclasses import dataclass
+
+from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
+from flwr.app import RecordDict
+from torch import Tensor
+
+from umbel.privacy.clipping import clip
+from umbel.privacy.events import REPLACE
+from umbel.privacy.gaussian import gaussian_noise
+from umbel.strategies.errors import StackError
+from umbel.strategies.gaussian import MARGIN, entropy, need_bound, noised, slack_of
+from umbel.strategies.layer import Claim, Config, Facts, Metrics, Stateless
+
+
+@dataclass(frozen=True)
+class LocalGaussian(Stateless):
+    """Noise on every node's own update.
+
+    Args:
+        epsilon: of one participation, against the server.
+        delta: of the same.
+        insecure_seed: for tests only; the claim is then that nothing is private.
+
+    Raises:
+        StackError: epsilon is not a finite number above 0, or delta not between 0 and 1.
+    """
+
+    epsilon: float
+    delta: float
+    insecure_seed: int | None = None
+    name: str = "local-gaussian"
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        try:
+            gaussian_noise(self.epsilon, self.delta)
+        except ValueError as error:
+            raise StackError(f"local {error}") from error
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of a node's noise over the bound."""
+        return gaussian_noise(self.epsilon, self.delta, sensitivity=2.0)
+
+    def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
+        need_bound(facts, self.name)
+        return facts.but(l2_bound=None, grid=None)
+
+    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+        bound = float(config["bound"])
+        clipped = clip(update, bound).update
+        deviation = self.noise_multiplier * bound * MARGIN
+        return noised(clipped, deviation, entropy(self.insecure_seed, 0)).to(update.dtype), {}
+
+    def claim(self, facts: Facts) -> Claim | None:
+        event = GaussianDpEvent(self.noise_multiplier)
+        return Claim(
+            NonPrivateDpEvent() if self.insecure_seed is not None else event,
+            unit="client",
+            relation=REPLACE,
+            against="server",
+            sampled=False,
+            slack=slack_of(facts),
+        )
