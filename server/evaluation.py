@@ -1,6 +1,7 @@
 """Federated evaluation: the model on the nodes' own test examples."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,21 @@ from flwr.app import Message
 from umbel.server.roster import NodeRef
 from umbel.strategies.collect import EXAMPLES, Rejected, numbers
 
-LOWER_IS_BETTER = ("loss", "rmse", "mae", "mse", "error", "perplexity")
-"""Metrics that should fall; every other should grow."""
+FALLING = {"loss", "error", "rmse", "mse", "mae", "perplexity", "ppl", "nll"}
+GROWING = {"accuracy", "acc", "auc", "f1", "r2", "precision", "recall", "dice"}
+
+
+def words_of(name: str) -> set[str]:
+    """The words of a metric's name: `test_loss` has `test` and `loss`."""
+    return set(re.split(r"[^a-z0-9]+", name.lower()))
+
+
+def direction(name: str) -> int:
+    """1 where more of a metric is better, -1 where less is, 0 where its name does not tell."""
+    words = words_of(name)
+    if words & FALLING:
+        return -1
+    return int(bool(words & GROWING))
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,7 @@ def _spread(
     name: str, values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]
 ) -> dict[str, float]:
     worst_first = np.sort(values)
-    if name.split("-")[-1] in LOWER_IS_BETTER:
+    if direction(name) < 0:
         worst_first = worst_first[::-1]
     tenth = max(1, len(values) // 10)
     return {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from umbel.server.evaluation import direction, words_of
 from umbel.server.plots import (
     BLUE,
     GREEN,
@@ -89,21 +90,13 @@ def plots_of(rounds: Sequence[Round], nodes: Sequence[Mapping[str, Any]]) -> lis
 def is_share(name: str, values: Sequence[float]) -> bool:
     """Whether a metric is a share of one that reads best as a percentage."""
     finite = [value for value in values if math.isfinite(value)]
-    return bool(_words(name) & {"accuracy", "acc"}) and all(0 <= value <= 1 for value in finite)
+    return bool(words_of(name) & {"accuracy", "acc"}) and all(0 <= value <= 1 for value in finite)
 
 
 def metric_text(name: str, value: float) -> str:
     """A metric as one reads it: `81.2 %` for an accuracy, else three significant digits."""
     share = is_share(name, [value]) and math.isfinite(value)
     return f"{100 * value:.1f}\u00a0%" if share else number(value)
-
-
-def direction(name: str) -> int:
-    """1 where more of a metric is better, -1 where less is, 0 where it is not known."""
-    words = _words(name)
-    if words & {"loss", "error", "rmse", "mse", "mae", "perplexity", "ppl", "nll"}:
-        return -1
-    return int(bool(words & {"accuracy", "acc", "auc", "f1", "r2", "precision", "recall", "dice"}))
 
 
 def title_text(name: str) -> str:
@@ -125,10 +118,6 @@ def _size_unit(amount: float) -> tuple[float, str]:
     while power < len(units) - 1 and amount >= 999.5 * 1000.0**power:
         power += 1
     return 1000.0**power, units[power]
-
-
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z0-9]+", name.lower()))
 
 
 def _number(value: object) -> float | None:

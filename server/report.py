@@ -17,7 +17,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from umbel.server.figures import Round, direction, metric_text, plots_of, size_text
+from umbel.server.evaluation import direction
+from umbel.server.figures import Round, metric_text, plots_of, size_text
 from umbel.server.plots import Plot
 from umbel.server.progress import count, duration, headline, number
 from umbel.server.rundir import RunDirectory

@@ -30,6 +30,11 @@ class Session:
     began: float = field(default_factory=time.monotonic)
     result: dict[str, Any] = field(default_factory=dict)
 
+    def describe(self, parameters: int, bytes_each: int) -> None:
+        """Write the model's size into the run's configuration."""
+        model = {"parameters": parameters, "bytes": parameters * bytes_each}
+        self.run.write_config({**self.run.config(), "model": model})
+
     def finish(self) -> dict[str, Any]:
         """Complete the result and write it down."""
         result = {

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from umbel.clients.data import Examples as Examples
     from umbel.clients.data import Node as Node
     from umbel.clients.data import Split as Split
+    from umbel.clients.function_trainer import FunctionTrainer as FunctionTrainer
     from umbel.clients.partition import ByKey as ByKey
     from umbel.clients.partition import BySize as BySize
     from umbel.clients.partition import Dirichlet as Dirichlet
     from umbel.clients.partition import Iid as Iid
     from umbel.clients.partition import Shards as Shards
     from umbel.clients.partitioned import Partitioned as Partitioned
+    from umbel.clients.sklearn_trainer import SklearnTrainer as SklearnTrainer
     from umbel.clients.torch_trainer import TorchTrainer as TorchTrainer
     from umbel.federation import Federation as Federation
     from umbel.run import run as run
@@ -30,6 +32,8 @@ _HOMES = {
     "BySize": "clients.partition",
     "Dirichlet": "clients.partition",
     "Examples": "clients.data",
+    "FunctionTrainer": "clients.function_trainer",
+    "SklearnTrainer": "clients.sklearn_trainer",
     "Federation": "federation",
     "Iid": "clients.partition",
     "Node": "clients.data",

@@ -125,6 +125,7 @@ class FederationServerApp(ServerApp):
         job = federation.job(options)
         nodes = roster(grid)
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
+        session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize)
         session.progress.start(
             f"{federation.name} ({rounds.manifest.size:,} parameters)",
             job.options.rounds,
