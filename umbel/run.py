@@ -159,7 +159,7 @@ def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -
 def _execute(
     plan: _Plan, directory: RunDirectory, nursery: Nursery | None, progress: Progress
 ) -> dict[str, Any]:
-    _log_to(directory.log_path, quiet=plan.federation is not None)
+    log_to(directory.log_path, quiet=plan.federation is not None)
     kind = EmbeddedGrid if plan.federation is not None else ObservedGrid
     grid = kind(
         plan.folder.path,
@@ -185,7 +185,7 @@ def _execute(
     return current.finish()
 
 
-def _log_to(path: Path, *, quiet: bool) -> None:
+def log_to(path: Path, *, quiet: bool) -> None:
     """Flower's log goes to the run's log.txt; for apps that speak through it, to stderr too."""
     logger = logging.getLogger("flwr")
     for handler in list(logger.handlers):
