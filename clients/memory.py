@@ -8,7 +8,6 @@ for again begins from where it began the first time.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,7 +96,7 @@ class Memory:
             file.write(len(text).to_bytes(8, "little") + text)
             for state in states:
                 file.write(state)
-        os.replace(part, self._file)
+        part.replace(self._file)
 
     @property
     def _file(self) -> Path:

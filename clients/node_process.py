@@ -88,8 +88,8 @@ def lengths(head: bytes) -> tuple[int, int]:
 class Worker:
     """The child's side: one app, one message at a time."""
 
-    def __init__(self, pipe: socket.socket, inbound: int, outbound: int) -> None:
-        self._pipe, self._in, self._out = pipe, inbound, outbound
+    def __init__(self, pipe: socket.socket, outbound: int, inbound: Sequence[int]) -> None:
+        self._pipe, self._out, self._in = pipe, outbound, inbound
         self._app: Any = None
         self._config: dict[str, Any] = {}
         self._run_config: tuple[bytes, dict[str, Any]] = (b"", {})
@@ -133,7 +133,9 @@ class Worker:
     def _do(self, header: dict[str, Any], beside: bytes) -> None:
         assert self._memory is not None
         try:
-            data = beside if header["size"] <= BESIDE else read_shared(self._in, header["size"])
+            data: Buffer = beside
+            if header["size"] > BESIDE:
+                data = read_shared(self._in[header["file"]], header["size"])
             content = decode(data, checksum=True)
             context = self._context(header)
             with self._memory.step(header["run_id"], header["id"]) as state:
@@ -207,11 +209,11 @@ def _device() -> str:
 
 
 def main() -> None:
-    """Entry point of the child: the numbers of its socket and of its two shared files."""
-    pipe, inbound, outbound = (int(each) for each in sys.argv[1:4])
+    """Entry point of the child: the numbers of its socket and of its shared files."""
+    pipe, outbound, *inbound = (int(each) for each in sys.argv[1:])
     # What an app prints must not reach the parent's standard output, which may be JSON.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    Worker(socket.socket(fileno=pipe), inbound, outbound).serve()
+    Worker(socket.socket(fileno=pipe), outbound, inbound).serve()
 
 
 if __name__ == "__main__":

@@ -60,11 +60,18 @@ class AppSettings:
 
 
 class Trainee:
-    """Starts the app's process, gives it instructions, and replaces it when it hangs or dies."""
+    """Starts the app's process, gives it instructions, and replaces it when it hangs or dies.
+
+    Attributes:
+        inbound: two shared files for large contents, so that one can arrive while the app is
+            busy with the other.
+        device: what the app trains on, for people.
+    """
 
     def __init__(self, settings: AppSettings) -> None:
         self._settings = settings
-        self.inbound, self._outbound = shared_file(), shared_file()
+        self.inbound = (shared_file(), shared_file())
+        self._outbound = shared_file()
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -83,7 +90,7 @@ class Trainee:
             RunError: the process died.
         """
         ours, theirs = socket.socketpair()
-        numbers = (theirs.fileno(), self.inbound, self._outbound)
+        numbers = (theirs.fileno(), self._outbound, *self.inbound)
         command = [sys.executable, "-P", "-m", "umbel.clients.node_process", *map(str, numbers)]
         self._process = subprocess.Popen(
             command,
@@ -105,15 +112,16 @@ class Trainee:
         try:
             said, _ = await asyncio.wait_for(self._hear(), _LOADING_S)
         except (EOFError, OSError) as problem:
-            raise RunError(
-                f"the app's process ended while it loaded the app ({self._end()})"
-            ) from (problem)
+            how = self._end()
+            raise RunError(f"the app's process ended while it loaded the app ({how})") from problem
         if said["error"] is not None:
             raise ConfigError(said["error"])
         self.device = said["device"]
 
-    async def run(self, begin: Begin, node_id: int, limit_s: float | None) -> Answer:
-        """Let the app answer an instruction whose content is inside, or in `inbound`.
+    async def run(
+        self, begin: Begin, node_id: int, limit_s: float | None, *, file: int = 0
+    ) -> Answer:
+        """Let the app answer an instruction; its content is inside, or in `inbound[file]`.
 
         A process that does not answer within `limit_s` is stopped, and replaced, like one that
         died; the answer says so.
@@ -122,6 +130,7 @@ class Trainee:
             "op": "do",
             "id": begin.id,
             "size": begin.size,
+            "file": file,
             "run_id": begin.run_id,
             "node_id": node_id,
             "group_id": begin.group_id,
@@ -165,8 +174,11 @@ class Trainee:
         """How the process ended."""
         status = None
         if self._process is not None:
-            self._process.kill()
-            status = self._process.wait()
+            try:
+                status = self._process.wait(timeout=1)  # one that is dying says why
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                status = self._process.wait()
         if self._writer is not None:
             self._writer.close()
         self._process = self._writer = self._reader = None

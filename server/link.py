@@ -14,14 +14,19 @@ from flwr.serverapp import Grid
 
 from umbel.server.flower import CRASHED, NodeInfo, Run, empty_run, give_id, take_identity
 from umbel.server.hub import Hub, Instruction, Reply
+from umbel.server.observer import Notes
 from umbel.server.roster import NodeRef
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.errors import ConfigError
 from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
 from umbel.transport.frames import INLINE, LARGEST_CONTENT
 from umbel.transport.link_pb2 import Begin
 
 log = logging.getLogger("umbel.link")
 _LOOK_UP_S = 0.5  # a waiting thread wakes up this often, so that a signal can interrupt it
+
+
+class StoppedError(KeyboardInterrupt):
+    """The server was told to end; like Ctrl-C, no app should take it for a failure."""
 
 
 class LinkGrid(Grid):
@@ -125,7 +130,7 @@ class LinkGrid(Grid):
         it. A node that is lost on the way answers with an error.
 
         Raises:
-            RunError: the server is being stopped.
+            StoppedError: the server is being stopped.
         """
         messages = list(messages)
         inbox: queue.SimpleQueue[Reply] = queue.SimpleQueue()
@@ -159,7 +164,7 @@ class LinkGrid(Grid):
             except queue.Empty:
                 if deadline is not None and left <= 0:
                     return None
-        raise RunError("the server is being stopped; start it again and the run goes on")
+        raise StoppedError
 
     def _push(
         self,
@@ -215,16 +220,21 @@ class LinkGrid(Grid):
                 message = Message(content, reply_to=asked)
             except CodecError as problem:
                 reason = f"its reply cannot be read: {problem}"
-                log.warning("node %s: %s", self._name(asked.metadata.dst_node_id), reason)
+                log.warning("node %s: %s", self.name_of(asked.metadata.dst_node_id), reason)
                 message = Message(Error(CRASHED, reason), reply_to=asked)
         self.hub.release(reply)
         give_id(message, f"{reply.instruction.message_id}/reply")
         return message
 
     def _name_stragglers(self, message_ids: set[str]) -> None:
-        names = sorted(self._name(int(each.rsplit("/", 2)[1])) for each in message_ids)
+        names = sorted(self.name_of(int(each.rsplit("/", 2)[1])) for each in message_ids)
         log.warning("not waited for any longer: %s", ", ".join(names))
 
-    def _name(self, node_id: int) -> str:
+    def name_of(self, node_id: int) -> str:
+        """A node's name, for people."""
         line = self.hub.lines.get(node_id)
         return line.node.name if line is not None else str(node_id)
+
+
+class ObservedLinkGrid(Notes, LinkGrid):
+    """A link grid that takes notes, for apps that keep their own rounds."""

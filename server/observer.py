@@ -1,4 +1,4 @@
-"""The embedded engine for apps that keep their own rounds: it writes down what it sees.
+"""Engines for apps that keep their own rounds: they write down what they see.
 
 A federation's own loop knows its rounds. Any other Flower app only sends messages, so rounds
 are read off them: the number that Flower's strategies put into each message, or else one a
@@ -8,7 +8,7 @@ training trip.
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol, cast
 
 from flwr.app import Message
 
@@ -17,8 +17,16 @@ from umbel.server.rundir import RunDirectory
 from umbel.strategies.collect import EXAMPLES, MeanMetrics
 
 
-class ObservedGrid(EmbeddedGrid):
-    """An embedded grid that keeps a line for each round of whatever app runs on it."""
+class NamesNodes(Protocol):
+    """What the notes need of a grid."""
+
+    def name_of(self, node_id: int) -> str:
+        """A node's name, for people."""
+        ...
+
+
+class Notes:
+    """Mixed into a grid: keeps a line for each round of whatever app runs on it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,7 +39,8 @@ class ObservedGrid(EmbeddedGrid):
     ) -> list[Message]:
         messages = list(messages)
         began = time.perf_counter()
-        replies = super().send_and_receive(messages, timeout=timeout)
+        grid: Any = super()
+        replies: list[Message] = grid.send_and_receive(messages, timeout=timeout)
         with self._watch:
             self._note(messages, replies, time.perf_counter() - began)
         return replies
@@ -73,7 +82,9 @@ class ObservedGrid(EmbeddedGrid):
         for reply in replies:
             node = reply.metadata.src_node_id
             if reply.has_error():
-                line["failed"].append({"node": self.name_of(node), "reason": reply.error.reason})
+                line["failed"].append(
+                    {"node": cast(NamesNodes, self).name_of(node), "reason": reply.error.reason}
+                )
                 continue
             line["clients"] += kind == "train"
             line["bytes_up"] += _size(reply)
@@ -93,6 +104,10 @@ class ObservedGrid(EmbeddedGrid):
         if message.metadata.group_id.isdigit():
             return int(message.metadata.group_id)
         return len(self._lines) + (kind == "train" or not self._lines)
+
+
+class ObservedGrid(Notes, EmbeddedGrid):
+    """An embedded grid that takes notes."""
 
 
 def _size(message: Message) -> int:

@@ -1,0 +1,207 @@
+"""A node's place in a federation: its state folder, its key, its certificate."""
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from umbel.strategies.errors import ConfigError, RunError
+from umbel.transport.certificates import (
+    CertificateError,
+    Identity,
+    check_pair,
+    load_certificate,
+    load_identity,
+    load_key,
+    make_request,
+    new_key,
+    read_identity,
+    renewal_due,
+    save_identity,
+)
+from umbel.transport.frames import CHANNEL_OPTIONS, SERVICE
+from umbel.transport.join import JoinError, read_join_file
+from umbel.transport.keyfiles import KeyFileError, read_secret, write_secret
+from umbel.transport.link_pb2 import Certificate, EnrolRequest, RenewRequest
+
+_CALL_S = 20.0
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What a node remembers between starts.
+
+    Attributes:
+        address: HOST:PORT of the coordinator.
+        name: the node's.
+        app: the app's folder.
+        node_config: of the node, such as its `partition-id`.
+        own_certificate: paths of certificate, key and root that someone brought along.
+    """
+
+    address: str
+    name: str = ""
+    app: str = ""
+    node_config: Mapping[str, Any] = field(default_factory=dict)
+    own_certificate: tuple[str, str, str] | None = None
+
+
+class Membership:
+    """The state folder of one node process.
+
+    Raises:
+        ConfigError: another process uses the folder, or it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process uses {folder}; give each node a state folder of its own"
+            ) from None
+        except OSError as problem:
+            raise ConfigError(f"{folder} cannot be used: {problem.strerror}") from problem
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        os.close(self._lock)
+
+    # ---- settings
+
+    def settings(self) -> NodeSettings | None:
+        """What earlier starts have left, or None."""
+        try:
+            fields = json.loads((self.folder / "node.json").read_text())
+            if fields.get("own_certificate"):
+                fields["own_certificate"] = tuple(fields["own_certificate"])
+            return NodeSettings(**fields)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as problem:
+            raise ConfigError(
+                f"{self.folder / 'node.json'} is damaged ({problem}); remove it and join again"
+            ) from problem
+
+    def remember(self, settings: NodeSettings) -> None:
+        """Keep settings for the next start."""
+        try:
+            write_secret(
+                self.folder / "node.json", json.dumps(dataclasses.asdict(settings)).encode()
+            )
+        except OSError as problem:
+            raise ConfigError(f"{self.folder} cannot be written: {problem.strerror}") from problem
+
+    # ---- certificates
+
+    def identity(self, settings: NodeSettings) -> Identity | None:
+        """The node's key and certificate, or None before it has enrolled."""
+        try:
+            if settings.own_certificate is not None:
+                paths = [Path(each) for each in settings.own_certificate]
+                return load_identity(paths[0], paths[1], paths[2])
+            file = self.folder / "identity.pem"
+            return read_identity(file) if file.exists() else None
+        except (CertificateError, KeyFileError) as problem:
+            raise ConfigError(str(problem)) from problem
+
+    async def enrol(self, join_file: Path) -> NodeSettings:
+        """Exchange a join file for a certificate; the key is made here and stays here.
+
+        Raises:
+            ConfigError: the file cannot be used, or the coordinator refuses it.
+            RunError: the coordinator cannot be reached.
+        """
+        try:
+            join = read_join_file(join_file)
+        except JoinError as problem:
+            raise ConfigError(str(problem)) from problem
+        key = self._pending_key(join.root_fingerprint)
+        request = EnrolRequest(token=join.token, request=make_request(key, join.name))
+        answer = await self._call(join.address, join.identity, "Enrol", request)
+        self._accept(answer, key)
+        return NodeSettings(address=join.address, name=answer.name)
+
+    async def renew_if_due(self, settings: NodeSettings, identity: Identity) -> bool:
+        """A new key and certificate in the last third of the old one's life."""
+        if settings.own_certificate is not None:
+            return False
+        if not renewal_due(load_certificate(identity.certificate)):
+            return False
+        key = new_key()
+        request = RenewRequest(request=make_request(key, settings.name))
+        self._accept(await self._call(settings.address, identity, "Renew", request), key)
+        return True
+
+    def _pending_key(self, root: str) -> bytes:
+        """The key of an enrolment; the same for a second try, whose answer may have been lost."""
+        file = self.folder / f"joining-{root[:16]}.key"
+        if not file.exists():
+            write_secret(file, new_key())
+        return read_secret(file)
+
+    def _accept(self, answer: Certificate, key: bytes) -> None:
+        try:
+            check_pair(load_certificate(answer.certificate), load_key(key))
+        except CertificateError as problem:
+            raise RunError(f"the coordinator has sent an unusable certificate: {problem}") from (
+                problem
+            )
+        identity = Identity(answer.certificate, key, answer.root)
+        save_identity(self.folder / "identity.pem", identity)
+        for file in self.folder.glob("joining-*.key"):
+            file.unlink()
+
+    async def _call(
+        self, address: str, identity: Identity, name: str, request: EnrolRequest | RenewRequest
+    ) -> Certificate:
+        async with open_channel(address, identity) as channel:
+            call = channel.unary_unary(
+                f"/{SERVICE}/{name}",
+                request_serializer=type(request).SerializeToString,
+                response_deserializer=Certificate.FromString,
+            )
+            try:
+                answer: Certificate = await call(request, timeout=_CALL_S)
+                return answer
+            except grpc.aio.AioRpcError as problem:
+                raise refusal(address, problem) from None
+
+
+def open_channel(address: str, identity: Identity) -> grpc.aio.Channel:
+    """A channel to the coordinator, under mutual TLS."""
+    credentials = grpc.ssl_channel_credentials(identity.root, identity.key, identity.certificate)
+    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def refusal(address: str, problem: grpc.aio.AioRpcError) -> ConfigError | RunError:
+    """What a failed call means: ConfigError where trying again would not help."""
+    code, said = problem.code(), problem.details() or ""
+    if code == grpc.StatusCode.UNAVAILABLE:
+        if "CERTIFICATE_VERIFY_FAILED" in said or "Hostname Verification" in said:
+            return ConfigError(
+                f"{address} is not the coordinator of this federation: its certificate is "
+                "another authority's or does not carry this address"
+            )
+        if any(word in said for word in ("certificate", "CERTIFICATE", "Cert")):
+            return ConfigError(f"{address} does not accept this node's certificate")
+        return RunError(f"the coordinator at {address} cannot be reached")
+    final = (
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    )
+    if code in final:
+        return ConfigError(f"the coordinator at {address} refuses: {said}")
+    return RunError(f"the coordinator at {address} says: {said or code}")

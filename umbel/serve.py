@@ -1,0 +1,246 @@
+"""`umbel server`: an app on the link engine, over runs, restarts and signals."""
+
+import contextlib
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import ServerApp
+
+from umbel.federation import FederationServerApp
+from umbel.run import log_to
+from umbel.server import progress as showing
+from umbel.server.link import LinkGrid, ObservedLinkGrid, StoppedError
+from umbel.server.progress import Progress
+from umbel.server.rundir import RunDirectory, machine, versions
+from umbel.server.service import ServerSettings, Service, WatchedProgress
+from umbel.server.session import session
+from umbel.strategies.app import AppFolder, open_app
+from umbel.strategies.errors import ConfigError
+from umbel.strategies.options import Options, override
+
+log = logging.getLogger("umbel.server")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a server process runs.
+
+    Attributes:
+        app: the app's folder.
+        changes: to the app's options.
+        nodes: how many nodes to wait for before a run; 0 is all that are enrolled.
+        enough: share of a round's training replies that is waited for.
+        stay: take further runs after the first.
+        fresh: begin a new run even if an unfinished one is there.
+        out: the run directory; one in the state folder if None.
+    """
+
+    app: Path
+    changes: Options = field(default_factory=dict)
+    nodes: int = 0
+    enough: float = 1.0
+    stay: bool = False
+    fresh: bool = False
+    out: Path | None = None
+
+
+def serve(
+    settings: ServerSettings,
+    run: RunSettings,
+    *,
+    version: str,
+    progress: Progress | None = None,
+    on_result: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run a coordinator until its run has ended, or for ever with `run.stay`.
+
+    Returns:
+        What `umbel server --json` prints, of the last run.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+        RunError: the run could not go on.
+        StoppedError: by a signal; started again on the same state, the run goes on.
+    """
+    folder = open_app(run.app)
+    server_app = folder.server_app()
+    shown = progress or showing.choose(sys.stderr)
+    service = Service(settings, version=version, app_digest=folder.digest())
+    ended = False
+    try:
+        service.start()
+        shown.note(f"listening on {service.status()['address']}")
+        with _signals(service) as current:
+            waiting: dict[str, Any] | None = dict(run.changes)
+            fresh = run.fresh
+            while True:
+                plan = _plan(service, folder, server_app, run, waiting or {}, fresh=fresh)
+                result = _execute(service, plan, run, shown, current)
+                on_result(result)
+                if not run.stay:
+                    ended = True
+                    return result
+                waiting, fresh = _next_submission(service, shown, current), True
+    finally:
+        service.stop(for_good=ended)
+
+
+def submit(state: Path, changes: Options) -> None:
+    """Ask a server that stays (`--serve`) for another run, with these options."""
+    from umbel.server.enrolment import Enrolment
+
+    if not (state / "umbel.sqlite").exists():
+        raise ConfigError(f"{state} is no coordinator's state; start one with: umbel server")
+    enrolment = Enrolment(state)
+    try:
+        enrolment.keep("submissions", [*(enrolment.fact("submissions") or []), dict(changes)])
+    finally:
+        enrolment.close()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    folder: AppFolder
+    app: ServerApp
+    options: dict[str, Any]
+    directory: RunDirectory
+    run_id: int
+
+
+@dataclass
+class _Current:
+    """What a signal must reach."""
+
+    grid: LinkGrid | None = None
+    stopping: bool = False
+
+    def check(self) -> None:
+        if self.stopping:
+            raise StoppedError
+
+
+def _plan(
+    service: Service,
+    folder: AppFolder,
+    app: ServerApp,
+    run: RunSettings,
+    changes: Mapping[str, Any],
+    *,
+    fresh: bool,
+) -> _Plan:
+    """The unfinished run of this state, or a new one."""
+    known: Mapping[str, Any] = folder.options
+    if isinstance(app, FederationServerApp):
+        known = app.federation.complete(folder.options)
+    before = None if fresh else service.enrolment.fact("run")
+    if before is not None and not before["done"]:
+        if before["changes"] != dict(changes) or before["app_digest"] != folder.digest():
+            raise ConfigError(
+                f"{before['path']} is unfinished, and was started with another app or other "
+                "options; use those again, or begin anew with --fresh"
+            )
+        directory = RunDirectory.open(Path(before["path"]))
+        return _Plan(folder, app, override(known, changes), directory, before["run_id"])
+    options = override(known, changes)
+    run_id = secrets.randbits(62) + 1
+    config = {
+        "app": folder.name,
+        "app_path": str(folder.path),
+        "app_hash": folder.digest(),
+        "options": options,
+        "changes": {k: v for k, v in options.items() if known.get(k) != v},
+        "nodes": run.nodes or None,
+        "engine": "link",
+        "enough": run.enough,
+        "versions": versions(),
+        "machine": machine(),
+        "command": sys.argv,
+    }
+    out = run.out if not fresh or run.fresh else None
+    directory = RunDirectory.create(service.settings.state / "runs", folder.name, config, out=out)
+    position = {
+        "path": str(directory.path.absolute()),
+        "run_id": run_id,
+        "changes": dict(changes),
+        "app_digest": folder.digest(),
+        "done": False,
+    }
+    service.enrolment.keep("run", position)
+    return _Plan(folder, app, options, directory, run_id)
+
+
+def _execute(
+    service: Service, plan: _Plan, run: RunSettings, shown: Progress, current: _Current
+) -> dict[str, Any]:
+    own_rounds = not isinstance(plan.app, FederationServerApp)
+    log_to(plan.directory.log_path, quiet=not own_rounds)
+    service.position |= {"run": str(plan.directory.path), "phase": "waiting", "round": 0}
+    service.position["round"] = max((line["round"] for line in plan.directory.rounds()), default=0)
+    service.wait_for_nodes(run.nodes, shown.note, current.check)
+    kind = ObservedLinkGrid if own_rounds else LinkGrid
+    grid = kind(service.hub, run_id=plan.run_id, run_config=plan.options, enough=run.enough)
+    current.grid = grid
+    current.check()
+    context = Context(plan.run_id, 1, {}, RecordDict(), dict(plan.options))
+    service.position["phase"] = "training"
+    try:
+        with session(plan.directory, WatchedProgress(shown, service)) as opened:
+            plan.app(grid, context)
+            if isinstance(grid, ObservedLinkGrid):
+                opened.result |= grid.finish(plan.directory)
+    except BaseException as problem:
+        stopped = isinstance(problem, KeyboardInterrupt)
+        shown.finish("stopped; started again, the run goes on" if stopped else "")
+        raise
+    finally:
+        current.grid = None
+    result = opened.finish()
+    service.enrolment.keep("run", (service.enrolment.fact("run") or {}) | {"done": True})
+    service.position["phase"] = "finished"
+    return result
+
+
+def _next_submission(service: Service, shown: Progress, current: _Current) -> dict[str, Any]:
+    shown.note("the run has ended; waiting for another: umbel submit --state DIR")
+    while True:
+        current.check()
+        submissions = service.enrolment.fact("submissions") or []
+        if submissions:
+            service.enrolment.keep("submissions", submissions[1:])
+            return dict(submissions[0])
+        service.changed.wait(timeout=0.5)
+        service.changed.clear()
+
+
+@contextlib.contextmanager
+def _signals(service: Service) -> Iterator[_Current]:
+    """SIGTERM and Ctrl-C end the run at the next safe place; a second one ends it at once."""
+    current = _Current()
+
+    def stop(number: int, _: Any) -> None:
+        if current.stopping:
+            raise StoppedError
+        current.stopping = True
+        log.info("stopping on signal %d", number)
+        service.changed.set()
+        if current.grid is not None:
+            current.grid.stopping = True
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread: the caller stops us
+        before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield current
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+__all__ = ["RunSettings", "ServerSettings", "serve", "submit"]
