@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import click
 import typer
 
+from umbel import server_commands
+
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
@@ -112,6 +114,13 @@ def new_command(
 
     folder = new_app(Path(name))
     typer.echo(f"made {folder}; run it with: umbel run {name}")
+
+
+app.command("server")(server_commands.server)
+app.command("client")(server_commands.client)
+app.command("status")(server_commands.status)
+app.command("submit")(server_commands.submit)
+app.add_typer(server_commands.nodes, name="nodes")
 
 
 def _mount(arguments: list[str]) -> None:
