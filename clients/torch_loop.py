@@ -220,9 +220,10 @@ def _parts(rows: Tensor | None, size: int, task: Task) -> Iterator[tuple[Tensor 
     if task.settings.accumulate == 1 and task.share.world == 1:
         yield rows, 1.0
         return
-    mine, factor = task.share.of(torch.arange(size) if rows is None else rows)
-    for part in mine.chunk(task.settings.accumulate):
-        yield part, factor * len(part) / len(mine)
+    whole = torch.arange(size) if rows is None else rows
+    for part in whole.chunk(task.settings.accumulate):  # first, so that all ranks step alike
+        mine, factor = task.share.of(part)
+        yield mine, factor * len(part) / len(whole)
 
 
 def _shape_gradient(task: Task, anchor: list[Tensor] | None) -> None:
@@ -292,6 +293,6 @@ def _explained() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigError(
-            "a node has a single example, and batch norm needs at least two in a batch; "
-            "give every node more examples, or use group norm"
+            "a batch has a single example, and batch norm needs at least two; give every node "
+            "more examples, raise batch-size above 1, or use group norm"
         ) from error

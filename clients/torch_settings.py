@@ -30,8 +30,8 @@ class TorchSettings:
             devices that have it and float32 elsewhere.
         device: "auto" (CUDA, else MPS, else CPU) or a name that torch knows.
         gpus: how many of its node's GPUs a job uses together; 0 is all of them.
-        local_processes: how many CPU processes a job uses together; for models whose step
-            is worth splitting.
+        local_processes: how many processes a job uses together on the CPU, for models whose
+            step is worth splitting.
         batched: whether many nodes' models are trained as one computation: "auto" where it
             is faster, "on" wherever it is possible, "off".
     """
@@ -51,18 +51,20 @@ class TorchSettings:
     local_processes: int = 1
     batched: str = "auto"
 
+    def on_gpus(self) -> bool:
+        """Whether a job that several processes share runs on GPUs; else it runs on CPUs."""
+        return self.gpus != 1 and self.device != "cpu" and torch.cuda.is_available()
+
     def processes(self) -> int:
         """How many processes of this node share a job: one for each GPU, or as many as asked.
 
         Raises:
             ConfigError: more GPUs are asked for than the node has.
         """
-        if self.gpus == 1 or self.device == "cpu":
-            return self.local_processes
         found = torch.cuda.device_count()
-        if self.gpus > found:
+        if self.gpus > max(found, 1) and self.device != "cpu":
             raise ConfigError(f"gpus is {self.gpus}, but this node has {found}; use gpus=0 (all)")
-        return max(self.gpus or found, self.local_processes if found == 0 else 1)
+        return (self.gpus or found) if self.on_gpus() else self.local_processes
 
     def validate(self) -> None:
         """Raises:

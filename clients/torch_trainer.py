@@ -18,9 +18,10 @@ from umbel.clients import torch_cohort
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
 from umbel.clients.torch_batches import open_source, to_device, to_model
-from umbel.clients.torch_loop import MakeOptimizer, Task, autocast, call, fit, make_optimizer
+from umbel.clients.torch_loop import MakeOptimizer, Share, Task, autocast, call, fit, make_optimizer
 from umbel.clients.torch_losses import BatchMetrics, Loss, Objective, Tally, objective
 from umbel.clients.torch_module import Model, Workbench, build, split, to_cpu
+from umbel.clients.torch_parallel import Team, rank_device, spread
 from umbel.clients.torch_settings import TorchSettings, choose_device
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
 
@@ -54,6 +55,7 @@ class TorchTrainer(TorchSettings):
     objective: Objective = field(init=False, repr=False, compare=False)
     defaults: TorchSettings = field(init=False, repr=False, compare=False)
     bench: Workbench = field(init=False, repr=False, compare=False)
+    team: Team = field(init=False, repr=False, compare=False, default_factory=Team)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "OPTIONS", options_of(self, TorchSettings))
@@ -91,14 +93,27 @@ class TorchTrainer(TorchSettings):
             RunError: training diverged.
         """
         settings = self.settings(job.options, job.learning_rate)
-        device = choose_device(settings.device)
+        world = settings.processes()
+        if world == 1:
+            return self.train_share(weights, examples, job, Share())
+        return self.team.train(
+            self.train_share, weights, examples, job, world=world, cuda=settings.on_gpus()
+        )
+
+    def train_share(self, weights: Weights, examples: Any, job: Job, share: Share) -> Trained:
+        """One process's share of a job (all of it where there is one process)."""
+        settings = self.settings(job.options, job.learning_rate)
+        if share.world > 1:
+            device = rank_device(share, settings.on_gpus())
+        else:
+            device = choose_device(settings.device)
         source = open_source(examples, device)
         piece = self.bench.piece(job.options, device)
         piece.load(weights)
         parameters = list(piece.parameters.values())
-        with seeded(job.seed, device):
+        with seeded(job.seed + share.rank, device):
             task = Task(
-                module=piece.module,
+                module=piece.module if share.world == 1 else spread(piece.module, device),
                 parameters=parameters,
                 objective=self.objective,
                 optimizer=make_optimizer(self.optimizer, parameters, settings),
@@ -106,6 +121,7 @@ class TorchTrainer(TorchSettings):
                 least=piece.least,
                 device=device,
                 seed=job.seed,
+                share=share,
             )
             loss = fit(task, source)
         return Trained(piece.weights(weights), source.size, {"loss": loss})
