@@ -26,7 +26,7 @@ from torch import Tensor
 
 from umbel.clients.data import Node, Split
 from umbel.clients.trainer import CohortTrainer, Job, Options, Trained, Trainer, Tree, Weights
-from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS, UPDATE
+from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS, UPDATE, Seals
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.layout import (
     CONFIG,
@@ -200,7 +200,10 @@ class _Plan:
             record[BUFFERS] = to_array(self.travelling.flatten(sent))
         self._keep(task.context, trained.weights.buffers)
         metrics = MetricRecord({**said})
-        return Message(RecordDict({UPDATE: record, METRICS: metrics}), reply_to=task.message)
+        content = RecordDict({UPDATE: record, METRICS: metrics})
+        if isinstance(self.stack.collect, Seals):
+            content = self.stack.collect.seal(content, task.message, task.context)
+        return Message(content, reply_to=task.message)
 
     def _keep(self, context: Context, buffers: Tree) -> None:
         local = local_buffers(buffers, str(self.options["buffers"]))

@@ -111,7 +111,11 @@ class Rounds:
         )
         self.names = {node.node_id: node.name for node in nodes}
         self.expected = self.cohort.expected(len(nodes))
-        self.facts = Facts(size=self.manifest.size)
+        self.facts = Facts(
+            size=self.manifest.size,
+            expected_replies=self.expected,
+            max_replies=self.cohort.most(len(nodes)),
+        )
         self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
         self._saved_at = 0.0
         self._metrics: Mapping[str, float] = {}
@@ -148,7 +152,8 @@ class Rounds:
                 self.job.stack.collect.gather(requests, self._gathering(number, facts)),
                 lambda messages: self._replies(messages, phases),
             )
-        self.job.guard.charge(number, facts, sum_.replies)
+        if sum_.revealed:
+            self.job.guard.charge(number, facts, sum_.replies)
         with phases("aggregate"):
             position, train_metrics = self._apply(position, number, facts, sum_)
         with phases("evaluate"):
@@ -222,7 +227,8 @@ class Rounds:
         self, position: Position, number: int, facts: Facts, sum_: Sum
     ) -> tuple[Position, dict[str, float]]:
         """The next model: decode the sum, step the optimiser, mix in the buffers."""
-        if sum_.replies < self.job.options.min_replies and self.job.guard.seeded:
+        too_few = sum_.replies < self.job.options.min_replies and self.job.guard.seeded
+        if too_few or sum_.aborted:
             return self._abandon(position, number, sum_), {}
         rnd = Round(
             number=number,
@@ -256,7 +262,9 @@ class Rounds:
         after = position.but(round=number, abandoned=position.abandoned + 1)
         need = self.job.options.min_replies
         said = f"round {number}: {sum_.replies} of {need} needed replies could be used{first}"
-        nobody = sum_.replies == 0 and len(why) > 0 and position.round == 0
+        if sum_.aborted:
+            said = f"round {number}: {sum_.aborted}{first}"
+        nobody = not sum_.aborted and not sum_.replies and why and position.round == 0
         if nobody or after.abandoned >= PATIENCE_WITHOUT_REPLIES:
             raise RunError(f"{said}; the run ends, and its log.txt has the nodes' errors")
         self.progress.note(f"{said}; the model stays as it was")

@@ -23,6 +23,10 @@ class Cohort(Protocol):
         """The expected number of nodes: a public number, unlike the number drawn."""
         ...
 
+    def most(self, population: int) -> int:
+        """The largest number of nodes a round can have."""
+        ...
+
     def draw(self, population: int, entropy: Sequence[int] | None) -> list[int]:
         """The round's positions, ascending.
 
@@ -43,6 +47,9 @@ class Everyone:
     def expected(self, population: int) -> float:
         return float(population)
 
+    def most(self, population: int) -> int:
+        return population
+
     def draw(self, population: int, entropy: Sequence[int] | None) -> list[int]:  # noqa: ARG002
         return list(range(population))
 
@@ -56,6 +63,9 @@ class FixedSize:
 
     def expected(self, population: int) -> float:
         return float(min(self.size, population))
+
+    def most(self, population: int) -> int:
+        return min(self.size, population)
 
     def draw(self, population: int, entropy: Sequence[int] | None) -> list[int]:
         size = min(self.size, population)
@@ -78,6 +88,9 @@ class Poisson:
 
     def expected(self, population: int) -> float:
         return min(float(self.size), float(population))
+
+    def most(self, population: int) -> int:
+        return population if self.cap is None else min(self.cap, population)
 
     def draw(self, population: int, entropy: Sequence[int] | None) -> list[int]:
         generator = _generator(entropy)

@@ -8,10 +8,10 @@ to bottom and knows nothing of networks. `umbel.server.rounds.drive` runs it ove
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
 from umbel.privacy.clipping import l2_norm
@@ -56,6 +56,8 @@ class Sum:
         buffers: weighted mean of the nodes' buffers, where they travel.
         rejected: replies that were not used, and why.
         bytes_up: size of all replies.
+        aborted: why there is no sum at all, or empty. The model then stays as it was.
+        revealed: somebody could know the sum; it is False only where that is impossible.
     """
 
     total: Tensor
@@ -66,6 +68,8 @@ class Sum:
     buffers: Tensor | None = None
     rejected: tuple[Rejected, ...] = ()
     bytes_up: int = 0
+    aborted: str = ""
+    revealed: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,15 @@ class Collect(Protocol):
 
     def answers(self) -> Mapping[str, ClientFn]:
         """The node's half of extra trips: query actions by name."""
+        ...
+
+
+@runtime_checkable
+class Seals(Protocol):
+    """A collect whose nodes do not send the update itself when they have trained."""
+
+    def seal(self, content: RecordDict, request: Message, context: Context) -> RecordDict:
+        """Node: what is sent in place of `content`."""
         ...
 
 

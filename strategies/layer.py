@@ -50,6 +50,11 @@ class Facts:
             any real number.
         public_denominator: the sum is divided by a number that does not depend on who came.
         round: the round that the facts are about, from 1; 0 before the first.
+        expected_replies: the expected number of updates in a sum; 0 is not known.
+        max_replies: the largest number of updates in a sum; 0 is not known.
+        spread: standard deviation of a coordinate of any one update, after a random rotation
+            that spreads it evenly; None is without.
+        noise: standard deviation of the noise that all nodes together add to a coordinate.
     """
 
     size: int
@@ -61,6 +66,10 @@ class Facts:
     grid: float | None = None
     public_denominator: bool = False
     round: int = 0
+    expected_replies: float = 0.0
+    max_replies: int = 0
+    spread: float | None = None
+    noise: float = 0.0
 
     def but(self, **changes: Any) -> Facts:
         """These facts with some replaced."""
@@ -159,6 +168,15 @@ class SeesMetrics(Protocol):
 
     def attach(self, update: Tensor, metrics: Metrics, config: Config) -> Tensor:
         """Node, before `encode`: the update with coordinates for `metrics` at its end."""
+        ...
+
+
+@runtime_checkable
+class TellsFacts(Protocol):
+    """A layer whose nodes must know what follows from the facts at its place of the stack."""
+
+    def tell(self, facts: Facts, state: Any) -> Config:
+        """Server: what every node must know this round, beside what `publish` says."""
         ...
 
 

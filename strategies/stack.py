@@ -9,7 +9,7 @@ from torch import Tensor
 
 from umbel.strategies.collect import Collect, PlainSum, Sum
 from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Facts, Layer, Metrics, Round, SeesMetrics
+from umbel.strategies.layer import Claim, Facts, Layer, Metrics, Round, SeesMetrics, TellsFacts
 
 States = tuple[Any, ...]
 """One state a layer, in the stack's order."""
@@ -64,6 +64,9 @@ class Stack:
             if facts is not None:
                 if facts.l2_bound is not None:
                     config[f"{layer.name}.bound"] = facts.l2_bound
+                if isinstance(layer, TellsFacts):
+                    for key, value in layer.tell(facts, state).items():
+                        config[f"{layer.name}.{key}"] = value
                 facts = layer.check(facts, state)
         return config
 
