@@ -22,6 +22,8 @@ from torch import Tensor
 Tree = dict[str, Tensor]
 
 _STYPE = "numpy.ndarray"
+_PLAIN = frozenset(np.dtype(code) for code in "fde?BHILQbhilq")
+"""What torch holds too, in this machine's byte order."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class Manifest:
 
 
 def to_array(vector: Tensor) -> Array:
-    """A tensor as a Flower `Array`; its bytes are copied once."""
+    """A tensor as a Flower `Array`; its bytes are copied once. bfloat16 travels as float32."""
+    if vector.dtype == torch.bfloat16:  # numpy has no such type
+        vector = vector.float()
     values = vector.detach().cpu().contiguous().numpy()
     data = b"".join((_header(values.dtype.str, values.shape), values.reshape(-1).data.cast("B")))
     return Array(str(values.dtype), values.shape, _STYPE, data)
@@ -130,9 +134,14 @@ def _header_length(data: bytes) -> int:
 @lru_cache(maxsize=256)
 def _read_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     file = io.BytesIO(header)
-    version = npy.read_magic(file)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran_order, dtype = read(file)
-    if dtype.hasobject or dtype.kind not in "fiub" or (fortran_order and len(shape) > 1):
+    try:
+        version = npy.read_magic(file)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise ValueError(f"the format has no version {version}")
+        shape, fortran_order, dtype = read(file)
+    except Exception as error:  # numpy's parser lets several kinds through on damaged text
+        raise ValueError(f"an array's header cannot be read: {error}") from error
+    if dtype not in _PLAIN or (fortran_order and len(shape) > 1):
         raise ValueError(f"an array has the dtype {dtype}, which is not plain numbers in C order")
-    return dtype.newbyteorder("="), shape, len(header)
+    return dtype, shape, len(header)
