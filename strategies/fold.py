@@ -72,6 +72,7 @@ class Fold:
             self._next += 1
 
     def _hold(self, vector: Tensor, weight: float) -> _Held:
+        vector = vector.to(self._block.dtype)  # as it will be read back from the file
         need = vector.numel() * vector.element_size()
         if need <= self._room:
             self._room -= need
