@@ -8,6 +8,7 @@ need when they run, so that `umbel --help` is quick.
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -137,6 +138,7 @@ def _mount(arguments: list[str]) -> None:
 def main() -> None:
     """Entry point of the `umbel` command."""
     arguments = sys.argv[1:]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
     _mount(arguments)
     status: Any
     try:

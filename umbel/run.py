@@ -160,6 +160,7 @@ def _execute(
     plan: _Plan, directory: RunDirectory, nursery: Nursery | None, progress: Progress
 ) -> dict[str, Any]:
     log_to(directory.log_path, quiet=plan.federation is not None)
+    show_fetching(progress)
     kind = EmbeddedGrid if plan.federation is not None else ObservedGrid
     grid = kind(
         plan.folder.path,
@@ -177,11 +178,9 @@ def _execute(
             if isinstance(grid, ObservedGrid):
                 current.result |= grid.finish(directory)
     except KeyboardInterrupt:
-        progress.finish("")
         raise Interrupted(directory.path) from None
-    except BaseException:
+    finally:
         progress.finish("")
-        raise
     return current.finish()
 
 
@@ -195,6 +194,24 @@ def log_to(path: Path, *, quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
+
+
+class _Notes(logging.Handler):
+    """Shows log records where the progress is shown."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.note(record.getMessage())
+
+
+def show_fetching(progress: Progress) -> None:
+    """Say so when a data set has to be fetched first."""
+    logger = logging.getLogger("umbel.clients.datasets")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_Notes(progress)]
 
 
 def _processors() -> int:
