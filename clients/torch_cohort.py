@@ -242,7 +242,9 @@ class _Cohort:
     ) -> tuple[Tree, Tensor]:
         parameters = {n: v[: len(x)] for n, v in self.stacked.items()} if step else self.start
         dims = (0 if step else None, 0, 0, None if mask is None else 0)
-        return vmap(grad_and_value(self._loss), in_dims=dims)(parameters, x, y, mask)
+        gradients, losses = vmap(grad_and_value(self._loss), in_dims=dims)(parameters, x, y, mask)
+        # An unused parameter's gradient is one zero, seen by all; each node needs its own.
+        return {name: gradient.contiguous() for name, gradient in gradients.items()}, losses
 
     def _loss(self, parameters: Tree, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         outputs = functional_call(self.piece.module, {**self.fixed, **parameters}, (x,))
@@ -271,7 +273,8 @@ class _Cohort:
             if step:
                 here.add_(gradient, alpha=-settings.learning_rate)
             else:
-                self.stacked[name] = torch.add(here, gradient, alpha=-settings.learning_rate)
+                rate = -settings.learning_rate
+                self.stacked[name] = torch.add(here, gradient, alpha=rate, out=gradient)
 
     def _with_momentum(self, step: int, active: int, name: str, gradient: Tensor) -> Tensor:
         if step == 0:
@@ -302,7 +305,7 @@ def _padded(parts: list[tuple[ArrayLike, Tensor | None]], width: int) -> Tensor:
     result = like.new_empty((len(parts), width, *first.shape[1:]))
     for place, (array, rows) in zip(result, parts, strict=True):
         count = len(array) if rows is None else len(rows)
-        if rows is not None and isinstance(array, Tensor):
+        if rows is not None and isinstance(array, Tensor) and array.device == place.device:
             torch.index_select(array, 0, rows.to(array.device), out=place[:count])
         else:
             place[:count] = rows_of(array, rows)

@@ -168,14 +168,7 @@ def _start(work: Work, world: int, cuda: bool) -> _Group:
         ours, theirs = context.Pipe()
         process = context.Process(
             target=_serve,
-            args=(
-                blob,
-                Share(number, world),
-                str(meeting / "store"),
-                cuda,
-                theirs,
-                torch.get_num_threads(),
-            ),
+            args=(blob, Share(number, world), str(meeting / "store"), cuda, theirs, threads),
             daemon=True,
         )
         try:

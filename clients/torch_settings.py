@@ -70,11 +70,9 @@ class TorchSettings:
         """Raises:
         ConfigError: a value is out of its range.
         """
-        if not 0 < self.learning_rate < float("inf"):
-            raise ConfigError(f"learning-rate is {self.learning_rate}; it must be above 0")
         for name in ("batch_size", "local_steps", "local_epochs", "gpus"):
             _at_least(0, name, getattr(self, name))
-        for name in ("momentum", "weight_decay", "proximal_mu", "clip_gradient"):
+        for name in ("learning_rate", "momentum", "weight_decay", "proximal_mu", "clip_gradient"):
             _at_least(0, name, getattr(self, name))
         for name in ("accumulate", "local_processes"):
             _at_least(1, name, getattr(self, name))

@@ -165,7 +165,8 @@ class TorchTrainer(TorchSettings):
         piece.load(weights)
         piece.module.eval()
         tally = Tally(self.objective, self.metrics)
-        with seeded(0, device), torch.inference_mode():
+        # Not inference_mode: what a module caches here (a mask, rotations) is trained with later.
+        with seeded(0, device), torch.no_grad():
             for start in range(0, source.size, EVALUATION_BATCH):
                 rows = torch.arange(start, min(start + EVALUATION_BATCH, source.size))
                 x, y = source.batch(None if len(rows) == source.size else rows)

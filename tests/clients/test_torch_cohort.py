@@ -150,6 +150,22 @@ def test_frozen_parameters_stay() -> None:
     assert list(together[0].weights.buffers) == ["0.weight", "0.bias"]
 
 
+class Spare(nn.Module):
+    """Has a parameter that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.spare = nn.Linear(5, 3), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+def test_parameters_that_are_not_used() -> None:
+    trainer = TorchTrainer(Spare, batch_size=3, proximal_mu=0.2, clip_gradient=0.5)
+    assert_same(*both(trainer, classes([5, 7, 2]), jobs(3, batched="on")))
+
+
 def test_one_example_and_one_full_step_is_the_gradient() -> None:
     trainer = TorchTrainer(linear, learning_rate=0.25, batch_size=0)
     examples = classes([1] * 16)

@@ -435,7 +435,7 @@ def test_divergence_names_the_learning_rate() -> None:
     ("options", "cure"),
     [
         ({"batch-size": "many"}, "batch-size is 'many'"),
-        ({"learning-rate": -1.0}, "above 0"),
+        ({"learning-rate": -1.0}, "at least 0"),
         ({"accumulate": 0}, "at least 1"),
         ({"local-epochs": 0}, "both 0"),
         ({"precision": "int4"}, "can be auto, float32"),
