@@ -202,9 +202,13 @@ class _Notes(logging.Handler):
     def __init__(self, progress: Progress) -> None:
         super().__init__()
         self._progress = progress
+        self._last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._progress.note(record.getMessage())
+        said = record.getMessage()
+        if said != self._last:  # a fetch says the same until something else happens
+            self._progress.note(said)
+        self._last = said
 
 
 def show_fetching(progress: Progress) -> None:
