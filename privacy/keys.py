@@ -47,6 +47,11 @@ def digest(purpose: str, *fields: bytes | str | int) -> bytes:
     return hashlib.sha256(transcript(purpose, *fields)).digest()
 
 
+def sha256(content: bytes | memoryview) -> bytes:
+    """SHA-256 of something long."""
+    return hashlib.sha256(content).digest()
+
+
 @dataclass(frozen=True)
 class KeyPair:
     """An X25519 key for one session; `repr` never shows the private half.

@@ -20,8 +20,9 @@ names what was wrong. The server drops it and goes on, down to the quorum.
 """
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from umbel.privacy import keys, masks, packing, shamir
 from umbel.privacy.session import (
@@ -89,7 +90,9 @@ class Self:
 # ── the node's half ───────────────────────────────────────────────────────────────────────────
 
 
-def advertise(me: Self, terms: Terms, values: masks.Words, told: Plain) -> tuple[Plain, Plain]:
+def advertise(
+    me: Self, terms: Terms, values: masks.Words, told: Mapping[str, Any]
+) -> tuple[Plain, Plain]:
     """First: fresh keys. `values` are the integers to be summed, shape (terms.size,).
 
     Returns:
