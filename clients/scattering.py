@@ -191,7 +191,7 @@ def _bank(kind: Scattering) -> _Bank:
 
 def _padded(length: int, scales: int) -> int:
     """The next multiple of 2^J that leaves one output sample of margin on either side."""
-    step = 2**scales
+    step = 1 << scales
     return ((length + step) // step + 1) * step
 
 
