@@ -29,6 +29,9 @@ METRICS = "metrics"
 EXAMPLES = "num-examples"
 """In that record: how many examples the update was made from (Flower's own key)."""
 
+LARGEST_METRIC = 1e100
+"""Whatever a node reports beyond this is no measurement; sums of smaller ones stay finite."""
+
 LENIENCE = 1e-9
 """Two machines may add up the squares of one update in different orders."""
 
@@ -176,7 +179,7 @@ class PlainSum:
             try:
                 update, weight, size = self._read(reply, round_)
                 if buffers is not None:
-                    buffers.offer(where, read_vector(reply, BUFFERS, round_.buffers), weight)
+                    buffers.offer(where, read_buffers(reply, round_.buffers), weight)
             except ValueError as error:
                 rejected.append(Rejected(node, str(error)))
                 fold.skip(where)
@@ -238,12 +241,29 @@ def read_vector(reply: Message, name: str, size: int) -> Tensor:
     return vector
 
 
+def read_buffers(reply: Message, size: int) -> Tensor:
+    """The flat buffers of a reply; ValueError says what is wrong with them."""
+    vector = read_vector(reply, BUFFERS, size)
+    if not vector.is_floating_point():
+        raise ValueError(f"{BUFFERS!r} is of {vector.dtype}, but running statistics are real")
+    if not bool(torch.isfinite(vector).all()):
+        raise ValueError(f"{BUFFERS!r} with NaN or infinity")
+    return vector
+
+
 def numbers(reply: Message) -> dict[str, float]:
-    """The scalar metrics of a reply."""
+    """The scalar metrics of a reply; integers beyond any float become infinity."""
     record = reply.content.metric_records.get(METRICS) if reply.has_content() else None
     if record is None:
         return {}
-    return {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
+    return {k: _float(v) for k, v in record.items() if isinstance(v, int | float)}
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 class MeanMetrics:
@@ -257,11 +277,11 @@ class MeanMetrics:
         self._rows[position] = ({k: v for k, v in metrics.items() if k != EXAMPLES}, weight)
 
     def result(self) -> dict[str, float]:
-        """The means, each over the nodes that sent a finite value."""
+        """The means, each over the nodes that sent a value that can be one."""
         terms: dict[str, list[tuple[float, float]]] = {}
         for metrics, weight in self._rows.values():
             for name, value in metrics.items():
-                if math.isfinite(value):
+                if abs(value) <= LARGEST_METRIC:  # not true of NaN
                     terms.setdefault(name, []).append((value * weight, weight))
         return {
             name: math.fsum(value for value, _ in rows) / math.fsum(weight for _, weight in rows)
