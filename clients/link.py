@@ -143,6 +143,8 @@ class NodeLink:
                     await self._connect()
                     twin_since = None
                 except grpc.aio.AioRpcError as problem:
+                    if self._over:
+                        return
                     said = refusal(self._settings.address, problem)
                     twin = problem.code() == grpc.StatusCode.ALREADY_EXISTS
                     twin_since = (twin_since or began) if twin else None

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from umbel.clients.link import NodeLink
 from umbel.clients.membership import Membership, NodeSettings
 from umbel.clients.trainee import AppSettings, Trainee
 from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError
+from umbel.strategies.errors import ConfigError, RunError
 
 log = logging.getLogger("umbel.node")
 
@@ -117,7 +118,7 @@ async def _settings(membership: Membership, start: StartSettings) -> NodeSetting
         paths = (str(own[0].absolute()), str(own[1].absolute()), str(own[2].absolute()))
         settings = replace(before or NodeSettings(start.address), own_certificate=paths)
     elif start.join is not None and (before is None or membership.identity(before) is None):
-        settings = await membership.enrol(start.join)
+        settings = await _enrol(membership, start.join)
     elif before is None:
         raise ConfigError(
             f"{start.state} belongs to no federation yet; start it with --join FILE, which the "
@@ -136,6 +137,18 @@ async def _settings(membership: Membership, start: StartSettings) -> NodeSetting
     if settings != before:
         membership.remember(settings)
     return settings
+
+
+async def _enrol(membership: Membership, join: Path) -> NodeSettings:
+    """Enrol; a coordinator that is not up yet is waited for."""
+    wait = 0.2
+    while True:
+        try:
+            return await membership.enrol(join)
+        except RunError as problem:
+            log.warning("%s; trying again", problem)
+        await asyncio.sleep(wait * random.uniform(0.5, 1.5))
+        wait = min(10.0, wait * 1.6)
 
 
 def gpu_environment(choice: str, node_config: Mapping[str, Any]) -> dict[str, str]:
