@@ -104,7 +104,7 @@ class ArraySource:
 
     @property
     def size(self) -> int:
-        return len(self.x)
+        return int(self.x.shape[0])
 
     def batch(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         return rows_of(self.x, rows), rows_of(self.y, rows)

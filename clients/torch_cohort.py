@@ -63,7 +63,7 @@ class Node:
 
     def count(self, step: int) -> int:
         rows = self.steps[step]
-        return self.source.size if rows is None else len(rows)
+        return self.source.size if rows is None else rows.shape[0]  # len() of a tensor is slow
 
 
 def train_cohort(
@@ -304,7 +304,7 @@ def _padded(parts: list[tuple[ArrayLike, Tensor | None]], width: int) -> Tensor:
     like = first if isinstance(first, Tensor) else torch.from_numpy(np.empty((), first.dtype))
     result = like.new_empty((len(parts), width, *first.shape[1:]))
     for place, (array, rows) in zip(result, parts, strict=True):
-        count = len(array) if rows is None else len(rows)
+        count = (array if rows is None else rows).shape[0]
         if rows is not None and isinstance(array, Tensor) and array.device == place.device:
             torch.index_select(array, 0, rows.to(array.device), out=place[:count])
         else:
