@@ -1,0 +1,61 @@
+"""Learning-rate schedules start at 1, end where they should, and never leave [gamma, 1]."""
+
+import doctest
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from umbel.strategies import schedules
+from umbel.strategies.errors import ConfigError
+from umbel.strategies.schedules import factor
+
+NAMES = ("constant", "cosine", "linear", "step", "exponential")
+
+
+@given(
+    st.sampled_from(NAMES),
+    st.integers(1, 50),
+    st.integers(0, 10),
+    st.floats(0.0, 1.0),
+    st.integers(1, 9),
+)
+def test_after_the_warmup_it_falls_from_one(
+    name: str, rounds: int, warmup: int, gamma: float, every: int
+) -> None:
+    values = [
+        factor(name, n, rounds + warmup, gamma=gamma, every=every, warmup=warmup)
+        for n in range(1, rounds + warmup + 1)
+    ]
+    rising, falling = values[:warmup], values[warmup:]
+    assert rising == sorted(rising) and all(0 < value < 1 for value in rising)
+    assert falling[0] == 1.0
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(falling))
+    least = gamma if name in ("cosine", "linear") else 0.0
+    assert all(least - 1e-12 <= value <= 1.0 for value in falling)
+
+
+def test_known_values() -> None:
+    def at(name: str, number: int, **changes: float) -> float:
+        given_ = {"gamma": 0.5, "every": 2, "warmup": 0} | changes
+        return factor(name, number, 10, **given_)  # type: ignore[arg-type]
+
+    assert [at("step", n) for n in range(1, 6)] == [1, 1, 0.5, 0.5, 0.25]
+    assert [at("exponential", n) for n in range(1, 4)] == [1, 0.5, 0.25]
+    assert at("linear", 6, gamma=0.0) == 0.5
+    assert at("cosine", 6, gamma=0.0) == pytest.approx(0.5)
+    assert at("cosine", 11, gamma=0.2) == pytest.approx(0.2), "the round after the last"
+    assert at("linear", 40, gamma=0.2) == pytest.approx(0.2), "a run that goes on beyond its plan"
+    assert [at("constant", n, warmup=3) for n in range(1, 6)] == [0.25, 0.5, 0.75, 1, 1]
+    assert math.isfinite(factor("cosine", 1, 1, gamma=0.0, every=1, warmup=0))
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="'cosin'; it can be constant, cosine"):
+        factor("cosin", 1, 10, gamma=0.0, every=1, warmup=0)
+
+
+def test_the_examples_in_the_documentation_are_true() -> None:
+    assert doctest.testmod(schedules).failed == 0
