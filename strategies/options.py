@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from umbel.strategies.cohort import cohort_named
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.optimizers import optimizer_named
 from umbel.strategies.schedules import factor
 
 Value = bool | int | float | str
@@ -85,7 +87,12 @@ class RunOptions:
                 raise ConfigError(
                     f"{dashed(name)} is {getattr(self, name)}; it must be from 0 up to 1"
                 )
-        self.learning_rate_factor(1)
+        if self.tau <= 0:
+            raise ConfigError(f"tau is {self.tau}; it must be above 0")
+        # each of these raises where its options do not make one, before a run has begun
+        self.learning_rate_factor(self.warmup_rounds + 1)
+        optimizer_named(self.optimizer, learning_rate=self.server_learning_rate)
+        cohort_named(self.cohort, self.cohort_size, self.cohort_cap)
 
     def _check_counts(self) -> None:
         least = {"rounds": 1, "evaluate_every": 1, "schedule_every": 1, "federated_every": -1}
@@ -93,7 +100,7 @@ class RunOptions:
         for name in (
             *least,
             *("cohort_size", "cohort_cap", "round_timeout", "warmup_rounds", "seed"),
-            *("federated_nodes", "early_stop_patience", "average_from"),
+            *("federated_nodes", "early_stop_patience", "average_from", "schedule_gamma"),
         ):
             if getattr(self, name) < least.get(name, 0):
                 raise ConfigError(
@@ -155,8 +162,8 @@ def checked(name: str, value: Any, default: Value) -> Value:
     if type(value) is not kind:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         raise ConfigError(f"{name} is {value!r}, but it must be {words[kind]}, such as {default!r}")
-    if isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"{name} is NaN; give a number, such as {default!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; give a number that is finite, such as {default!r}")
     return value
 
 
