@@ -95,6 +95,9 @@ class RunOptions:
         cohort_named(self.cohort, self.cohort_size, self.cohort_cap)
 
     def _check_counts(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{dashed(name)} is {value}; it must be finite")
         least = {"rounds": 1, "evaluate_every": 1, "schedule_every": 1, "federated_every": -1}
         least["min_replies"] = 1
         for name in (
@@ -154,7 +157,7 @@ def checked(name: str, value: Any, default: Value) -> Value:
     """`value` in the type of `default`: an int is a float too, nothing else is converted.
 
     Raises:
-        ConfigError: another type, or a number that is not finite.
+        ConfigError: another type, or NaN. Infinity is a number: no budget, no bound.
     """
     kind = type(default)
     if kind is float and type(value) is int:
@@ -162,8 +165,8 @@ def checked(name: str, value: Any, default: Value) -> Value:
     if type(value) is not kind:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         raise ConfigError(f"{name} is {value!r}, but it must be {words[kind]}, such as {default!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}; give a number that is finite, such as {default!r}")
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{name} is NaN; give a number, such as {default!r}")
     return value
 
 
