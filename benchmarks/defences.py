@@ -1,0 +1,256 @@
+"""The defences that are compared, and ways to break them on purpose.
+
+A defence builds the stack of a schedule: noise is calibrated to the rounds and the sampling of
+the run that it protects. A fault changes what a stack does and leaves what it claims; an audit
+that does not notice is worth nothing.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+from flwr.app import Message
+
+from umbel.privacy.accounting import poisson, spent
+from umbel.privacy.calibrate import noise_multiplier
+from umbel.privacy.events import Charge
+from umbel.strategies.clip import Clip
+from umbel.strategies.collect import Collect, Gather, Gathering, PlainSum
+from umbel.strategies.errors import ConfigError
+from umbel.strategies.gaussian import Gaussian
+from umbel.strategies.layer import Facts, Layer, Stateless
+from umbel.strategies.local_gaussian import LocalGaussian
+from umbel.strategies.stack import Stack
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run samples its nodes, which is what its noise is calibrated to.
+
+    Attributes:
+        rounds: of the run.
+        nodes: the enrolled population.
+        cohort: expected nodes of a round.
+        delta: of the claim.
+        norm: that updates are clipped to.
+    """
+
+    rounds: int
+    nodes: int
+    cohort: float
+    delta: float
+    norm: float
+
+    @property
+    def rate(self) -> float:
+        """The probability of a node to take part in a round."""
+        return min(1.0, self.cohort / self.nodes)
+
+    def options(self, sampling: str = "poisson") -> dict[str, Any]:
+        """As options of a run."""
+        if self.rate == 1 and sampling == "poisson":
+            return {"rounds": self.rounds, "cohort": "all"}
+        return {"rounds": self.rounds, "cohort": sampling, "cohort-size": float(self.cohort)}
+
+
+Build = Callable[[Schedule], Stack]
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A row of the matrix.
+
+    Attributes:
+        name: in tables; unique.
+        words: what it does, for somebody who does not know the field.
+        build: the stack for a schedule.
+        cohort: nodes of a round, where the defence fixes it; None leaves it to the task.
+        options: of the trainer.
+        unit: whose presence it claims to hide.
+    """
+
+    name: str
+    words: str
+    build: Build
+    cohort: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    unit: Literal["none", "client", "example"] = "none"
+
+
+def promised(
+    stack: Stack, size: int, schedule: Schedule, *, sampled: bool = True
+) -> dict[str, float]:
+    """Epsilon that the stack's claims come to over a schedule, by adversary.
+
+    Args:
+        stack: of the run.
+        size: coordinates of an update.
+        schedule: how many rounds, and who takes part.
+        sampled: whether the cohort is drawn secretly; only then may a claim be amplified.
+    """
+    facts = stack.check(Facts(size=size, round=1), stack.init(size))
+    charges: dict[str, dict[Charge, int]] = {}
+    for claim in stack.claims(facts):
+        event = claim.event
+        multiplier = getattr(event, "noise_multiplier", None)
+        if claim.sampled and sampled and multiplier is not None:
+            event = poisson(multiplier, schedule.rate)
+        charge = Charge(event, claim.relation, claim.slack)
+        row = charges.setdefault(claim.against, {})
+        row[charge] = row.get(charge, 0) + schedule.rounds
+    return {who: spent(row, schedule.delta).epsilon for who, row in charges.items()}
+
+
+# ---- the rows
+
+
+def nothing(schedule: Schedule) -> Stack:  # noqa: ARG001
+    """Updates as they are."""
+    return Stack()
+
+
+def clipped(schedule: Schedule) -> Stack:
+    """Clipping alone."""
+    return Stack([Clip(schedule.norm)], PlainSum(weighting="fixed"))
+
+
+def local(epsilon: float, schedule: Schedule) -> Stack:
+    """Noise on every node."""
+    noise = LocalGaussian(epsilon, schedule.delta, schedule.rounds)
+    return Stack([Clip(schedule.norm), noise], PlainSum(weighting="fixed"))
+
+
+def central(epsilon: float, schedule: Schedule) -> Stack:
+    """Noise at the server, for a budget over the whole run."""
+    multiplier = noise_multiplier(epsilon, schedule.delta, schedule.rate, schedule.rounds)
+    return with_noise(multiplier, schedule)
+
+
+def with_noise(multiplier: float, schedule: Schedule) -> Stack:
+    """Noise at the server, by its multiplier."""
+    return Stack([Clip(schedule.norm), Gaussian(multiplier)], PlainSum(weighting="fixed"))
+
+
+def rows(central_epsilons: Sequence[float], local_epsilon: float) -> list[Defence]:
+    """The rows that stand on a plain sum."""
+    return [
+        Defence("none", "Nodes send their updates as they are.", nothing),
+        Defence(
+            "clip",
+            "Long updates are shortened. That keeps one node from dominating; it hides nothing.",
+            clipped,
+        ),
+        Defence(
+            f"local DP {local_epsilon:g}",
+            f"Every node adds noise before anything leaves it (epsilon {local_epsilon:g} for a "
+            "whole run). Nobody need be trusted, and the noise is large.",
+            partial(local, local_epsilon),
+            unit="client",
+        ),
+        *(
+            Defence(
+                f"central DP {epsilon:g}",
+                f"The server adds noise to each round's sum, for a total epsilon of {epsilon:g} "
+                "against everybody who sees the models. The server itself is trusted.",
+                partial(central, epsilon),
+                unit="client",
+            )
+            for epsilon in central_epsilons
+        ),
+    ]
+
+
+# ---- faults
+
+
+@dataclass(frozen=True)
+class Liar:
+    """A layer that does what `acts` does and claims what `says` claims."""
+
+    acts: Layer[Any]
+    says: Layer[Any]
+    private: bool = True
+
+    def __getattr__(self, name: str) -> Any:
+        source = "acts" if name in ("encode", "decode") else "says"
+        return getattr(object.__getattribute__(self, source), name)
+
+
+def quarter_noise(stack: Stack) -> Stack:
+    """The noise has a quarter of the standard deviation that is claimed."""
+    layers: list[Layer[Any]] = []
+    for layer in stack.layers:
+        multiplier = getattr(layer, "noise_multiplier", None)
+        if isinstance(layer, Gaussian) and multiplier is not None:
+            layers.append(Liar(replace(layer, noise_multiplier=multiplier / 4), layer))
+        else:
+            layers.append(layer)
+    return _changed(stack, layers, stack.collect, "noise")
+
+
+def skip_clip(stack: Stack) -> Stack:
+    """Nodes do not clip, and the server does not measure what arrives."""
+    layers: list[Layer[Any]] = [
+        Liar(_Nothing(layer.name), layer) if isinstance(layer, Clip) else layer
+        for layer in stack.layers
+    ]
+    return _changed(stack, layers, _unmeasured(stack.collect), "clip")
+
+
+def unbounded_weights(stack: Stack) -> Stack:
+    """Updates count as often as their sender says, under a claim that they count once.
+
+    That takes two mistakes: numbers of examples travel in the clear, and are used.
+    """
+    if not isinstance(stack.collect, PlainSum):
+        raise ConfigError("weights can only be left unbounded in a plain sum")
+    honest = stack.collect
+    weighted = replace(honest, weighting="examples")
+    faulty = copy.copy(weighted)
+
+    def gather(requests: Sequence[Message], round_: Gathering) -> Gather:
+        sum_ = yield from weighted.gather(requests, round_)
+        return replace(sum_, denominator=round_.cohort)
+
+    object.__setattr__(faulty, "check", honest.check)
+    object.__setattr__(faulty, "gather", gather)
+    layers: list[Layer[Any]] = [Liar(layer, layer, private=False) for layer in stack.layers]
+    return _changed(stack, layers, faulty, "layer")
+
+
+FAULTS: Mapping[str, Callable[[Stack], Stack]] = {
+    "noise x 0.25": quarter_noise,
+    "clip skipped": skip_clip,
+    "weights not bounded": unbounded_weights,
+}
+
+
+@dataclass(frozen=True)
+class _Nothing(Stateless):
+    name: str
+
+
+def _unmeasured(collect: Collect) -> Collect:
+    """The collect, which is not told the bound that it would hold updates to."""
+    faulty = copy.copy(collect)
+
+    def gather(requests: Sequence[Message], round_: Gathering) -> Gather:
+        facts = round_.facts.but(l2_bound=None, grid=None)
+        return (yield from collect.gather(requests, replace(round_, facts=facts)))
+
+    object.__setattr__(faulty, "gather", gather)
+    return faulty
+
+
+def _changed(stack: Stack, layers: Sequence[Layer[Any]], collect: Collect, what: str) -> Stack:
+    if not any(isinstance(layer, Liar) for layer in layers):
+        raise ConfigError(f"the stack {stack} has no {what} that a fault could be put into")
+    return Stack(layers, collect)
+
+
+def finite(epsilon: float | None) -> float | None:
+    """None for no guarantee, so that JSON stays JSON."""
+    return epsilon if epsilon is not None and math.isfinite(epsilon) else None
