@@ -16,9 +16,11 @@ What makes numbers wrong, and what happens here:
 """
 
 import functools
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -224,9 +226,22 @@ def _part(
         return float(total.get_epsilon_for_delta(delta))
     under = REPLACE if part == "rdp-replace" else ZERO_OUT
     accountant = RdpAccountant(ORDERS, under)
-    for event, times in events.items():
-        accountant.compose(_for_rdp(event, under), times)
+    with _orders_may_fail():
+        for event, times in events.items():
+            accountant.compose(_for_rdp(event, under), times)
     return float(accountant.get_epsilon(delta))
+
+
+@contextmanager
+def _orders_may_fail() -> Iterator[None]:
+    """dp-accounting warns of each order whose series does not converge; others bound as well."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _for_rdp(event: DpEvent, relation: NeighboringRelation) -> DpEvent:

@@ -5,6 +5,7 @@ delta is 150 times the promised one) and wasteful below. Balle and Wang 2018, th
 the exact relation; dp-accounting solves it.
 """
 
+import functools
 import math
 
 from dp_accounting import gaussian_mechanism
@@ -13,6 +14,7 @@ from scipy.special import log_ndtr
 from umbel.privacy.validate import inside_unit, positive
 
 
+@functools.lru_cache(maxsize=64)
 def gaussian_noise(epsilon: float, delta: float, sensitivity: float = 1.0) -> float:
     """The smallest standard deviation that makes one release (epsilon, delta)-private.
 

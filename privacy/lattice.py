@@ -30,7 +30,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import mpmath
 import numpy as np
 import torch
 from torch import Tensor
@@ -108,6 +107,8 @@ class _Table:
 
 @functools.lru_cache(maxsize=8)
 def _table(steps: float) -> _Table:
+    import mpmath  # only who draws noise needs it
+
     with mpmath.workprec(160):
         scale = mpmath.mpf(steps) * mpmath.sqrt(2)
         upper: list[Any] = []  # P(X > k) for k = 0, 1, ...

@@ -1,8 +1,10 @@
 """What stands between the sum of a round and its release."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from umbel.server.roster import NodeRef
 from umbel.strategies.layer import Facts
 
 
@@ -11,6 +13,14 @@ class Guard(Protocol):
 
     def stop(self, number: int) -> str | None:
         """Why round `number` must not run (`budget`), or None."""
+        ...
+
+    def eligible(self, number: int, nodes: Sequence[NodeRef]) -> Sequence[NodeRef]:
+        """The nodes that may take part in round `number`."""
+        ...
+
+    def open(self, number: int, cohort: Sequence[NodeRef]) -> None:
+        """Commit who is asked, and what asking them costs, before any request is sent."""
         ...
 
     def charge(self, number: int, facts: Facts, replies: int) -> None:
@@ -34,6 +44,12 @@ class NoGuard:
     seeded: bool = True
 
     def stop(self, number: int) -> str | None:  # noqa: ARG002
+        return None
+
+    def eligible(self, number: int, nodes: Sequence[NodeRef]) -> Sequence[NodeRef]:  # noqa: ARG002
+        return nodes
+
+    def open(self, number: int, cohort: Sequence[NodeRef]) -> None:  # noqa: ARG002
         return None
 
     def charge(self, number: int, facts: Facts, replies: int) -> None:  # noqa: ARG002

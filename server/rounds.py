@@ -181,7 +181,10 @@ class Rounds:
 
     def _choose(self, number: int) -> list[NodeRef]:
         entropy = [self.job.options.seed, number, 1] if self.job.guard.seeded else None
-        return [self.nodes[i] for i in self.cohort.draw(len(self.nodes), entropy)]
+        nodes = self.job.guard.eligible(number, self.nodes)
+        cohort = [nodes[i] for i in self.cohort.draw(len(nodes), entropy)] if nodes else []
+        self.job.guard.open(number, cohort)
+        return cohort
 
     def _requests(
         self, position: Position, number: int, cohort: Sequence[NodeRef], kind: str = "train"

@@ -82,7 +82,8 @@ class BandedGaussian:
 
     def check(self, facts: Facts, state: State) -> Facts:
         need_fixed_bound(facts, state, self.name)
-        return facts
+        # A round that was aborted released nothing: what counts is this layer's own step.
+        return facts.but(round=state["step"] + 1)
 
     def publish(self, state: State) -> Config:  # noqa: ARG002
         return {}
@@ -123,5 +124,5 @@ class BandedGaussian:
     def claim(self, facts: Facts) -> Claim | None:
         deviation_of(self.noise_multiplier, facts, self.name)
         need_equal_weights(facts, self.name)
-        growth = self.schedule.growth(max(1, facts.round))
+        growth = self.schedule.growth(facts.round)
         return correlated_claim(self, growth, 1.0, facts)

@@ -7,13 +7,14 @@
 
 Protects each node against the server and everyone after it: whatever its update was, the server
 cannot tell it from any other of length B. Two updates of length B lie up to 2 B apart
-(replace-one), so sigma is the analytic Gaussian's for the sensitivity 2 B (Balle and Wang 2018).
-One participation costs epsilon at delta; a node that takes part k times has spent k of them.
+(replace-one), so sigma is the analytic Gaussian's for the sensitivity 2 B (Balle and Wang 2018),
+times sqrt(participations): a node that takes part that often has spent epsilon at delta.
 
 The node takes B from the server but does not trust it: it clips to the B that it draws noise
 for, so a smaller or larger B changes usefulness, never the guarantee.
 """
 
+import math
 from dataclasses import dataclass
 
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
@@ -23,9 +24,13 @@ from torch import Tensor
 from umbel.privacy.clipping import clip
 from umbel.privacy.events import REPLACE
 from umbel.privacy.gaussian import gaussian_noise
+from umbel.privacy.validate import count
 from umbel.strategies.errors import StackError
 from umbel.strategies.gaussian import MARGIN, entropy, need_bound, noised, slack_of
 from umbel.strategies.layer import Claim, Config, Facts, Metrics, Stateless
+
+_FOR_SLACK = 1e-3
+"""Part of delta that is left for the lattice's own error."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,9 @@ class LocalGaussian(Stateless):
     """Noise on every node's own update.
 
     Args:
-        epsilon: of one participation, against the server.
+        epsilon: of all participations of one node together, against the server.
         delta: of the same.
+        participations: how often a node takes part at most.
         insecure_seed: for tests only; the claim is then that nothing is private.
 
     Raises:
@@ -43,6 +49,7 @@ class LocalGaussian(Stateless):
 
     epsilon: float
     delta: float
+    participations: int = 1
     insecure_seed: int | None = None
     name: str = "local-gaussian"
     private: bool = True
@@ -50,13 +57,15 @@ class LocalGaussian(Stateless):
     def __post_init__(self) -> None:
         try:
             gaussian_noise(self.epsilon, self.delta)
+            count(participations=self.participations)
         except ValueError as error:
             raise StackError(f"local {error}") from error
 
     @property
     def noise_multiplier(self) -> float:
         """Standard deviation of a node's noise over the bound."""
-        return gaussian_noise(self.epsilon, self.delta, sensitivity=2.0)
+        whole = gaussian_noise(self.epsilon, self.delta * (1 - _FOR_SLACK), sensitivity=2.0)
+        return whole * math.sqrt(self.participations)
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         need_bound(facts, self.name)

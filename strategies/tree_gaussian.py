@@ -77,7 +77,8 @@ class TreeGaussian:
 
     def check(self, facts: Facts, state: State) -> Facts:
         need_fixed_bound(facts, state, self.name)
-        return facts
+        # A round that was aborted released nothing: what counts is this layer's own step.
+        return facts.but(round=state["step"] + 1)
 
     def publish(self, state: State) -> Config:  # noqa: ARG002
         return {}
@@ -120,7 +121,7 @@ class TreeGaussian:
         deviation_of(self.noise_multiplier, facts, self.name)
         need_equal_weights(facts, self.name)
         assert self.noise_multiplier is not None
-        step = max(1, facts.round)
+        step = facts.round
         inside = -(-(2 ** level(step)) // self.separation)
         growth = TreeSchedule(self.separation).growth(step)
         return correlated_claim(self, growth, inside, facts)

@@ -22,9 +22,11 @@ from umbel import server_commands
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
+CHECK_FAILED = 3
 INTERRUPTED = 130
 
 _GROUPS = {
+    "privacy": "Plan a private run: epsilon of a schedule, noise for a budget.",
     "data": "Data sets: list them, fetch them.",
 }
 """Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
@@ -104,6 +106,28 @@ def report_command(
     from umbel.server.report import write_report
 
     typer.echo(write_report(run))
+
+
+@app.command("verify")
+def verify_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    key: Annotated[
+        str | None, typer.Option(help="The coordinator's public key, as published (base64).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a private run's certificate: every number again, from its ledger."""
+    from umbel.server.verify import verify
+
+    problems = verify(run, key=key)
+    if as_json:
+        typer.echo(json.dumps({"ok": not problems, "problems": problems}))
+    else:
+        for problem in problems:
+            typer.echo(f"problem: {problem}")
+        typer.echo("the certificate does not hold" if problems else "the certificate holds")
+    if problems:
+        raise typer.Exit(CHECK_FAILED)
 
 
 @app.command("new")

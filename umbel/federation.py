@@ -23,6 +23,7 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.server.session import Session, current
 from umbel.strategies.options import Options, RunOptions, Value, checked
+from umbel.strategies.privacy_options import PrivacyOptions
 from umbel.strategies.stack import Stack
 
 LOCAL_STATISTICS = "running_mean"
@@ -55,7 +56,12 @@ class Federation:
     def known_options(self) -> dict[str, Value]:
         """Every option that this federation understands, with its default."""
         trainers: Mapping[str, Value] = getattr(self.trainer, "OPTIONS", {})
-        return {**RunOptions.defaults(), **trainers, **self.options}
+        return {
+            **RunOptions.defaults(),
+            **PrivacyOptions.defaults(),
+            **trainers,
+            **self.options,
+        }
 
     def complete(self, given: Options) -> dict[str, Value]:
         """The given options over the defaults, types checked.
@@ -70,8 +76,14 @@ class Federation:
         }
 
     def stack_for(self, options: Options) -> Stack:
-        """The stack that these options ask for."""
-        return self.stack if isinstance(self.stack, Stack) else self.stack(options)
+        """The stack that these options ask for, the privacy layers among them."""
+        stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
+        privacy = PrivacyOptions.read(options)
+        if not privacy.on:
+            return stack
+        from umbel.strategies.private import private_stack
+
+        return private_stack(stack, privacy, RunOptions.read(options).rounds)
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
@@ -124,6 +136,12 @@ class FederationServerApp(ServerApp):
         session = current(federation.name, dict(options))
         job = federation.job(options)
         nodes = roster(grid)
+        private = None
+        if job.stack.private:
+            from umbel.server.private_run import PrivateRun
+
+            private = PrivateRun(job, PrivacyOptions.read(options), len(nodes), session)
+            job = private.job
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
         session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize)
         session.progress.start(
@@ -139,6 +157,8 @@ class FederationServerApp(ServerApp):
             "epsilon": job.guard.epsilon(),
             "stopped": outcome.stopped,
         }
+        if private is not None:
+            session.result |= private.finish(outcome)
         if federation.summary is not None:
             session.result["summary"] = dict(federation.summary(outcome, options))
         if session.own:

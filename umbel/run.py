@@ -23,6 +23,7 @@ from umbel.server.workers import Nursery
 from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import Options, override
+from umbel.strategies.privacy_options import PrivacyOptions
 
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
@@ -112,7 +113,7 @@ def _plan(
         before = RunDirectory.open(Path(resume)).config()
         app, nodes = before["app_path"], before["nodes"]
         changes = {**before["changes"], **changes}
-    folder = open_app(Path(app) if app is not None else _example())
+    folder = open_app(Path(app) if app is not None else example())
     server_app = folder.server_app()
     known: Mapping[str, Any] = folder.options
     if isinstance(server_app, FederationServerApp):
@@ -122,11 +123,12 @@ def _plan(
             f"{folder.name} keeps its own rounds, so Umbel cannot continue it; only apps made "
             "with Federation can be resumed"
         )
+    PrivacyOptions.check_given(changes)
     options = override(known, changes)
     return _Plan(folder, server_app, options, nodes or folder.nodes or NODES, workers)
 
 
-def _example() -> Path:
+def example() -> Path:
     """The bundled example: beside this file in a wheel, in `examples/` in a checkout."""
     if EXAMPLE.is_dir():
         return EXAMPLE

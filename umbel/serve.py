@@ -24,6 +24,7 @@ from umbel.server.session import session
 from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import Options, override
+from umbel.strategies.privacy_options import PrivacyOptions
 
 log = logging.getLogger("umbel.server")
 
@@ -136,6 +137,7 @@ def _plan(
     fresh: bool,
 ) -> _Plan:
     """The unfinished run of this state, or a new one."""
+    PrivacyOptions.check_given(changes)
     known: Mapping[str, Any] = folder.options
     if isinstance(app, FederationServerApp):
         known = app.federation.complete(folder.options)
