@@ -184,14 +184,19 @@ class Listener:
     async def _say_goodbye(self) -> None:
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-        sessions = [line.session for line in self.hub.lines.values() if line.session is not None]
+        sessions = self._sessions()
         for session in sessions:
             session.send(Frame(drain=Drain(for_good=self._for_good)))
         until = time.monotonic() + 2
-        while time.monotonic() < until and any(not s.outgoing.empty() for s in sessions):
+        while time.monotonic() < until and any(
+            not session.outgoing.empty() for session in self._sessions()
+        ):
             await asyncio.sleep(0.01)
         for session in sessions:
             session.end("UNAVAILABLE", "the coordinator has stopped")
+
+    def _sessions(self) -> list[Session]:
+        return [line.session for line in self.hub.lines.values() if line.session is not None]
 
     # ---- certificates
 
