@@ -37,6 +37,7 @@ class Terms:
         size: how many integers a vector has.
         mode: which server the thresholds are made for.
         min_cohort: no sum is made of fewer.
+        server: the server's X25519 key of this session; vectors are authenticated with it.
     """
 
     run: int
@@ -48,6 +49,7 @@ class Terms:
     size: int
     mode: Mode
     min_cohort: int
+    server: bytes
 
     @cached_property
     def ticket(self) -> bytes:
@@ -55,7 +57,7 @@ class Terms:
         return keys.digest(
             "terms",
             *(self.run, self.round, self.nonce, self.model, self.parameters),
-            *(self.bits, self.size, self.mode, self.min_cohort),
+            *(self.bits, self.size, self.mode, self.min_cohort, self.server),
         )
 
 
@@ -221,6 +223,13 @@ def _endorsed(roster: Roster, included: bytes, signatures: bytes) -> int:
     )
 
 
+def forget_checked() -> None:
+    """Forget which rosters and signatures were checked, as a process that has just begun."""
+    Roster.read.cache_clear()
+    _endorsed.cache_clear()
+    keys.verify.cache_clear()
+
+
 def included_message(sid: bytes, included: bytes) -> bytes:
     """What a member signs when it agrees to the list of included members."""
     return keys.transcript("included", sid, included)
@@ -286,6 +295,11 @@ def mask_key(own: keys.KeyPair, roster: Roster, other: int) -> bytes:
 def self_mask_key(sid: bytes, own: bytes) -> bytes:
     """The mask key of a node's own secret b."""
     return keys.digest("self mask", sid, own)
+
+
+def vector_key(own: keys.KeyPair, other: bytes, sid: bytes) -> bytes:
+    """The key with which a node authenticates its one vector to the server."""
+    return own.agree(other, sid, keys.transcript("vector"))
 
 
 def commitment(sid: bytes, own: bytes) -> bytes:

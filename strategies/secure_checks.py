@@ -20,6 +20,7 @@ from umbel.privacy.session import (
     pack_fields,
     share_digest,
     unpack_fields,
+    vector_key,
 )
 from umbel.strategies.errors import RunError
 from umbel.strategies.secure_message import REFUSED, Plain, blob, number, signable, text
@@ -195,6 +196,17 @@ def check_signed(
     message = signable(stage, roster.sid, node, content)
     if not keys.verify(identity, message, blob(reply, "signature")):
         raise RefusalError("message", "the reply is not signed by its sender")
+
+
+def checked_vector(roster: Roster, node: int, reply: Plain, key: keys.KeyPair) -> bytes:
+    """The masked vector as its sender sent it: its tag is right, and the tag is signed."""
+    member = roster.members[roster.index[node]]
+    vector = blob(reply, "vector")
+    if not keys.has_tag(
+        vector_key(key, member.sealing, roster.sid), vector, blob(reply, "tag", 16)
+    ):
+        raise RefusalError("message", "the vector was changed on its way")
+    return vector
 
 
 def check_agreed(roster: Roster, node: int, reply: Plain, listed: bytes) -> None:

@@ -38,6 +38,7 @@ from umbel.privacy.session import (
     self_mask_key,
     share_keys,
     unpack_fields,
+    vector_key,
 )
 from umbel.strategies.secure_checks import (
     DIGESTS,
@@ -49,6 +50,7 @@ from umbel.strategies.secure_checks import (
     check_left,
     check_roster,
     check_signed,
+    checked_vector,
     deal_for,
     digests,
     floor,
@@ -116,6 +118,7 @@ def advertise(
         "values": packing.pack(values, terms.bits),
         "sealing": sealing.private,
         "masking": masking.private,
+        "server": terms.server,
     }
     return memory, {
         "ticket": terms.ticket,
@@ -181,6 +184,7 @@ def share(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
     mine = next(first + second for holder, first, second in pairs if holder == place)
     kept = memory | {"stage": "mask", "roster": roster.blob, "own": own, "share": mine}
     kept["openers"] = b"".join(openers)
+    kept["tagging"] = vector_key(sealing, blob(memory, "server"), roster.sid)
     del kept["sealing"]
     return kept, me.signed(
         "share",
@@ -228,7 +232,9 @@ def mask(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
         "held": pack_fields(held.get(i, b"") for i in roster.holders(place)),
     }
     lost = bitmap((i for i in present if i not in held), len(roster.members))
-    return kept, me.signed("mask", roster.sid, vector=packing.pack(total, bits), lost=lost)
+    vector = packing.pack(total, bits)
+    tag = keys.tag(blob(memory, "tagging", 32), vector)
+    return kept, me.signed("mask", roster.sid, tag=tag, lost=lost) | {"vector": vector}
 
 
 def agree(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
@@ -291,8 +297,10 @@ class Released:
 Trips = Generator[dict[int, Plain], Iterator[tuple[int, Plain]], Released]
 
 
-def serve(terms: Terms, nodes: Sequence[int]) -> Trips:
+def serve(terms: Terms, nodes: Sequence[int], key: keys.KeyPair) -> Trips:
     """Yields requests by node, is sent the nodes' replies as they arrive, returns the sum.
+
+    `key` is the pair whose public half is in the terms.
 
     Raises:
         AbortedError: too few nodes are left at some stage; nothing was released.
@@ -321,9 +329,9 @@ def serve(terms: Terms, nodes: Sequence[int]) -> Trips:
     requests = {roster.members[place].node: deal_for(roster, deals, place) for place in deals}
     for node, reply in present.answers("mask", requests, (yield requests)):
         with present.blaming(node):
-            check_signed("mask", roster, node, reply, ("vector", "lost"))
+            check_signed("mask", roster, node, reply, ("tag", "lost"))
             lost = positions(blob(reply, "lost"), count)
-            packing.add_packed(total, blob(reply, "vector"), terms.bits)
+            packing.add_packed(total, checked_vector(roster, node, reply, key), terms.bits)
             included.append(roster.index[node])
             present.remark((roster.members[i].node for i in lost), f"dealt node {node} no share")
     present.enough("sent a vector", len(included), needed)

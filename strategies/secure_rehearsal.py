@@ -34,16 +34,18 @@ class Rehearsal:
 
     Attributes:
         terms: of the session.
+        key: of the server.
         nodes: by id.
         values: what each node brings, shape (size,).
         to_node, to_server: may change or drop any message on its way.
         memory: what each node keeps between messages.
         wire: every reply as its node sent it, by stage and node.
-        seconds: spent by the server, and by all nodes together.
+        seconds: of processor time, by the server, and by all nodes together.
         terms_of: terms that a node sees, where they differ.
     """
 
     terms: Terms
+    key: keys.KeyPair
     nodes: Mapping[int, Self]
     values: Mapping[int, Words]
     to_node: Tamper = honest
@@ -64,32 +66,33 @@ class Rehearsal:
         """A session for these values, with fresh identities."""
         size = len(next(iter(values.values())))
         fresh = keys.digest("nonce", keys.new_signing_key())[:16]
-        terms = Terms(7, 1, fresh, bytes(32), bytes(32), bits, size, mode, min_cohort)
+        key = keys.KeyPair.generate()
+        terms = Terms(7, 1, fresh, bytes(32), bytes(32), bits, size, mode, min_cohort, key.public)
         chosen = policy or Policy()
         nodes = {
             node: Self(node, keys.signing_key(keys.new_signing_key()), policy=chosen)
             for node in values
         }
-        return Rehearsal(terms, nodes, values)
+        return Rehearsal(terms, key, nodes, values)
 
     def again(self, **changes: object) -> "Rehearsal":
         """The same nodes in another session."""
         terms = replace(self.terms, **changes)  # type: ignore[arg-type]
-        return Rehearsal(terms, self.nodes, self.values)
+        return Rehearsal(terms, self.key, self.nodes, self.values)
 
     def run(self) -> Released:
         """Plays the session; AbortedError if the server gives up."""
-        trips = serve(self.terms, list(self.nodes))
+        trips = serve(self.terms, list(self.nodes), self.key)
         replies: list[tuple[int, Plain]] | None = None
         for stage in (*STAGES, ""):
-            start = time.perf_counter()
+            start = time.thread_time()
             try:
                 requests = next(trips) if replies is None else trips.send(iter(replies))
             except StopIteration as stop:
                 released: Released = stop.value
                 return released
             finally:
-                self.seconds["server"] += time.perf_counter() - start
+                self.seconds["server"] += time.thread_time() - start
             replies = [
                 (node, arrived)
                 for node, request in requests.items()
@@ -102,9 +105,9 @@ class Rehearsal:
         changed = self.to_node(stage, node, request)
         if changed is None:
             return None
-        start = time.perf_counter()
+        start = time.thread_time()
         reply = self._reply(stage, node, changed)
-        self.seconds["nodes"] += time.perf_counter() - start
+        self.seconds["nodes"] += time.thread_time() - start
         self.wire[stage, node] = reply
         return self.to_server(stage, node, reply)
 

@@ -129,10 +129,11 @@ class SecureSum:
                 "buffers=mean sends running statistics in the clear beside a secure sum; use "
                 "buffers=local, or group normalisation"
             )
-        terms = self._terms(requests, round_)
+        key = keys.KeyPair.generate()
+        terms = self._terms(requests, round_, key.public)
         step = _grid(round_.facts)
         first = _with_terms(requests, terms, step)
-        trips = serve(terms, [message.metadata.dst_node_id for message in requests])
+        trips = serve(terms, [message.metadata.dst_node_id for message in requests], key)
         try:
             next(trips)
             replies = yield first
@@ -163,7 +164,7 @@ class SecureSum:
             return self._sum(stop.value, step, terms.bits, round_, traffic[0])
         raise AssertionError("unreachable: the protocol ended with neither a sum nor an abort")
 
-    def _terms(self, requests: Sequence[Message], round_: Gathering) -> Terms:
+    def _terms(self, requests: Sequence[Message], round_: Gathering, key: bytes) -> Terms:
         count = len(requests)
         mode: Mode = "semi-honest"
         if self.mode == "malicious" or (self.mode == "auto" and count >= MALICIOUS_FROM * 3 // 2):
@@ -180,6 +181,7 @@ class SecureSum:
             size=round_.size,
             mode=mode,
             min_cohort=max(self.min_cohort, round_.facts.min_replies),
+            server=key,
         )
 
     def _sum(
@@ -232,6 +234,7 @@ class SecureSum:
             size=number(asked, "size"),
             mode=mode,
             min_cohort=number(asked, "min-cohort"),
+            server=blob(asked, "server", keys.PUBLIC_BYTES),
         )
         return terms, step
 
@@ -320,6 +323,7 @@ def _with_terms(requests: Sequence[Message], terms: Terms, step: float) -> list[
             "size": terms.size,
             "mode": terms.mode,
             "min-cohort": terms.min_cohort,
+            "server": terms.server,
             "step": math.frexp(step)[1] - 1,
         }
     )

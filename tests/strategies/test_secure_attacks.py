@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from umbel.privacy import keys, masks, packing, shamir
-from umbel.privacy.session import Member, Roster, bitmap, pack_fields, unpack_fields
+from umbel.privacy.session import Member, Roster, bitmap, pack_fields, unpack_fields, vector_key
 from umbel.strategies.secure_checks import AbortedError
 from umbel.strategies.secure_message import REFUSED, Plain
 from umbel.strategies.secure_policy import Policy, RefusalError
@@ -16,6 +16,7 @@ from umbel.strategies.secure_rehearsal import Rehearsal
 
 NODES = (3, 14, 25, 36, 47, 58)
 VICTIM, OTHER = 25, 36
+KEYS = ("sealing", "masking", "identity", "certificate", "signature")
 
 
 def cohort(size: int = 5, policy: Policy | None = None) -> Rehearsal:
@@ -239,7 +240,7 @@ def test_messages_of_another_session_are_refused_and_do_no_harm() -> None:
     old = dict(session.wire)
     asked = cohort()
     past = stop_at(asked, "unmask")
-    after = Rehearsal(replace(asked.terms, nonce=b"z" * 16), asked.nodes, asked.values)
+    after = asked.again(nonce=b"z" * 16)
     requests = stop_at(after, "agree")
     memory, reply = respond(asked.nodes[OTHER], "agree", after.memory[OTHER], past[OTHER])
     assert str(reply[REFUSED]).startswith(("replay", "message"))
@@ -312,6 +313,15 @@ def resigned(session: Rehearsal, node: int, stage: str, content: Plain) -> Plain
     return session.nodes[node].signed(stage, sid, **content)
 
 
+def retagged(session: Rehearsal, node: int, message: Plain, vector: bytes) -> Plain:
+    """What a dishonest node sends: another vector, its own valid tag and signature."""
+    member = Member(node, *(bytes(session.wire["advertise", node][k]) for k in KEYS))  # type: ignore[arg-type]
+    sid = bytes(message["sid"])  # type: ignore[arg-type]
+    shared = vector_key(session.key, member.sealing, sid)
+    content: Plain = {"tag": keys.tag(shared, vector), "lost": message["lost"]}
+    return resigned(session, node, "mask", content) | {"vector": vector}
+
+
 def test_a_dealer_that_shares_another_secret_than_it_promised_is_named() -> None:
     session = cohort()
 
@@ -328,18 +338,21 @@ def test_a_dealer_that_shares_another_secret_than_it_promised_is_named() -> None
     assert caught.value.revealed
 
 
-@pytest.mark.parametrize("change", ["cut", "long", "unsigned", "other-session", "not-bytes"])
+@pytest.mark.parametrize(
+    "change", ["cut", "long", "untagged", "unsigned", "other-session", "not-bytes"]
+)
 def test_a_bad_vector_costs_its_sender_and_not_the_round(change: str) -> None:
     session = cohort()
 
     def spoil(stage: str, node: int, message: Plain) -> Plain | None:
         if stage != "mask" or node != VICTIM:
             return message
-        vector, lost = bytes(message["vector"]), message["lost"]  # type: ignore[arg-type]
+        vector = bytes(message["vector"])  # type: ignore[arg-type]
         changed: dict[str, Plain] = {
-            "cut": resigned(session, node, stage, {"vector": vector[:-4], "lost": lost}),
-            "long": resigned(session, node, stage, {"vector": vector + bytes(4), "lost": lost}),
-            "unsigned": message | {"vector": bytes(len(vector))},
+            "cut": retagged(session, node, message, vector[:-4]),
+            "long": retagged(session, node, message, vector + bytes(4)),
+            "untagged": message | {"vector": vector[:-1] + b"x"},
+            "unsigned": message | {"lost": b"\1"},
             "other-session": message | {"sid": bytes(32)},
             "not-bytes": message | {"vector": 7},
         }
@@ -396,7 +409,7 @@ def test_any_field_that_is_missing_cut_or_forged_drops_its_sender(stage: str, fi
 
 def test_replies_nobody_asked_for_and_second_replies_are_not_used() -> None:
     session = cohort()
-    server = serve(session.terms, NODES)
+    server = serve(session.terms, NODES, session.key)
     requests = next(server)
     adverts = [(n, session.exchange("advertise", n, r)) for n, r in requests.items()]
     replies = [*adverts, adverts[0], (999, adverts[1][1])]
@@ -481,7 +494,8 @@ def test_a_pinned_identity_may_not_change() -> None:
     session.run()
     impostor = Self(VICTIM, keys.signing_key(keys.new_signing_key()))
     nodes = dict(session.nodes) | {VICTIM: impostor}
-    after = Rehearsal(replace(session.terms, nonce=b"2" * 16), nodes, session.values)
+    after = session.again(nonce=b"2" * 16)
+    after.nodes = nodes
     with pytest.raises(AbortedError):
         after.run()
     said = refusals(after)
