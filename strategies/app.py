@@ -24,6 +24,8 @@ from umbel.strategies.options import Value, flatten
 
 T = TypeVar("T")
 
+_OURS = ("umbel", "flwr")
+
 
 @dataclass(frozen=True)
 class AppFolder:
@@ -94,7 +96,7 @@ def open_app(path: Path) -> AppFolder:
         name=str(project.get("project", {}).get("name", path.name)),
         server=str(references[0]),
         client=str(references[1]),
-        options=flatten(app.get("config", {})),
+        options=flatten(_optional(file, app, "config")),
         nodes=_nodes(file, project),
     )
 
@@ -110,14 +112,22 @@ def _table(file: Path, table: Mapping[str, Any], *names: str) -> Mapping[str, An
     return table
 
 
+def _optional(file: Path, table: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The table `name` inside another; empty where there is none."""
+    inner = table.get(name, {})
+    if not isinstance(inner, Mapping):
+        raise ConfigError(f"{file}: {name} is {inner!r}, but it must be a table, as in [{name}]")
+    return inner
+
+
 def _nodes(file: Path, project: Mapping[str, Any]) -> int | None:
     """`[tool.umbel] nodes`, or what Flower's own simulation settings of the app say."""
     tool = project["tool"]
-    nodes = tool.get("umbel", {}).get("nodes")
+    nodes = _optional(file, tool, "umbel").get("nodes")
     if nodes is None:
-        federations = tool["flwr"].get("federations", {})
-        default = federations.get(federations.get("default", ""), {})
-        nodes = default.get("options", {}).get("num-supernodes")
+        federations = _optional(file, tool["flwr"], "federations")
+        default = _optional(file, federations, str(federations.get("default", "")))
+        nodes = _optional(file, default, "options").get("num-supernodes")
     if nodes is None:
         return None
     if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
@@ -142,7 +152,7 @@ def load(path: Path, reference: str, kind: type[T]) -> T:
     _forget_other_apps(path)
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(_import_failed(path, module_name, error)) from error
     for part in attribute.split("."):
         found = getattr(found, part, None)
@@ -159,6 +169,7 @@ def _forget_other_apps(path: Path) -> None:
     own = {file.stem for file in path.glob("*.py")} | {
         folder.name for folder in path.iterdir() if folder.is_dir()
     }
+    own -= {*sys.stdlib_module_names, *_OURS}  # such names cannot be an app's, only a folder's
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name.partition(".")[0] in own and file and path not in Path(file).resolve().parents:
@@ -167,7 +178,7 @@ def _forget_other_apps(path: Path) -> None:
                 del sys.modules[name]
 
 
-def _import_failed(path: Path, module: str, error: Exception) -> str:
+def _import_failed(path: Path, module: str, error: BaseException) -> str:
     """One sentence with the place in the app where the import failed."""
     if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
         return f"{path} has no module {module!r}; create {module}.py or correct pyproject.toml"

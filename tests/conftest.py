@@ -1,8 +1,14 @@
 """What every test of this project starts from."""
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.fakes import WarmCommand
 
 # Flower asks for this when it is imported; no test makes a connection of its own accord.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -10,3 +16,13 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("umbel", deadline=None, derandomize=False)
 settings.load_profile("umbel")
+
+
+@pytest.fixture(scope="session")
+def umbel() -> "Iterator[WarmCommand]":
+    """The `umbel` command, in processes that have its imports already."""
+    from tests.fakes import WarmCommand
+
+    warm = WarmCommand()
+    yield warm
+    warm.close()

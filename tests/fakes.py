@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from umbel.clients.data import Examples, Node, Split
-from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
 from umbel.server.flower import Envelope
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, Sum
 from umbel.strategies.layer import Facts, Stateless
@@ -106,48 +104,6 @@ def collected(collect: Any, replies: Iterable[Message], nodes: Sequence[int], ro
     raise AssertionError("the collect made a second trip")
 
 
-class Slope:
-    """A trainer of one line through the origin; counts its visits in the node's own memory."""
-
-    OPTIONS: Mapping[str, Any] = {"learning-rate": 0.1}
-
-    def initial(self, options: Options, seed: int) -> Weights:  # noqa: ARG002
-        generator = torch.Generator().manual_seed(seed)
-        return Weights({"slope": torch.randn(3, generator=generator)}, {"visits": torch.zeros(1)})
-
-    def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
-        x, y = torch.as_tensor(examples.x), torch.as_tensor(examples.y)
-        slope = weights.parameters["slope"]
-        error = x @ slope - y
-        noise = torch.randn(3, generator=torch.Generator().manual_seed(job.seed)) * 0.01
-        assert job.learning_rate is not None
-        after = slope - job.learning_rate * (x.T @ error / len(y) + noise)
-        visits = weights.buffers["visits"] + 1
-        return Trained(
-            Weights({"slope": after}, {"visits": visits}),
-            len(y),
-            {"loss": float(error.square().mean()), "visits": float(visits)},
-        )
-
-    def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002
-        error = torch.as_tensor(examples.x) @ weights.parameters["slope"] - examples.y
-        return Evaluated(len(examples), {"loss": float(error.square().mean())})
-
-
-def line(node: Node, options: Options) -> Split:
-    """Ten times (partition + 1) points near the line with the slope 1, 2, 3."""
-    generator = torch.Generator().manual_seed(int(options["seed"]) * 1000 + node.partition)
-    x = torch.randn(10 * (node.partition % 5 + 1), 3, generator=generator)
-    y = x @ torch.tensor([1.0, 2.0, 3.0])
-    return Split(Examples(x, y), Examples(x[:5], y[:5]))
-
-
-def held_out(options: Options) -> Examples:  # noqa: ARG001
-    """Fifty points of no node."""
-    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(99))
-    return Examples(x, x @ torch.tensor([1.0, 2.0, 3.0]))
-
-
 def plain_stack() -> Stack:
     """A stack of two layers that do not commute."""
     return Stack([PlusOne(), Times()])
@@ -159,8 +115,47 @@ def weighted_mean(updates: Sequence[np.ndarray[Any, Any]], weights: Sequence[flo
 
 
 WARM = """
-import json, os, sys, traceback
+import importlib, json, os, signal, sys, traceback
 import umbel.federation, umbel.run, umbel.cli
+
+
+def die_at(place, count, when):
+    module, _, name = place.partition(":")
+    owner = importlib.import_module(module)
+    *path, name = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    real, calls = getattr(owner, name), [0]
+
+    def watched(*args, **kwargs):
+        calls[0] += 1
+        if when == "before" and calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if when == "after" and calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, watched)
+
+
+def play(job):
+    os.setpgid(0, 0)
+    os.chdir(job["cwd"])
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if job["always_save"]:
+        umbel.server.rounds.CHECKPOINT_EVERY_S = 0.0
+    for death in job["deaths"]:
+        die_at(*death)
+    if job["keywords"] is None:
+        sys.argv = ["umbel", *job["arguments"]]
+        umbel.cli.main()
+    else:
+        print(json.dumps(umbel.run.run(**job["keywords"])), flush=True)
+
+
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -168,13 +163,8 @@ for line in sys.stdin:
     if child == 0:
         status = 1
         try:
-            os.setpgid(0, 0)
-            os.chdir(job["cwd"])
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            sys.argv = ["umbel", *job["arguments"]]
-            umbel.cli.main()
+            play(job)
+            status = 0
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         except BaseException:
@@ -183,9 +173,23 @@ for line in sys.stdin:
         sys.stderr.flush()
         os._exit(status)
     print(json.dumps(child), flush=True)
-    if job["wait"]:
-        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+    print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
 """
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit status (minus the signal's number), and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The JSON object in the last line of the output."""
+        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return found
 
 
 class WarmCommand:
@@ -202,30 +206,50 @@ class WarmCommand:
         )
         assert self._line() == "ready"
 
+    def command(self, *arguments: Any, cwd: Path, **more: Any) -> Ended:
+        """Run `umbel ARGUMENTS` in a folder."""
+        return self._play(cwd, arguments=[*map(str, arguments)], **more)
+
+    def run(self, *, cwd: Path, **keywords: Any) -> Ended:
+        """Call `umbel.run(...)`: a run without its report."""
+        kept = {name: keywords.pop(name) for name in ("deaths", "during") if name in keywords}
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in keywords.items()}
+        return self._play(cwd, keywords=plain, **kept)
+
+    def _play(
+        self,
+        cwd: Path,
+        *,
+        arguments: Sequence[str] = (),
+        keywords: Mapping[str, Any] | None = None,
+        deaths: Sequence[tuple[str, int, str]] = (),
+        during: Callable[[int], None] | None = None,
+    ) -> Ended:
+        """`deaths` are places, call numbers and before/after; `during` is given the process id."""
+        assert self._process.stdin is not None
+        cwd.mkdir(parents=True, exist_ok=True)
+        out, err = cwd / "stdout.txt", cwd / "stderr.txt"
+        job = {
+            "arguments": list(arguments),
+            "keywords": keywords,
+            "deaths": list(deaths),
+            "always_save": keywords is not None,
+            "cwd": str(cwd),
+            "out": str(out),
+            "err": str(err),
+        }
+        for file in (out, err):
+            file.write_bytes(b"")
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        child = int(json.loads(self._line()))
+        if during is not None:
+            during(child)
+        return Ended(int(json.loads(self._line())), out.read_text(), err.read_text())
+
     def _line(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
-
-    def _begin(self, arguments: Sequence[Any], cwd: Path, wait: bool) -> int:
-        assert self._process.stdin is not None
-        job = {
-            "arguments": [*map(str, arguments)],
-            "cwd": str(cwd),
-            "out": str(cwd / "stdout.txt"),
-            "err": str(cwd / "stderr.txt"),
-            "wait": wait,
-        }
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return int(json.loads(self._line()))
-
-    def run(self, *arguments: Any, cwd: Path) -> tuple[int, str, str]:
-        """Exit status, standard output, standard error of a command."""
-        for name in ("stdout.txt", "stderr.txt"):
-            (cwd / name).unlink(missing_ok=True)
-        self._begin(arguments, cwd, wait=True)
-        status = int(json.loads(self._line()))
-        return status, (cwd / "stdout.txt").read_text(), (cwd / "stderr.txt").read_text()
 
     def close(self) -> None:
         """End the process that the commands are forked from."""
