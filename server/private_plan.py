@@ -231,7 +231,7 @@ def _cohort_options(
     options: RunOptions, privacy: PrivacyOptions, nodes: int, separation: int
 ) -> RunOptions:
     """The cohort that `sampling` and the mechanism ask for."""
-    expected = float(nodes) if options.cohort == "all" else options.cohort_size
+    expected = options.cohort_size or float(nodes)
     if not expected <= nodes:
         raise ConfigError(
             f"cohort-size is {expected:g}, but the population has {nodes} nodes; lower it to "
@@ -244,7 +244,7 @@ def _cohort_options(
                 f"separation is {separation}, but there are only {nodes} nodes; a round needs "
                 "one that has rested so long, so lower separation"
             )
-        size = most if options.cohort == "all" else min(math.ceil(expected), most)
+        size = min(math.ceil(expected), most)
         return replace(options, cohort="fixed", cohort_size=float(size), cohort_cap=0)
     if privacy.sampling == "poisson":
         return replace(options, cohort="poisson", cohort_size=expected)
