@@ -14,6 +14,7 @@ certificates therefore carry the number of entries and the last hash.
 
 import hashlib
 import json
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
+from urllib.parse import quote
 
 from dp_accounting import NoOpDpEvent
 
@@ -341,7 +343,7 @@ def read(database: sqlite3.Connection, name: str) -> Iterator[Entry]:
 
 
 def entries(path: Path) -> list[Entry]:
-    """All entries of a ledger file, which is not changed.
+    """All entries of a ledger file.
 
     Raises:
         CheckError: the chain is broken.
@@ -349,5 +351,8 @@ def entries(path: Path) -> list[Entry]:
     """
     if not path.is_file():
         raise ConfigError(f"there is no ledger at {path}")
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+    # A process that was killed while it wrote leaves a journal, which only a writer may undo.
+    mode = "rw" if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK) else "ro"
+    place = f"file:{quote(str(path))}?mode={mode}"
+    with closing(sqlite3.connect(place, uri=True)) as database:
         return list(read(database, str(path)))
