@@ -99,6 +99,8 @@ class EmbeddedGrid(Grid):
         self._open: set[str] = set()
         self._at_work: set[int] = set()
         self._pump_lock = threading.RLock()
+        self._queue_lock = threading.Lock()
+        """Guards the queue and what is counted; held for moments, never while work is done."""
         self._next_id = self._next_group = 0
         self._executor: Executor | None = None
         self._workers: Workers | None = None
@@ -167,27 +169,34 @@ class EmbeddedGrid(Grid):
         return [NodeInfo(node_id=node_id) for node_id in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        packed: dict[int, tuple[RecordDict, Packed]] = {}
-        ids = []
+        messages = list(messages)  # a generator of the app's must not run under the lock
+        with self._queue_lock:
+            ids = [self._enqueue(*each) for each in self._grouped(messages)]
+        if self._workers is not None:
+            self._workers.wake()
+        return ids
+
+    def _grouped(self, messages: Iterable[Message]) -> Iterator[tuple[Envelope, Packed, int]]:
+        """What is queued for each message: envelope, content, and number of its group."""
+        packed: dict[int, Packed] = {}
         group: set[int] = set()
         last_type = ""
         for message in messages:
             envelope = self._envelope(message)
             content = message.content
             if id(content) not in packed:  # the same object in many messages is packed once
-                packed[id(content)] = (content, pack(content))
+                packed[id(content)] = pack(content)
             kind, node_id = envelope.message_type, envelope.node_id
             full = len(group) >= (self._group_size if kind == "train" else 1)
             if not group or full or kind != last_type or node_id in group:
                 self._next_group, group, last_type = self._next_group + 1, set(), kind
             group.add(node_id)
-            task = Task(envelope, packed[id(content)][1], None)
-            self._open.add(envelope.message_id)
-            self._queue.append(_Waiting(task, self._next_group))
-            ids.append(envelope.message_id)
-        if self._workers is not None:
-            self._workers.wake()
-        return ids
+            yield envelope, packed[id(content)], self._next_group
+
+    def _enqueue(self, envelope: Envelope, content: Packed, group: int) -> str:
+        self._open.add(envelope.message_id)
+        self._queue.append(_Waiting(Task(envelope, content, None), group))
+        return envelope.message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies to these messages. Works until all are there: nothing else would."""
@@ -236,13 +245,15 @@ class EmbeddedGrid(Grid):
         deadline = None if timeout is None else time.monotonic() + timeout
         wanted &= self._open | self._ready.keys()
         while wanted:
-            for message_id in [i for i in self._ready if i in wanted]:
-                wanted.discard(message_id)
-                yield self._ready.pop(message_id)
+            for message_id in tuple(self._ready):  # another thread may add to it meanwhile
+                if message_id in wanted:
+                    wanted.discard(message_id)
+                    yield self._ready.pop(message_id)
             if not wanted:
                 return
             if deadline is not None and time.monotonic() >= deadline:
-                self._give_up(wanted)
+                with self._pump_lock:
+                    self._give_up(wanted)
                 return
             with self._pump_lock:
                 if not wanted & self._ready.keys():
@@ -269,16 +280,17 @@ class EmbeddedGrid(Grid):
 
         Empty while a node of the group is still at work: its state must come back first.
         """
-        if not self._queue:
-            return []
-        first = self._queue[0].group
-        group = list(itertools.takewhile(lambda waiting: waiting.group == first, self._queue))
-        nodes = {waiting.task.envelope.node_id for waiting in group}
-        if nodes & self._at_work:
-            return []
-        self._at_work |= nodes
-        for _ in group:
-            self._queue.popleft()
+        with self._queue_lock:
+            if not self._queue:
+                return []
+            first = self._queue[0].group
+            group = list(itertools.takewhile(lambda waiting: waiting.group == first, self._queue))
+            nodes = {waiting.task.envelope.node_id for waiting in group}
+            if nodes & self._at_work:
+                return []
+            self._at_work |= nodes
+            for _ in group:
+                self._queue.popleft()
         return [
             replace(w.task, state=self.states.by_node.get(w.task.envelope.node_id)) for w in group
         ]
@@ -299,8 +311,10 @@ class EmbeddedGrid(Grid):
         self.on_done(1)
 
     def _give_up(self, message_ids: set[str]) -> None:
-        self._open -= message_ids
-        self._queue = deque(w for w in self._queue if w.task.envelope.message_id in self._open)
+        with self._queue_lock:
+            self._open -= message_ids
+            left = [w for w in self._queue if w.task.envelope.message_id in self._open]
+            self._queue = deque(left)
         if self._workers is not None:
             for task in self._workers.abandon(message_ids):
                 self._at_work.discard(task.envelope.node_id)

@@ -72,7 +72,7 @@ class Executor:
                 contexts = [self._context(task) for task in tasks]
                 try:
                     replies = many([self._message(task) for task in tasks], contexts)
-                except Exception:
+                except (Exception, SystemExit):
                     pass  # one bad node must not fail its group: below, each stands alone
                 else:
                     return [
@@ -87,7 +87,7 @@ class Executor:
             reply = self.app(self._message(task), context)
             if not isinstance(reply, Message):
                 raise TypeError(f"the app returned a {type(reply).__name__} in place of a Message")
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an app that calls exit() ends no other node
             reason = f"{type(error).__name__}: {error}"
             failure = "".join(traceback.format_exception(error))
             return Done(task.envelope.error(RAISED, reason), task.state, failure)

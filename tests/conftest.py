@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from tests.fakes import WarmCommand
+    from tests.fakes import SharedNursery, WarmCommand
 
 # Flower asks for this when it is imported; no test makes a connection of its own accord.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -26,3 +26,13 @@ def umbel() -> "Iterator[WarmCommand]":
     warm = WarmCommand()
     yield warm
     warm.close()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> "Iterator[SharedNursery]":
+    """Where worker processes come from; one for all tests."""
+    from tests.fakes import SharedNursery
+
+    shared = SharedNursery(preload=["umbel.federation"])
+    yield shared
+    shared.end()

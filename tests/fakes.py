@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from umbel.server.flower import Envelope
+from umbel.server.workers import Nursery
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, Sum
 from umbel.strategies.layer import Facts, Stateless
 from umbel.strategies.records import to_array
@@ -112,6 +113,17 @@ def plain_stack() -> Stack:
 def weighted_mean(updates: Sequence[np.ndarray[Any, Any]], weights: Sequence[float]) -> Any:
     """In float64."""
     return np.average(np.asarray(updates, np.float64), axis=0, weights=weights)
+
+
+class SharedNursery(Nursery):
+    """A nursery that outlives the pools that take workers from it."""
+
+    def close(self) -> None:
+        """The pool is done; others may follow."""
+
+    def end(self) -> None:
+        """End the process."""
+        super().close()
 
 
 WARM = """

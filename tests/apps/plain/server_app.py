@@ -30,7 +30,7 @@ def main(grid, context):
     queries = list(grid.pull_messages(ids))
     failures = list(grid.send_and_receive(ask(grid, "query.fail")))
     again = list(grid.send_and_receive(ask(grid, "query.fail")))
-    unknown = list(grid.send_and_receive(ask(grid, "query.unheard-of")))
+    unknown = list(grid.send_and_receive(ask(grid, "query.unheard_of")))
     said = {
         "w": result.arrays["w"].numpy().tolist(),
         "visits": result.train_metrics_clientapp[2]["visits"],
