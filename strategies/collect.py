@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from umbel.privacy.clipping import l2_norm
@@ -232,8 +232,8 @@ def read_vector(reply: Message, name: str, size: int) -> Tensor:
     """The flat vector `name` of a reply's update record; ValueError says what is wrong."""
     if reply.has_error():
         raise ValueError(reply.error.reason or f"error code {reply.error.code}")
-    record = reply.content.array_records.get(UPDATE)
-    if record is None or name not in record:
+    record = reply.content.get(UPDATE)  # not `array_records`, which copies the whole directory
+    if not isinstance(record, ArrayRecord) or name not in record:
         raise ValueError(f"a reply without {name!r}")
     vector = from_array(record[name])
     if vector.shape != (size,):
@@ -253,8 +253,8 @@ def read_buffers(reply: Message, size: int) -> Tensor:
 
 def numbers(reply: Message) -> dict[str, float]:
     """The scalar metrics of a reply; integers beyond any float become infinity."""
-    record = reply.content.metric_records.get(METRICS) if reply.has_content() else None
-    if record is None:
+    record = reply.content.get(METRICS) if reply.has_content() else None
+    if not isinstance(record, MetricRecord):
         return {}
     return {k: _float(v) for k, v in record.items() if isinstance(v, int | float)}
 
