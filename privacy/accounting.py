@@ -41,6 +41,7 @@ from dp_accounting.rdp import RdpAccountant
 
 from umbel.privacy.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge
 from umbel.privacy.gaussian import gaussian_epsilon
+from umbel.privacy.renyi import has_curve, renyi_epsilon
 from umbel.privacy.validate import count, fraction, inside_unit, positive
 
 FINE = 1e-4
@@ -53,7 +54,7 @@ ORDERS = (*(1 + x / 10 for x in range(6, 100)), *range(11, 64), 128, 256, 512, 1
 sampling, and they matter only where epsilon is far beyond use."""
 
 Accountant = Literal["pld", "rdp"]
-Part = Literal["pld", "rdp-replace", "rdp-tree"]
+Part = Literal["pld", "rdp-replace", "rdp-tree", "renyi"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,13 @@ def _common_relation(counts: Counter[Charge]) -> NeighboringRelation:
                 "the tree event hides whether a unit's data are replaced by zero and cannot be "
                 "added to releases under replace-one; charge its rounds as Gaussian releases"
             )
+    if any(has_curve(charge.event) for charge in counts):
+        if REPLACE in relations:
+            raise ValueError(
+                "noise that nodes add together hides whether a unit's data are replaced by nothing "
+                "and cannot be added to releases under replace-one; keep them in two populations"
+            )
+        return ZERO_OUT
     if REPLACE in relations:
         return REPLACE
     return ZERO_OUT if relations == {ZERO_OUT} else ADD_OR_REMOVE
@@ -204,6 +212,8 @@ def _parts(
                 part = "rdp-replace"
             case SingleEpochTreeAggregationDpEvent():
                 part = "rdp-tree"
+            case event if has_curve(event):
+                part = "renyi"
             case _ if accountant == "rdp":
                 part = "rdp-replace" if relation is REPLACE else "rdp-tree"
         parts.setdefault(part, Counter())[charge.event] += times
@@ -221,6 +231,8 @@ def _part(
         # Many Gaussians are one, whose curve Balle and Wang give in closed form.
         distance = 2 if relation is REPLACE else 1
         return gaussian_epsilon(_one_gaussian(events) / distance, delta)
+    if part == "renyi":
+        return renyi_epsilon(events, delta)
     if part == "pld":
         total = compose(events, relation, interval)
         return float(total.get_epsilon_for_delta(delta))

@@ -21,8 +21,10 @@ from dp_accounting import (
     SelfComposedDpEvent,
     SingleEpochTreeAggregationDpEvent,
     TruncatedSubsampledGaussianDpEvent,
+    ZCDpEvent,
 )
 
+from umbel.privacy.skellam import SkellamDpEvent
 from umbel.privacy.validate import count, fraction, nonnegative, positive
 
 ADD_OR_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -96,6 +98,15 @@ def to_json(event: DpEvent) -> dict[str, Any]:
                 "noise_multiplier": event.noise_multiplier,
                 "steps": event.step_counts,
             }
+        case SkellamDpEvent():
+            return {
+                "mechanism": "skellam",
+                "variance": event.variance,
+                "l2": event.l2,
+                "l1": event.l1,
+            }
+        case ZCDpEvent() if event.xi == 0:
+            return {"mechanism": "concentrated", "rho": event.rho}
         case SelfComposedDpEvent():
             return {"mechanism": "repeated", "times": event.count, "of": to_json(event.event)}
     raise ValueError(
@@ -144,6 +155,14 @@ def _read(value: Mapping[str, Any]) -> DpEvent:
             return SingleEpochTreeAggregationDpEvent(
                 positive(noise_multiplier=value["noise_multiplier"]), count(steps=value["steps"])
             )
+        case "skellam":
+            return SkellamDpEvent(
+                positive(variance=value["variance"]),
+                positive(l2=value["l2"]),
+                positive(l1=value["l1"]),
+            )
+        case "concentrated":
+            return ZCDpEvent(positive(rho=value["rho"]))
         case "repeated":
             return SelfComposedDpEvent(_read(value["of"]), count(times=value["times"]))
         case unknown:

@@ -16,7 +16,7 @@ from umbel.privacy.events import Charge
 from umbel.server.ledger import Against, Ledger
 from umbel.server.private_plan import Plan, charges_of
 from umbel.server.roster import NodeRef
-from umbel.strategies.layer import Facts
+from umbel.strategies.layer import Claim, Facts
 
 
 @dataclass
@@ -70,7 +70,11 @@ class Budget:
 
     def open(self, number: int, cohort: Sequence[NodeRef]) -> None:
         """Commit who takes part, and charge what the server will see."""
-        local = [claim for claim in self.plan.claims(number) if claim.against == "server"]
+        local = [
+            claim
+            for claim in self.plan.claims(number)
+            if claim.against == "server" and not claim.summed
+        ]
         names = [node.name for node in cohort]
         for claim in local:
             charge = self.plan.charge(claim, again=number in self._repeated)
@@ -81,13 +85,28 @@ class Budget:
     def charge(self, number: int, facts: Facts, replies: int) -> None:  # noqa: ARG002
         """Commit what decoding this round's sum costs; an empty cohort costs the same."""
         central = self.plan.stack.claims(facts)
-        charges = [
-            self.plan.charge(claim, again=number in self._repeated)
-            for claim in central
-            if claim.against == "model-user"
-        ]
-        if charges:
-            self.ledger.charge(self.run, f"round {number}", "model-user", charges, round=number)
+        against: tuple[Against, ...] = ("model-user", "server")
+        for who in against:
+            charges = [
+                self.plan.charge(claim, again=number in self._repeated)
+                for claim in central
+                if claim.against == who and (who == "model-user" or claim.summed)
+            ]
+            if charges:
+                self.ledger.charge(self.run, f"round {number}", who, charges, round=number)
+
+    def affords(self, claims: Sequence[Claim]) -> bool:
+        """Whether a release outside of rounds fits what is left of the budget."""
+        target = self.plan.privacy.epsilon
+        if math.isinf(target) or self.plan.description()["insecure"]:
+            return True
+        charges = Counter(self.plan.charge(claim) for claim in claims)
+        return self._epsilon(self.ledger.spent(self._against) + charges, FINE) <= target
+
+    def release(self, name: str, claims: Sequence[Claim]) -> None:
+        """Commit what a private mean costs, before it is made."""
+        charges = [self.plan.charge(claim) for claim in claims]
+        self.ledger.charge(self.run, name, "model-user", charges)
 
     def epsilon(self) -> float:
         """Spent so far against model users, by the population, to a hair above."""

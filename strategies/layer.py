@@ -25,6 +25,8 @@ from torch import Tensor
 if TYPE_CHECKING:  # importing it takes a second, which a run without privacy need not wait
     from dp_accounting import DpEvent, NeighboringRelation
 
+    from umbel.privacy.bundle import Bundle
+
 Config = Mapping[str, bool | int | float | str | bytes]
 """What a layer tells the nodes: a flat record of scalars."""
 
@@ -88,6 +90,7 @@ class Claim:
         sampled: whether the cohort's secret sampling amplifies it.
         again: the event of a round that is run once more after a crash; None is `event`.
         slack: what the round adds to delta.
+        summed: who it is against sees it in the round's sum only, once that is released.
         separation: a unit takes part at most once in this many consecutive rounds.
     """
 
@@ -98,6 +101,7 @@ class Claim:
     sampled: bool = True
     again: DpEvent | None = None
     slack: float = 0.0
+    summed: bool = False
     separation: int = 1
 
 
@@ -177,6 +181,15 @@ class TellsFacts(Protocol):
 
     def tell(self, facts: Facts, state: Any) -> Config:
         """Server: what every node must know this round, beside what `publish` says."""
+        ...
+
+
+@runtime_checkable
+class EncodesMany(Protocol):
+    """A layer whose node half can take the updates of several virtual nodes at once."""
+
+    def encode_many(self, bundle: Bundle, config: Config) -> Bundle:
+        """Node: what `encode` gives for each update of the bundle."""
         ...
 
 

@@ -51,7 +51,7 @@ def private_stack(stack: Stack, options: PrivacyOptions, rounds: int) -> Stack:
         layers.insert(0, _clip(options))
         place = 0
     added: list[Layer[Any]] = []
-    limits = _limits(options.release_metrics)
+    limits = limits_of(options.release_metrics)
     if limits:
         added.append(PrivateMetrics(limits))
     added.append(_noise(options, rounds))
@@ -85,7 +85,7 @@ def _noise(options: PrivacyOptions, rounds: int) -> Layer[Any]:
     return Gaussian(given, options.seed)
 
 
-def _limits(text: str) -> dict[str, float]:
+def limits_of(text: str) -> dict[str, float]:
     """`loss:5,accuracy:1` as a mapping."""
     limits: dict[str, float] = {}
     for part in filter(None, re.split(r"[,\s]+", text)):

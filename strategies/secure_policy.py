@@ -120,7 +120,7 @@ class Policy:
             raise RefusalError(
                 "cohort", f"sums of {terms.min_cohort} nodes; the policy wants {self.min_cohort}"
             )
-        norm, noise = _number(told.get(NORM)), _number(told.get(NOISE))
+        norm, noise = _number(told.get(NORM)), _number(_first(told, NOISE))
         if self.max_norm is not None and (norm is None or not norm <= self.max_norm):
             raise RefusalError("norm", f"updates of norm {norm}; the policy allows {self.max_norm}")
         if self.min_noise is not None and (noise is None or not noise >= self.min_noise):
@@ -170,8 +170,12 @@ class Policy:
 NORM = "clip.norm"
 """Key under which `Clip` tells nodes the clipping norm."""
 
-NOISE = "secure.noise-multiplier"
-"""Key under which a layer of distributed noise tells nodes the noise multiplier of the sum."""
+NOISE = ("skellam.noise-multiplier", "discrete-gaussian.noise-multiplier")
+"""Keys under which layers of distributed noise tell nodes the noise multiplier of the sum."""
+
+
+def _first(told: Mapping[str, Any], names: Sequence[str]) -> object:
+    return next((told[name] for name in names if name in told), None)
 
 
 def fingerprint(identity: bytes) -> str:

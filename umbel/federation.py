@@ -9,14 +9,15 @@ nothing to agree about: they hold the same object.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from umbel.clients.data import Node, Split
 from umbel.clients.node import FederationClientApp, NodeHalf
+from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.trainer import Trainer, Weights
 from umbel.server.report import write_report
 from umbel.server.roster import roster
@@ -24,7 +25,11 @@ from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.server.session import Session, current
 from umbel.strategies.options import Options, RunOptions, Value, checked
 from umbel.strategies.privacy_options import PrivacyOptions
+from umbel.strategies.secure_options import SecureOptions
 from umbel.strategies.stack import Stack
+
+if TYPE_CHECKING:
+    from umbel.strategies.private_mean import PrivateMean
 
 LOCAL_STATISTICS = "running_mean"
 """How the running statistics of batch normalisation are called in torch."""
@@ -41,6 +46,8 @@ class Federation:
             where it exists.
         stack: the layers and the collect, or a function of the options that makes them.
         options: defaults of this app, over those of Umbel and of the trainer.
+        questions: private means that are asked before, between and after rounds, or a function
+            of the options that makes them; see `umbel.PrivateMean`.
         summary: adds to the result of a run, e.g. a comparison with other ways to train.
         name: of the app, in run directories.
     """
@@ -50,6 +57,7 @@ class Federation:
     test: Callable[[Options], Any] | None = None
     stack: Stack | Callable[[Options], Stack] = field(default_factory=Stack)
     options: Mapping[str, Value] = field(default_factory=dict)
+    questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = "federation"
 
@@ -59,6 +67,7 @@ class Federation:
         return {
             **RunOptions.defaults(),
             **PrivacyOptions.defaults(),
+            **SecureOptions.defaults(),
             **trainers,
             **self.options,
         }
@@ -79,6 +88,11 @@ class Federation:
         """The stack that these options ask for, the privacy layers among them."""
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
         privacy = PrivacyOptions.read(options)
+        secure = SecureOptions.read(options)
+        if secure.secure:
+            from umbel.strategies.secure_stack import secure_stack
+
+            return secure_stack(stack, secure, privacy)
         if not privacy.on:
             return stack
         from umbel.strategies.private import private_stack
@@ -88,15 +102,22 @@ class Federation:
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
         return FederationClientApp(
-            NodeHalf(self.trainer, self.data, options=self.complete, stack=self.stack_for)
+            NodeHalf(
+                self.trainer,
+                self.data,
+                options=self.complete,
+                stack=self.stack_for,
+                questions=self.questions,
+            )
         )
 
     def server_app(self) -> "FederationServerApp":
         """The coordinator's app; assign it to `app` at the top level of `server_app.py`."""
         return FederationServerApp(self)
 
-    def job(self, options: Options) -> Job:
-        """What the coordinator trains under these options (complete ones)."""
+    def job(self, options: Options, nodes: int = 0) -> Job:
+        """What the coordinator trains under these options (complete ones) with so many nodes."""
+        stack = self.stack_for(options)
         run_options = RunOptions.read(options)
         first = self.trainer.initial(options, run_options.seed)
         rate = options.get("learning-rate")
@@ -104,10 +125,17 @@ class Federation:
             parameters=first.parameters,
             buffers=first.buffers,
             options=run_options,
-            stack=self.stack_for(options),
+            stack=stack,
             evaluate=self._central_evaluation(options),
             learning_rate=float(rate) if isinstance(rate, int | float) else None,
+            questions=self._questions(options),
+            pooled=can_pool(self.trainer, self.data, nodes, stack, options),
         )
+
+    def _questions(self, options: Options) -> tuple["PrivateMean", ...]:
+        found = questions_of(self.questions, options)
+        seed = PrivacyOptions.read(options).seed
+        return found if seed is None else tuple(replace(q, insecure_seed=seed) for q in found)
 
     def _central_evaluation(self, options: Options) -> Evaluate | None:
         held_out = self.test or getattr(self.data, "central_test", None)
@@ -134,8 +162,8 @@ class FederationServerApp(ServerApp):
         federation = self.federation
         options = federation.complete(context.run_config)
         session = current(federation.name, dict(options))
-        job = federation.job(options)
         nodes = roster(grid)
+        job = federation.job(options, len(nodes))
         private = None
         if job.stack.private:
             from umbel.server.private_run import PrivateRun

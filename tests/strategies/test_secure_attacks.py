@@ -432,7 +432,7 @@ def test_s9_a_node_refuses_what_its_policy_does_not_allow() -> None:
     strict = Policy(mode="malicious", min_cohort=6, bits=(16, 24), max_norm=1.0, min_noise=0.5)
     terms = replace(cohort().terms, min_cohort=6)
     me = Self(3, keys.signing_key(bytes(32)), policy=strict)
-    told: Plain = {"clip.norm": 1, "secure.noise-multiplier": 1}
+    told: Plain = {"clip.norm": 1, "skellam.noise-multiplier": 1}
     values = np.zeros(5, "<u4")
     advertise(me, terms, values, told)
     for changed, said, name in (
@@ -442,7 +442,7 @@ def test_s9_a_node_refuses_what_its_policy_does_not_allow() -> None:
         (replace(terms, bits=8), told, "modulus"),
         (terms, told | {"clip.norm": 2}, "norm"),
         (terms, {}, "norm"),
-        (terms, told | {"secure.noise-multiplier": 0}, "noise"),
+        (terms, told | {"skellam.noise-multiplier": 0}, "noise"),
         (terms, {"clip.norm": 1}, "noise"),
         (replace(terms, size=6), told, "message"),
     ):
