@@ -192,6 +192,7 @@ def log_to(path: Path, *, quiet: bool) -> None:
     for handler in list(logger.handlers):
         if quiet or isinstance(handler, logging.FileHandler):
             logger.removeHandler(handler)
+            handler.close()
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
