@@ -21,6 +21,9 @@ from umbel.strategies.errors import ConfigError, RunError
 PRELOAD = ("torch", "flwr.clientapp", "umbel.server.executor", "umbel.strategies.app")
 """What the nursery imports once for all workers."""
 
+STILLBORN = 3
+"""Processes in a row that may die while they load the app; one may be somebody's mistake."""
+
 
 class Nursery:
     """Handle of the process that forks workers; make it early, its imports take a second."""
@@ -54,6 +57,7 @@ class Nursery:
             answer = b""
         theirs.close()
         if len(answer) != 8:
+            ours.close()
             raise RunError("worker processes cannot be started: the process they come from died")
         return struct.unpack("<q", answer)[0], ours
 
@@ -110,6 +114,7 @@ class Workers:
                 "log": log,
             }
         )
+        self._stillborn = 0
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -188,6 +193,7 @@ class Workers:
             if said["error"] is not None:
                 raise ConfigError(said["error"])
             worker.ready = True
+            self._stillborn = 0
             return []
         tasks, worker.busy = worker.busy, ()
         return list(zip(tasks, said, strict=True))
@@ -195,10 +201,12 @@ class Workers:
     def _mourn(self, worker: _Worker) -> list[tuple[Task, Done]]:
         """Replace a dead process; its tasks become error replies, the nodes' states stay."""
         if not worker.ready:
-            raise RunError(
-                f"worker process {worker.pid} died before it had loaded the app; "
-                "see the run's log.txt, or try --workers 0"
-            )
+            self._stillborn += 1
+            if self._stillborn > STILLBORN:
+                raise RunError(
+                    f"worker process {worker.pid} died before it had loaded the app, as "
+                    f"{STILLBORN} had before; see the run's log.txt, or try --workers 0"
+                )
         tasks = self._replace(worker)
         reason = f"its worker process {worker.pid} died; another has taken its place"
         return [(task, Done(task.envelope.error(CRASHED, reason), task.state)) for task in tasks]
