@@ -6,6 +6,7 @@
     node -> server   metrics    on the node's own test examples
     server -> node   query.umbel_hello     on engines that do not know their nodes' names
     node -> server   its partition
+    server -> node   query.umbel_ask, query.umbel_pool     see `umbel.clients.pooling`
 
 Weights arrive and leave as one flat vector whose layout both sides derive from the trainer; a
 digest of the layout travels with it, so a node with another model says so.
@@ -25,6 +26,18 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from umbel.clients.data import Node, Split
+from umbel.clients.pooling import (
+    Questions,
+    answer_pool,
+    answer_question,
+    asked,
+    members_of,
+    pooled_examples,
+    public_of,
+    question_bundles,
+    questions_of,
+    training_bundles,
+)
 from umbel.clients.trainer import CohortTrainer, Job, Options, Trained, Trainer, Tree, Weights
 from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS, UPDATE, Seals
 from umbel.strategies.errors import ConfigError
@@ -36,6 +49,7 @@ from umbel.strategies.layout import (
     averaged_buffers,
     local_buffers,
 )
+from umbel.strategies.pooled import ASK, POOL
 from umbel.strategies.records import Manifest, from_array, to_array
 from umbel.strategies.stack import Stack
 
@@ -52,6 +66,7 @@ class NodeHalf:
         data: the node's own examples.
         options: completes the run's configuration with defaults.
         stack: the layers, from the options.
+        questions: the private means that may be asked.
         warm: how many nodes' data are kept between messages.
     """
 
@@ -59,6 +74,7 @@ class NodeHalf:
     data: Callable[[Node, Options], Split | Any]
     options: Callable[[Options], Options]
     stack: Callable[[Options], Stack]
+    questions: Questions = ()
     warm: int = 4
     _splits: OrderedDict[tuple[int, str], Split] = field(default_factory=OrderedDict, repr=False)
     _plans: dict[str, "_Plan"] = field(default_factory=dict, repr=False)
@@ -106,11 +122,34 @@ class NodeHalf:
         return Message(RecordDict({CONFIG: record}), reply_to=message)
 
     def answer(self, action: str, message: Message, context: Context) -> Message:
-        """Answer an extra trip of the stack's collect."""
+        """Answer a private mean, a pool of virtual nodes, or an extra trip of the collect."""
+        if action == ASK:
+            return self._ask(message, context)
+        if action == POOL:
+            return self._pool(message, context)
         answers = self._plan(context).stack.collect.answers()
         if action not in answers:
             raise ConfigError(f"no query is registered under {action!r}")
         return answers[action](message, context)
+
+    def _ask(self, message: Message, context: Context) -> Message:
+        plan = self._plan(context)
+        question = asked(message, questions_of(self.questions, plan.options))
+        if question is None:
+            raise ConfigError("a node was asked for a private mean without its name")
+        train = self._split(plan, context).train
+        return answer_question(message, question, train, context.state)
+
+    def _pool(self, message: Message, context: Context) -> Message:
+        plan, count = self._plan(context), node_of(context).partitions
+        question = asked(message, questions_of(self.questions, plan.options))
+        examples = pooled_examples(self.data, members_of(message), count, plan.options)
+        if question is not None:
+            found = question_bundles(question, examples, public_of(message))
+            return answer_pool(message, found, question.stack, question.size)
+        task = plan.receive(message, context, Split(None))
+        bundles = training_bundles(self.trainer, task.weights, examples, task.job)
+        return answer_pool(message, bundles, plan.stack, plan.manifest.size)
 
     def _plan(self, context: Context) -> "_Plan":
         key = json.dumps(dict(context.run_config), sort_keys=True)
@@ -176,6 +215,7 @@ class _Plan:
         buffers = dict(self.first.buffers) | self._kept(context)
         if BUFFERS in model:
             buffers |= self.travelling.unflatten(from_array(model[BUFFERS]))
+        buffers |= public_of(message)
         number = int(config["round"])  # type: ignore[arg-type]
         rate = config.get("learning-rate")
         job = Job(
@@ -198,7 +238,9 @@ class _Plan:
         if self.travelling.size:
             sent = averaged_buffers(trained.weights.buffers, str(self.options["buffers"]))
             record[BUFFERS] = to_array(self.travelling.flatten(sent))
-        self._keep(task.context, trained.weights.buffers)
+        public = public_of(task.message)
+        own = {k: v for k, v in trained.weights.buffers.items() if k not in public}
+        self._keep(task.context, own)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
         if isinstance(self.stack.collect, Seals):

@@ -4,12 +4,15 @@ A trainer turns a model and a node's own examples into a better model. It knows 
 messages, rounds or privacy: the node (`umbel.clients.node`) makes the update and sends it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from flwr.app import RecordDict
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from umbel.privacy.bundle import Bundle
 
 Options = Mapping[str, bool | int | float | str]
 """The run's options, as in `[tool.flwr.app.config]` and `-c`."""
@@ -100,4 +103,13 @@ class CohortTrainer(Protocol):
         self, weights: Sequence[Weights], examples: Sequence[Any], jobs: Sequence[Job]
     ) -> list[Trained] | None:
         """What `train` gives for each node, to float tolerance; None where it does not apply."""
+        ...
+
+
+@runtime_checkable
+class BundleTrainer(Protocol):
+    """A trainer that can give the updates of many one-example nodes without forming each."""
+
+    def bundles(self, weights: Weights, examples: Any, job: Job) -> "Iterator[Bundle]":
+        """What trained minus received is for each node; one example of `examples` a node."""
         ...

@@ -53,6 +53,7 @@ class Position:
         stale: evaluations since the best.
         average: mean of the models since `average-from`; `averaged` says of how many.
         abandoned: rounds in a row without enough replies.
+        public: what private means have released, by name; `answered` says which were asked.
     """
 
     round: int
@@ -65,6 +66,8 @@ class Position:
     average: Tensor | None = None
     averaged: int = 0
     abandoned: int = 0
+    public: Mapping[str, Tensor] = field(default_factory=dict)
+    answered: tuple[str, ...] = ()
 
     def but(self, **changes: Any) -> "Position":
         """This position with some of it replaced."""
@@ -84,11 +87,13 @@ def save(directory: Path, position: Position, nodes: Mapping[int, bytes]) -> Non
         tensors["best.buffers"] = position.best.buffers
     if position.average is not None:
         tensors["average"] = position.average
+    tensors |= {f"public.{name}": tensor for name, tensor in position.public.items()}
     numbers: dict[str, Any] = {
         "round": position.round,
         "stale": position.stale,
         "averaged": position.averaged,
         "abandoned": position.abandoned,
+        "answered": position.answered,
         "best": None if position.best is None else [position.best.value, position.best.round],
         "layers": [],
     }
@@ -147,6 +152,12 @@ def load(directory: Path) -> Position | None:
         average=tensors.get("average"),
         averaged=numbers["averaged"],
         abandoned=numbers["abandoned"],
+        public={
+            name.removeprefix("public."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("public.")
+        },
+        answered=tuple(numbers["answered"]),
     )
 
 

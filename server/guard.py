@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from umbel.server.roster import NodeRef
-from umbel.strategies.layer import Facts
+from umbel.strategies.layer import Claim, Facts
 
 
 class Guard(Protocol):
@@ -25,6 +25,14 @@ class Guard(Protocol):
 
     def charge(self, number: int, facts: Facts, replies: int) -> None:
         """Commit what decoding this round's sum will cost, before it is decoded."""
+        ...
+
+    def affords(self, claims: Sequence[Claim]) -> bool:
+        """Whether a release outside of rounds fits the budget."""
+        ...
+
+    def release(self, name: str, claims: Sequence[Claim]) -> None:
+        """Commit what a release outside of rounds costs, before it is made."""
         ...
 
     def epsilon(self) -> float | None:
@@ -53,6 +61,12 @@ class NoGuard:
         return None
 
     def charge(self, number: int, facts: Facts, replies: int) -> None:  # noqa: ARG002
+        return None
+
+    def affords(self, claims: Sequence[Claim]) -> bool:  # noqa: ARG002
+        return True
+
+    def release(self, name: str, claims: Sequence[Claim]) -> None:  # noqa: ARG002
         return None
 
     def epsilon(self) -> float | None:

@@ -7,6 +7,7 @@ What is decided here is said aloud before anything runs, and written into the le
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from umbel.strategies.errors import ConfigError, StackError
 from umbel.strategies.layer import Claim, Facts
 from umbel.strategies.options import RunOptions
 from umbel.strategies.privacy_options import PrivacyOptions
+from umbel.strategies.private_mean import PrivateMean
 from umbel.strategies.stack import Stack
 
 SAFETY = 1 - 1e-7
@@ -50,6 +52,7 @@ class Plan:
         facts: of an update before the stack.
         noise_multiplier: of the central noise; None where nodes make their own.
         against: the adversary that the budget is about.
+        questions: private means that are asked beside training.
     """
 
     stack: Stack
@@ -60,6 +63,7 @@ class Plan:
     facts: Facts
     noise_multiplier: float | None
     against: str
+    questions: tuple[PrivateMean, ...] = ()
 
     def claims(self, number: int) -> list[Claim]:
         """What round `number` costs, before sampling."""
@@ -76,6 +80,7 @@ class Plan:
             "stack": str(self.stack),
             "layers": [_parameters(layer) for layer in self.stack.layers],
             "noise_multiplier": self.noise_multiplier,
+            "questions": [_question(question) for question in self.questions],
             "rounds": self.options.rounds,
             "nodes": self.nodes,
             "cohort": self.cohort.name,
@@ -100,6 +105,7 @@ def make_plan(
     size: int,
     ledger: Ledger,
     run: str,
+    questions: Sequence[PrivateMean] = (),
 ) -> Plan:
     """Decide noise and cohorts of a private run.
 
@@ -111,6 +117,7 @@ def make_plan(
         size: coordinates of an update.
         ledger: of the population.
         run: the run's name; a run that goes on keeps the noise that it began with.
+        questions: private means that the same budget pays for.
 
     Raises:
         ConfigError: no noise meets the budget, or the cohort does not fit the population.
@@ -130,7 +137,9 @@ def make_plan(
     if waiting:
         multiplier = _noise_of(ledger, run)
         if multiplier is None:
-            multiplier = _calibrated(stack, options, privacy, cohort, nodes, facts, ledger)
+            multiplier = _calibrated(
+                stack, options, privacy, cohort, nodes, facts, ledger, questions
+            )
         stack = with_noise(stack, multiplier)
     elif privacy.mechanism != "local":
         found = [getattr(layer, "noise_multiplier", None) for layer in stack.layers]
@@ -139,7 +148,9 @@ def make_plan(
     if not claims:
         raise StackError("the stack makes no privacy claim; put Gaussian or LocalGaussian into it")
     against = "model-user" if any(c.against == "model-user" for c in claims) else "server"
-    return Plan(stack, options, privacy, cohort, nodes, facts, multiplier, against)
+    return Plan(
+        stack, options, privacy, cohort, nodes, facts, multiplier, against, tuple(questions)
+    )
 
 
 def claims_of(stack: Stack, facts: Facts, number: int) -> list[Claim]:
@@ -205,10 +216,13 @@ def _calibrated(
     nodes: int,
     facts: Facts,
     ledger: Ledger,
+    questions: Sequence[PrivateMean],
 ) -> float:
+    asked = Counter(charge_for(c, cohort, nodes) for q in questions for c in q.claims())
+
     def planned(multiplier: float) -> Counter[Charge]:
         noisy = with_noise(stack, multiplier)
-        return charges_of(noisy, cohort, nodes, facts, options.rounds)
+        return charges_of(noisy, cohort, nodes, facts, options.rounds) + asked
 
     try:
         return calibrate(
@@ -272,6 +286,16 @@ def _parameters(layer: Any) -> dict[str, Any]:
         if isinstance(value, bool | int | float | str | dict | None)
     }
     return {"layer": layer.name, **plain}
+
+
+def _question(question: PrivateMean) -> dict[str, Any]:
+    return {
+        "name": question.name,
+        "after": question.after,
+        "coordinates": question.size,
+        "norm": question.norm,
+        "noise_multiplier": question.noise_multiplier,
+    }
 
 
 def _insecure(stack: Stack) -> bool:

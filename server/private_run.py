@@ -53,6 +53,7 @@ class PrivateRun:
                 size=size,
                 ledger=self._ledger,
                 run=name,
+                questions=job.questions,
             )
             description = self._plan.description()
             self._ledger.begin(name, **description)

@@ -7,8 +7,7 @@ One loop for every engine: all it needs is a Flower `Grid`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +16,13 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from umbel.server import checkpoint
+from umbel.server.asking import Asker, pool_requests, processes_of, public_arrays, trips
 from umbel.server.checkpoint import Best, Position
 from umbel.server.drive import Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
-from umbel.server.guard import Guard, NoGuard
+from umbel.server.job import Evaluate as Evaluate
+from umbel.server.job import Job as Job
+from umbel.server.job import Outcome as Outcome
 from umbel.server.progress import Progress
 from umbel.server.roster import NodeRef
 from umbel.server.rundir import RunDirectory
@@ -30,51 +32,12 @@ from umbel.strategies.errors import RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.options import RunOptions
 from umbel.strategies.records import Manifest, Tree, to_array
-from umbel.strategies.stack import Stack
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this share a checkpoint; a resumed run repeats them."""
 PATIENCE_WITHOUT_REPLIES = 3
 """Rounds in a row without enough replies after which a run gives up."""
-
-Evaluate = Callable[[Tree, Tree], Mapping[str, float]]
-"""Central evaluation: parameters and buffers to metrics."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained, and how.
-
-    Attributes:
-        parameters: the first model.
-        buffers: the first model's buffers.
-        options: of the run.
-        stack: the layers and the collect.
-        evaluate: central evaluation, where there is held-out data.
-        learning_rate: of the nodes, before the schedule; None leaves it to the trainer.
-        guard: the budget of a private run.
-    """
-
-    parameters: Tree
-    buffers: Tree
-    options: RunOptions
-    stack: Stack = field(default_factory=Stack)
-    evaluate: Evaluate | None = None
-    learning_rate: float | None = None
-    guard: Guard = field(default_factory=NoGuard)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    rounds: int
-    stopped: str
-    metrics: Mapping[str, float]
-    parameters: Tree
-    buffers: Tree
 
 
 class Rounds:
@@ -117,6 +80,7 @@ class Rounds:
             max_replies=self.cohort.most(len(nodes)),
         )
         self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
+        self.processes = processes_of(grid) if job.pooled else 0
         self._saved_at = 0.0
         self._metrics: Mapping[str, float] = {}
 
@@ -129,15 +93,36 @@ class Rounds:
         position = self._begin()
         stopped = "rounds"
         while position.round < self.job.options.rounds:
+            position, refused = self._ask(position)
             number = position.round + 1
-            reason = self.job.guard.stop(number)
+            reason = "budget" if refused else self.job.guard.stop(number)
             if reason is None and self._patience_is_over(position):
                 reason = "early-stop"
             if reason is not None:
                 stopped = reason
                 break
             position = self._round(position, number)
+        position, _ = self._ask(position)
         return self._end(position, stopped)
+
+    def _ask(self, position: Position) -> tuple[Position, bool]:
+        """Ask the private means whose time has come; whether one does not fit the budget."""
+        timeout = self.job.options.round_timeout or None
+        asker = Asker(self.grid, self.nodes, self.job.guard, self.processes, timeout)
+        for question in self.job.questions:
+            due = question.due(position.round, self.job.options.rounds)
+            if not due or question.name in position.answered:
+                continue
+            if not self.job.guard.affords(question.claims()):
+                return position, True
+            self.progress.note(f"asking all nodes for the private mean {question.name!r}")
+            answer = asker.ask(question, position.public, position.round, self.manifest.digest)
+            position = position.but(
+                public={**position.public, **answer},
+                answered=(*position.answered, question.name),
+            )
+            self._save(position, last=True)
+        return position, False
 
     # ---- one round
 
@@ -149,7 +134,7 @@ class Rounds:
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
         with phases("train"):
             sum_ = drive(
-                self.job.stack.collect.gather(requests, self._gathering(number, facts)),
+                trips(self.job.stack, requests, self._gathering(number, facts)),
                 lambda messages: self._replies(messages, phases),
             )
         if sum_.revealed:
@@ -197,10 +182,12 @@ class Rounds:
             facts = self.facts.but(round=number)
             for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
-        model = ArrayRecord({PARAMETERS: to_array(position.parameters)})
+        model = {PARAMETERS: to_array(position.parameters)} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
-        content = RecordDict({MODEL: model, CONFIG: config})
+        if self.processes and kind == "train":
+            return pool_requests(model, config, cohort, self.processes)
+        content = RecordDict({MODEL: ArrayRecord(model), CONFIG: config})
         return [Message(content, node.node_id, kind, group_id=str(number)) for node in cohort]
 
     def _rate(self, number: int) -> float | None:
@@ -288,10 +275,13 @@ class Rounds:
         vector, buffers = position.parameters, position.buffers
         if position.average is not None:
             vector = position.average
-        return self._tree(vector, buffers)
+        return self._tree(vector, buffers, position.public)
 
-    def _tree(self, vector: Tensor, buffers: Tensor) -> tuple[Tree, Tree]:
-        mixed = dict(self.job.buffers)
+    def _tree(
+        self, vector: Tensor, buffers: Tensor, public: Mapping[str, Tensor]
+    ) -> tuple[Tree, Tree]:
+        own = {name: value for name, value in public.items() if name in self.job.buffers}
+        mixed = {**self.job.buffers, **own}
         if self.travelling.size:
             mixed |= self.travelling.unflatten(buffers)
         return self.manifest.unflatten(vector), mixed
@@ -382,11 +372,13 @@ class Rounds:
         parameters, buffers = self._model(position)
         metrics = self._metrics
         if self.job.options.keep == "best" and position.best is not None:
-            parameters, buffers = self._tree(position.best.parameters, position.best.buffers)
+            parameters, buffers = self._tree(
+                position.best.parameters, position.best.buffers, position.public
+            )
             if self.job.evaluate is not None:
                 metrics = self.job.evaluate(parameters, buffers)
         self.run.write_model({**parameters, **buffers}, {"round": str(position.round)})
-        return Outcome(position.round, stopped, dict(metrics), parameters, buffers)
+        return Outcome(position.round, stopped, dict(metrics), parameters, buffers, position.public)
 
     def _failures(self, rejected: Sequence[Rejected]) -> list[dict[str, Any]]:
         return [

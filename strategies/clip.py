@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.privacy.bundle import Bundle
 from umbel.privacy.clipping import clip
 from umbel.privacy.lattice import grid_step, round_to_zero
 from umbel.privacy.validate import positive
@@ -57,6 +58,10 @@ class Clip(Stateless):
         result = clip(update, norm)
         metrics = {"norm": result.length, "clipped": float(result.was_clipped)}
         return round_to_zero(result.update, grid_step(norm)), metrics
+
+    def encode_many(self, bundle: Bundle, config: Config) -> Bundle:
+        """Several nodes' updates at once, each as in `encode`."""
+        return bundle.clipped(float(config["norm"]))
 
 
 def bounded(facts: Facts, norm: float) -> Facts:

@@ -1,15 +1,30 @@
 """A stack: a flat list of layers over one collect."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.strategies.collect import Collect, PlainSum, Sum
 from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Facts, Layer, Metrics, Round, SeesMetrics, TellsFacts
+from umbel.strategies.layer import (
+    Claim,
+    EncodesMany,
+    Facts,
+    Layer,
+    Metrics,
+    Round,
+    SeesMetrics,
+    Stateless,
+    TellsFacts,
+)
+
+if TYPE_CHECKING:
+    from umbel.privacy.bundle import Bundle
 
 States = tuple[Any, ...]
 """One state a layer, in the stack's order."""
@@ -96,6 +111,24 @@ class Stack:
             metrics |= {prefix + name: value for name, value in said.items()}
         return update, {} if self.private else {**(measured or {}), **metrics}
 
+    @property
+    def many(self) -> bool:
+        """Whether `encode_many` applies: every layer can, and the server may add up in between."""
+        return isinstance(self.collect, PlainSum) and all(
+            isinstance(layer, EncodesMany) or _sends_as_is(layer) for layer in self.layers
+        )
+
+    def encode_many(self, bundle: Bundle, config: Mapping[str, Any]) -> Bundle | None:
+        """The node's half for several nodes at once; None where a layer cannot do that."""
+        for layer in self.layers:
+            prefix = f"{layer.name}."
+            own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+            if isinstance(layer, EncodesMany):
+                bundle = layer.encode_many(bundle, own)
+            elif not _sends_as_is(layer):
+                return None
+        return bundle
+
     def decode(
         self, sum_: Sum, states: States, rnd: Round, facts: Facts | None = None
     ) -> tuple[Tensor | None, States, dict[str, float]]:
@@ -122,3 +155,9 @@ class Stack:
         """What one round costs, on the facts at the bottom of the stack."""
         claims = (layer.claim(facts) for layer in reversed(self.layers))
         return [claim for claim in claims if claim is not None]
+
+
+def _sends_as_is(layer: Layer[Any]) -> bool:
+    """Whether a layer's node half does nothing."""
+    encode: Any = type(layer).encode
+    return encode is Stateless.encode and not isinstance(layer, SeesMetrics)

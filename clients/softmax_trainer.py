@@ -1,0 +1,164 @@
+"""Softmax regression on fixed features, one gradient step a round, from zero.
+
+A node with one example sends -rate (p - y) x r, an outer product: r is its feature vector with a
+one for the bias, scaled to length 1. So a cohort of thousands of such nodes is two matrix
+products (`bundles`), while a node on its own (`train`) computes the same update.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umbel.clients.data import Examples
+from umbel.clients.features import Rows
+from umbel.clients.trainer import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.privacy.bundle import UNIT_STEP, OuterProducts, UnitRows
+from umbel.strategies.errors import ConfigError
+from umbel.strategies.options import checked
+
+WEIGHT = "weight"
+PIECE = 512
+
+Prepare = Callable[[Tensor, Tree], Tensor]
+"""Features (n, width) and the model's buffers to what the regression sees, (n, width)."""
+
+
+@dataclass(frozen=True)
+class SoftmaxTrainer:
+    """Trains softmax regression on the features of `umbel.clients.features.Featured`.
+
+    Attributes:
+        width: of a feature vector, or a function of the options.
+        classes: how many there are.
+        prepare: makes a node's features ready, with what the model's buffers hold.
+        buffers: the model's first buffers, or a function of the options that makes them.
+        learning_rate: of the one local step, before clipping.
+    """
+
+    width: int | Callable[[Options], int]
+    classes: int = 10
+    prepare: Prepare | None = None
+    buffers: Callable[[Options], Tree] | None = None
+    learning_rate: float = 1.0
+    OPTIONS: Mapping[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
+    _ready: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "OPTIONS", {"learning-rate": self.learning_rate})
+
+    def initial(self, options: Options, seed: int) -> Weights:  # noqa: ARG002 - it starts from zero
+        width = self.width(options) if callable(self.width) else self.width
+        buffers = self.buffers(options) if self.buffers is not None else {}
+        return Weights({WEIGHT: torch.zeros(self.classes, width + 1)}, buffers)
+
+    def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
+        """One step on the mean loss of the node's examples."""
+        rows, y = self._rows(examples, weights)
+        weight, rate = weights.parameters[WEIGHT], self._rate(job)
+        step, losses = torch.zeros_like(weight), 0.0
+        for start in range(0, len(y), PIECE):
+            piece = slice(start, start + PIECE)
+            right = rows(piece)
+            error, loss = _errors(weight, right, y[piece])
+            step += error.T @ (right.whole.float() * UNIT_STEP)
+            losses += loss
+        after = {WEIGHT: weight - step * (rate / len(y))}
+        return Trained(Weights(after, weights.buffers), len(y), {"loss": losses / len(y)})
+
+    def bundles(self, weights: Weights, examples: Examples, job: Job) -> Iterator[OuterProducts]:
+        """The updates of many one-example nodes, for each of its examples."""
+        rows, y = self._rows(examples, weights)
+        weight, rate = weights.parameters[WEIGHT], self._rate(job)
+        for piece in _places(examples):
+            right = rows(piece)
+            error, _ = _errors(weight, right, y[piece])
+            yield OuterProducts(error * -rate, right)
+
+    def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002
+        rows, y = self._rows(examples, weights)
+        weight = weights.parameters[WEIGHT]
+        right, losses = 0, 0.0
+        for start in range(0, len(y), PIECE):
+            piece = slice(start, start + PIECE)
+            logits = (rows(piece).whole.float() * UNIT_STEP) @ weight.T
+            losses += float(torch.nn.functional.cross_entropy(logits, y[piece], reduction="sum"))
+            right += int((logits.argmax(1) == y[piece]).sum())
+        return Evaluated(len(y), {"loss": losses / len(y), "accuracy": right / len(y)})
+
+    def _rate(self, job: Job) -> float:
+        if job.learning_rate is not None:
+            return job.learning_rate
+        return float(checked("learning-rate", job.options["learning-rate"], 1.0))
+
+    def _rows(self, examples: Any, weights: Weights) -> tuple[Callable[[Any], UnitRows], Tensor]:
+        """The prepared inputs by place, and the targets."""
+        x, y = examples.x, torch.as_tensor(np.asarray(examples.y), dtype=torch.int64)
+        if len(y) == 0:
+            raise ConfigError("a node has no examples; every node needs at least one")
+        if not isinstance(x, Rows):
+            whole = self._prepared(torch.as_tensor(np.asarray(x)), weights.buffers)
+            return lambda places: UnitRows(whole[places], _peak(whole)), y
+        derived = self._derived(x, weights)
+        return lambda places: _unit(derived[places].tensor()), y
+
+    def _derived(self, rows: Rows, weights: Weights) -> Rows:
+        """The prepared rows, kept on disk for the run: their buffers do not change in it."""
+        key = _digest(weights.buffers)
+        width = weights.parameters[WEIGHT].shape[1]
+        name = f"{key}-{rows.store.folder.name}"
+        if name not in self._ready:
+            buffers = {k: v.clone() for k, v in weights.buffers.items()}
+            made = rows.derived(
+                key, width, np.dtype(np.int16), lambda x: self._prepared(x, buffers)
+            )
+            self._ready[name] = made.store
+        return Rows(self._ready[name], rows.index)
+
+    def _prepared(self, features: Tensor, buffers: Tree) -> Tensor:
+        """Features of shape (n, width) to whole numbers of shape (n, width + 1), int16."""
+        ready = features.float().flatten(1)
+        if self.prepare is not None:
+            ready = self.prepare(ready, buffers)
+        return UnitRows.of(torch.cat([ready, torch.ones(len(ready), 1)], 1)).whole
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": {}}
+
+
+def _errors(weight: Tensor, right: UnitRows, y: Tensor) -> tuple[Tensor, float]:
+    """Softmax minus one-hot, shape (n, classes), and the summed loss."""
+    logits = (right.whole.float() @ weight.T) * UNIT_STEP
+    shares = logits.log_softmax(1)
+    loss = -float(shares.gather(1, y[:, None]).sum())
+    error = shares.exp_()
+    error[torch.arange(len(y)), y] -= 1
+    return error, loss
+
+
+def _places(examples: Examples) -> Iterator[Any]:
+    if isinstance(examples.x, Rows):
+        yield from examples.x.parts()
+        return
+    for start in range(0, len(examples), PIECE):
+        yield slice(start, start + PIECE)
+
+
+def _unit(whole: Tensor) -> UnitRows:
+    return UnitRows(whole.float(), _peak(whole))
+
+
+def _peak(whole: Tensor) -> int:
+    return int(max(whole.max(), -whole.min())) if whole.numel() else 0
+
+
+def _digest(buffers: Tree) -> str:
+    total = hashlib.sha256()
+    for name, value in buffers.items():
+        total.update(name.encode())
+        total.update(value.contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]

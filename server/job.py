@@ -1,0 +1,68 @@
+"""What a run trains, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from umbel.server.guard import Guard, NoGuard
+from umbel.strategies.options import RunOptions
+from umbel.strategies.records import Tree
+from umbel.strategies.stack import Stack
+
+if TYPE_CHECKING:  # its mathematics takes a second to import
+    from umbel.strategies.private_mean import PrivateMean
+
+Evaluate = Callable[[Tree, Tree], Mapping[str, float]]
+"""Central evaluation: parameters and buffers to metrics."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how.
+
+    Attributes:
+        parameters: the first model.
+        buffers: the first model's buffers.
+        options: of the run.
+        stack: the layers and the collect.
+        evaluate: central evaluation, where there is held-out data.
+        learning_rate: of the nodes, before the schedule; None leaves it to the trainer.
+        guard: the budget of a private run.
+        questions: private means that are asked before, between and after rounds.
+        pooled: virtual nodes that share a process may answer as one.
+    """
+
+    parameters: Tree
+    buffers: Tree
+    options: RunOptions
+    stack: Stack = field(default_factory=Stack)
+    evaluate: Evaluate | None = None
+    learning_rate: float | None = None
+    guard: Guard = field(default_factory=NoGuard)
+    questions: tuple[PrivateMean, ...] = ()
+    pooled: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        rounds: that were finished.
+        stopped: why no further one was begun.
+        metrics: of the last central evaluation.
+        parameters: the model.
+        buffers: the model's.
+        public: what private means released, by name.
+    """
+
+    rounds: int
+    stopped: str
+    metrics: Mapping[str, float]
+    parameters: Tree
+    buffers: Tree
+    public: Mapping[str, Tensor] = field(default_factory=dict)
