@@ -1,6 +1,7 @@
 """Runs a `ClientApp` for virtual nodes, in this process or in a worker."""
 
 import contextlib
+import functools
 import io
 import pickle
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from threadpoolctl import ThreadpoolController
 
 from umbel.server.flower import RAISED, Envelope
 from umbel.server.packing import Packed, unpack
@@ -113,16 +115,23 @@ class Executor:
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
+        """One number of threads wherever a node runs: results must not depend on where."""
         torch = sys.modules.get("torch")
-        if torch is None:
-            yield
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        with self._libraries.limit(limits=self.threads):
+            if torch is None:
+                yield
+                return
+            before = torch.get_num_threads()
+            torch.set_num_threads(self.threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
+
+    @functools.cached_property
+    def _libraries(self) -> ThreadpoolController:
+        """BLAS and OpenMP as the app has loaded them; looking for them takes a millisecond."""
+        return ThreadpoolController()
 
 
 FIRST_NODE = 1001

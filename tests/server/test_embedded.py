@@ -71,7 +71,7 @@ def test_an_app_that_knows_only_flower(
     assert said["mods"] == [5, 5, 5, 5], "two rounds of two messages and one of its own"
     assert [row["partition"] for row in said["queries"]] == [0, 1, 2, 3]
     assert {row["visits"] for row in said["queries"]} == {2}
-    assert len({row["pid"] for row in said["queries"]}) == max(1, workers)
+    assert 1 <= len({row["pid"] for row in said["queries"]}) <= max(1, workers)
     assert said["errors"] == ["LookupError: the shelf is empty"]
     assert said["errors-again"] == said["errors"], "a failed message left no trace in the state"
     assert len(said["unknown"]) == 4

@@ -38,8 +38,7 @@ def train(message, context):
 
 @app.query("blas")
 def blas(message, context):
-    """A reduction whose last bits depend on the number of threads it is split over."""
-    values = np.random.default_rng(5).normal(size=3_000_001).astype(np.float32)
-    total = np.dot(values, values[::-1].copy())
-    said = ConfigRecord({"bits": float(total).hex()})
+    """A product whose last bits depend on the number of threads that it is split over."""
+    values = np.random.default_rng(5).normal(size=(2, 900, 900))
+    said = ConfigRecord({"bits": (values[0] @ values[1]).tobytes()})
     return Message(RecordDict({"said": said}), reply_to=message)
