@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+import numpy as np
 from scipy.optimize import brentq
 
 from umbel.privacy.accounting import COARSE, FINE, Accountant, poisson, spent
@@ -77,7 +78,9 @@ def calibrate(
 
     def over(multiplier: float, interval: float = COARSE) -> float:
         charges = start + Counter(plan(multiplier))
-        return spent(charges, delta, accountant=accountant, interval=interval).epsilon - epsilon
+        # Very much noise leaves a privacy loss of nothing, whose logarithm is asked for in vain.
+        with np.errstate(divide="ignore"):
+            return spent(charges, delta, accountant=accountant, interval=interval).epsilon - epsilon
 
     high = 1.0
     while over(high) > 0:

@@ -51,14 +51,23 @@ class Budget:
             return None
         before = self.ledger.spent(self._against)
         now = before + self._next(number)
-        if self._cleared is not None and now <= self._cleared:
-            return None
-        rest = before + self._rest(number)
-        for candidate in (rest, now):
-            if self._epsilon(candidate, FINE) <= target:
-                self._cleared = candidate
-                return None
-        return "budget"
+        if self._cleared is None or not now <= self._cleared:
+            self._cleared = self._affordable(before, number)
+        return None if now <= self._cleared else "budget"
+
+    def _affordable(self, before: Counter[Charge], number: int) -> Counter[Charge]:
+        """As many of the coming rounds as the budget allows, by halving what is in doubt."""
+        fits, last = number - 1, self.plan.options.rounds
+        found = before
+        tried = last
+        while fits < last:
+            charges = before + self._until(number, tried)
+            if self._epsilon(charges, FINE) <= self.plan.privacy.epsilon:
+                fits, found = tried, charges
+            else:
+                last = tried - 1
+            tried = (fits + last + 1) // 2
+        return found
 
     def eligible(self, number: int, nodes: Sequence[NodeRef]) -> Sequence[NodeRef]:
         """All nodes; with a minimum separation, those that have rested long enough."""
@@ -132,11 +141,9 @@ class Budget:
         again = number in self._repeated
         return Counter(self.plan.charge(c, again=again) for c in self.plan.claims(number))
 
-    def _rest(self, number: int) -> Counter[Charge]:
+    def _until(self, number: int, last: int) -> Counter[Charge]:
         plan = self.plan
-        later = charges_of(
-            plan.stack, plan.cohort, plan.nodes, plan.facts, plan.options.rounds, number + 1
-        )
+        later = charges_of(plan.stack, plan.cohort, plan.nodes, plan.facts, last, number + 1)
         return later + self._next(number)
 
     def _epsilon(self, charges: Counter[Charge], interval: float) -> float:

@@ -22,6 +22,7 @@ from dp_accounting import (
     TruncatedSubsampledGaussianDpEvent,
 )
 
+from umbel.privacy.accounting import spent
 from umbel.privacy.calibrate import calibrate
 from umbel.privacy.events import REPLACE, Charge, relation_name
 from umbel.server.ledger import Ledger
@@ -37,6 +38,8 @@ from umbel.strategies.stack import Stack
 SAFETY = 1 - 1e-7
 """The noise is chosen for a hair less than the budget, so that the last round is not refused for
 the last bit of a sum."""
+LEFT = 0.01
+"""With less than this part of the budget left, noise would drown whatever is learned."""
 
 
 @dataclass(frozen=True)
@@ -224,10 +227,16 @@ def _calibrated(
         noisy = with_noise(stack, multiplier)
         return charges_of(noisy, cohort, nodes, facts, options.rounds) + asked
 
-    try:
-        return calibrate(
-            planned, privacy.epsilon * SAFETY, privacy.delta, before=ledger.spent("model-user")
+    before = ledger.spent("model-user")
+    gone = spent(before, privacy.delta).epsilon
+    if gone > privacy.epsilon * (1 - LEFT):
+        raise ConfigError(
+            f"the budget is spent: releases about {ledger.population!r} have cost epsilon "
+            f"{gone:.4g} of {privacy.epsilon:g}; raise epsilon, or name another population for "
+            "other people"
         )
+    try:
+        return calibrate(planned, privacy.epsilon * SAFETY, privacy.delta, before=before)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -6,6 +6,7 @@ finish  certificate.json, MODEL_CARD.md and a copy of the ledger in the run dire
 """
 
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,7 @@ class PrivateRun:
         self._key = coordinator_key()
         self._place = place_of(privacy, session.run)
         self._ledger = Ledger(self._place.path, self._place.population)
+        weakref.finalize(self, self._ledger.close)  # also where the rounds end in an error
         try:
             name = run_name(session.run)
             size = sum(tensor.numel() for tensor in job.parameters.values())
