@@ -5,17 +5,16 @@ longer before clipping, or nothing, by a coin. The attacker reads each coin from
 epsilon the stack claims for that run, the lower bound must stay below it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from umbel.benchmarks.defences import Schedule, promised
+from umbel.benchmarks.defences import Schedule, finite, promised
 from umbel.benchmarks.tasks import CanaryTrainer, Coins
 from umbel.benchmarks.views import Adversary, Attackable, Played, View, play
 from umbel.privacy.audit import (
-    Errors,
     Scores,
     clopper_pearson_bound,
     errors_at,
@@ -29,6 +28,9 @@ LONGER = 10.0
 """A canary's update before clipping, in clipping norms."""
 WEIGHT = 10
 """Examples that a canary says it has."""
+
+ADVERSARIES: tuple[Adversary, ...] = ("model-user", "server")
+"""Against whom claims are made."""
 
 Make = Callable[..., Attackable]
 """`umbel.Federation`, or what takes the same arguments."""
@@ -96,40 +98,43 @@ class CanaryRun:
         return read_canaries(self.played.view(adversary), self.trainer, len(self.coins))
 
 
+def alone(canaries: int, delta: float, norm: float = 1.0) -> Schedule:
+    """One round in which all canary nodes take part."""
+    return Schedule(1, canaries, float(canaries), delta, norm)
+
+
 def run_canaries(
     make: Make,
     build: Callable[[Schedule], Stack],
+    schedule: Schedule,
     *,
-    canaries: int,
-    delta: float,
     seed: int,
     size: int | None = None,
     random: bool = False,
-    rounds: int = 1,
     everyone: bool = False,
 ) -> CanaryRun:
-    """One run of `canaries` nodes under a stack; all take part in every round.
+    """One run of `schedule.nodes` canary nodes under a stack.
 
     Args:
         make: makes a federation.
         build: the stack.
-        canaries: nodes.
-        delta: of the claim.
+        schedule: of the run.
         seed: of the coins.
         size: coordinates of an update; one a canary if None.
         random: random directions in place of coordinates.
-        rounds: of the run.
         everyone: all coins are heads, for estimates that compare with fresh directions.
     """
-    norm = 1.0
-    schedule = Schedule(rounds, canaries, float(canaries), delta, norm)
+    canaries = schedule.nodes
     coins = np.random.default_rng([seed, 7]).random(canaries) < 0.5
     coins |= everyone
-    trainer = CanaryTrainer(size or canaries, LONGER * norm, WEIGHT, random)
+    trainer = CanaryTrainer(size or canaries, LONGER * schedule.norm, WEIGHT, random)
     federation = make(
-        trainer=trainer, data=Coins(coins), stack=build(schedule), name="canaries",
+        trainer=trainer,
+        data=Coins(coins),
+        stack=build(schedule),
+        name="canaries",
         options={"federated-every": -1},
-    )  # fmt: skip
+    )
     played = play(federation, canaries, {**schedule.options(), "seed": seed})
     return CanaryRun(played, coins, schedule, trainer)
 
@@ -148,57 +153,74 @@ def read_canaries(view: View, trainer: CanaryTrainer, canaries: int) -> Scores:
     return np.array([float(change @ trainer.direction(node).double()) for node in range(canaries)])
 
 
+def claims_of(played: Played, stack: Stack, schedule: Schedule) -> dict[str, float]:
+    """Epsilon by adversary: as the run itself reported it, else as the stack's claims come to."""
+    reported: Mapping[str, Any] = played.result.get("epsilon_against") or {}
+    if reported:  # infinite where nothing is promised
+        return {who: value for who, value in reported.items() if finite(value) is not None}
+    return promised(stack, played.manifest.size, schedule)
+
+
 def audit_clients(
-    make: Make, name: str, build: Callable[[Schedule], Stack], *, adversary: Adversary,
-    canaries: int, delta: float, seed: int,
-) -> Audit:  # fmt: skip
-    """One run, one-run bound, through the whole stack."""
-    run = run_canaries(make, build, canaries=canaries, delta=delta, seed=seed)
-    claimed = promised(build(run.schedule), run.trainer.size, run.schedule, sampled=False)
-    bound = one_run_audit(run.scores(adversary), run.coins, delta=delta)
-    return Audit(
-        subject=name,
-        adversary=adversary,
-        unit="client",
-        method="one-run",
-        claimed=claimed.get("server" if adversary == "server" else "model-user"),
-        measured=bound.epsilon,
-        delta=delta,
-        confidence=bound.confidence,
-        canaries=canaries,
-    )
+    make: Make, name: str, build: Callable[[Schedule], Stack], schedule: Schedule, *, seed: int
+) -> list[Audit]:
+    """One run and its one-run bounds, through the whole stack, for both adversaries."""
+    run = run_canaries(make, build, schedule, seed=seed)
+    claimed = claims_of(run.played, build(schedule), schedule)
+    found = []
+    for adversary in ADVERSARIES:
+        bound = one_run_audit(run.scores(adversary), run.coins, delta=schedule.delta)
+        found.append(
+            Audit(
+                subject=name,
+                adversary=adversary,
+                unit="client",
+                method=bound.method,
+                claimed=claimed.get(adversary),
+                measured=bound.epsilon,
+                delta=schedule.delta,
+                confidence=bound.confidence,
+                canaries=schedule.nodes,
+            )
+        )
+    return found
 
 
 def estimate_clients(
-    make: Make, name: str, build: Callable[[Schedule], Stack], *, canaries: int, size: int,
-    delta: float, seed: int,
-) -> Audit:  # fmt: skip
+    make: Make,
+    name: str,
+    build: Callable[[Schedule], Stack],
+    schedule: Schedule,
+    *,
+    size: int,
+    seed: int,
+) -> Audit:
     """One run with random canary clients: Andrew et al.'s estimate, which is no bound."""
-    run = run_canaries(
-        make, build, canaries=canaries, delta=delta, seed=seed, size=size, random=True,
-        everyone=True,
-    )  # fmt: skip
-    change = run.played.final.double()
-    cosines = run.scores("model-user") / float(change.norm())
-    claimed = promised(build(run.schedule), size, run.schedule, sampled=False)
-    estimate = one_shot_estimate(cosines, size=size, delta=delta)
+    run = run_canaries(make, build, schedule, seed=seed, size=size, random=True, everyone=True)
+    cosines = run.scores("model-user") / float(run.played.final.double().norm())
+    estimate = one_shot_estimate(cosines, size=size, delta=schedule.delta)
     return Audit(
         subject=name,
         adversary="model-user",
         unit="client",
         method=estimate.method,
-        claimed=claimed.get("model-user"),
+        claimed=claims_of(run.played, build(schedule), schedule).get("model-user"),
         measured=estimate.epsilon,
-        delta=delta,
+        delta=schedule.delta,
         confidence=None,
-        canaries=canaries,
+        canaries=schedule.nodes,
     )
 
 
 def audit_mechanism(
-    make: Make, name: str, build: Callable[[Schedule], Stack], *, canaries: int, runs: int,
-    delta: float, seed: int,
-) -> list[Audit]:  # fmt: skip
+    make: Make,
+    name: str,
+    build: Callable[[Schedule], Stack],
+    schedule: Schedule,
+    *,
+    runs: int,
+    seed: int,
+) -> list[Audit]:
     """Clopper-Pearson and Gaussian-DP bounds for a noise mechanism alone.
 
     Coordinates of one release carry independent noise, so each canary is a trial of its own; the
@@ -206,41 +228,40 @@ def audit_mechanism(
     """
     with_: list[Scores] = []
     without: list[Scores] = []
-    claimed = 0.0
+    claimed: dict[str, float] = {}
     for at in range(runs):
-        run = run_canaries(make, build, canaries=canaries, delta=delta, seed=seed + at)
+        run = run_canaries(make, build, schedule, seed=seed + at)
         scores = run.scores("model-user")
         with_.append(scores[run.coins])
         without.append(scores[~run.coins])
-        claimed = promised(build(run.schedule), canaries, run.schedule, sampled=False)["model-user"]
+        claimed = claims_of(run.played, build(schedule), schedule)
     half = runs // 2
-    errors = _judged(with_[:half], without[:half], with_[half:], without[half:], delta)
-    bounds = clopper_pearson_bound(errors, delta), gaussian_bound(errors, delta)
+    threshold = _best_threshold(with_[:half], without[:half], schedule.delta)
+    held = np.concatenate(with_[half:]), np.concatenate(without[half:])
+    errors = errors_at(*held, threshold)
+    bounds = (
+        clopper_pearson_bound(errors, schedule.delta),
+        gaussian_bound(errors, schedule.delta),
+    )
     return [
         Audit(
-            name,
-            "model-user",
-            "client",
-            bound.method,
-            claimed,
-            bound.epsilon,
-            delta,
-            bound.confidence,
-            bound.trials,
+            subject=name,
+            adversary="model-user",
+            unit="client",
+            method=bound.method,
+            claimed=claimed.get("model-user"),
+            measured=bound.epsilon,
+            delta=schedule.delta,
+            confidence=bound.confidence,
+            canaries=bound.trials,
         )
         for bound in bounds
     ]
 
 
-def _judged(
-    with_: list[Scores], without: list[Scores], with_held: list[Scores],
-    without_held: list[Scores], delta: float,
-) -> Errors:  # fmt: skip
-    """Errors on held-out scores, at the threshold that gives the best bound on the others."""
+def _best_threshold(with_: list[Scores], without: list[Scores], delta: float) -> float:
+    """Where the Gaussian bound of these scores is largest; for use on other scores."""
     inside, outside = np.concatenate(with_), np.concatenate(without)
     places = np.quantile(np.concatenate([inside, outside]), np.linspace(0.02, 0.98, 49))
-    best = max(
-        places,
-        key=lambda t: gaussian_bound(errors_at(inside, outside, float(t)), delta).epsilon,
-    )
-    return errors_at(np.concatenate(with_held), np.concatenate(without_held), float(best))
+    bounds = [gaussian_bound(errors_at(inside, outside, float(t)), delta) for t in places]
+    return float(places[int(np.argmax([bound.epsilon for bound in bounds]))])

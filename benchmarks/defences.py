@@ -6,6 +6,7 @@ that does not notice is worth nothing.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,14 @@ from umbel.privacy.calibrate import noise_multiplier
 from umbel.privacy.events import Charge
 from umbel.strategies.clip import Clip
 from umbel.strategies.collect import Collect, Gather, Gathering, PlainSum
+from umbel.strategies.distributed_skellam import DistributedSkellam
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.gaussian import Gaussian
 from umbel.strategies.layer import Facts, Layer, Stateless
 from umbel.strategies.local_gaussian import LocalGaussian
+from umbel.strategies.quantize import Quantize
+from umbel.strategies.rotate import Rotate
+from umbel.strategies.secure_sum import SecureSum
 from umbel.strategies.stack import Stack
 
 
@@ -51,10 +56,15 @@ class Schedule:
 
     def options(self, sampling: str = "poisson") -> dict[str, Any]:
         """As options of a run."""
-        if self.rate == 1 and sampling == "poisson":
-            return {"rounds": self.rounds, "cohort": "all"}
-        return {"rounds": self.rounds, "cohort": sampling, "cohort-size": float(self.cohort)}
+        given: dict[str, Any] = {"rounds": self.rounds, "delta": self.delta}
+        if self.rate == 1:
+            return {**given, "cohort": "all", "sampling": "all"}
+        size = float(self.cohort)
+        return {**given, "cohort": sampling, "sampling": sampling, "cohort-size": size}
 
+
+PLANNED_SIZE = 1 << 17
+"""Coordinates that distributed noise is planned for; smaller models cost a little less."""
 
 Build = Callable[[Schedule], Stack]
 
@@ -70,6 +80,8 @@ class Defence:
         cohort: nodes of a round, where the defence fixes it; None leaves it to the task.
         options: of the trainer.
         unit: whose presence it claims to hide.
+        noise: who makes it.
+        secure: whether the server sees sums only.
     """
 
     name: str
@@ -78,25 +90,29 @@ class Defence:
     cohort: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     unit: Literal["none", "client", "example"] = "none"
+    noise: Literal["none", "nodes", "server"] = "none"
+    secure: bool = False
 
 
-def promised(
-    stack: Stack, size: int, schedule: Schedule, *, sampled: bool = True
-) -> dict[str, float]:
+def promised(stack: Stack, size: int, schedule: Schedule) -> dict[str, float]:
     """Epsilon that the stack's claims come to over a schedule, by adversary.
+
+    For planning, and for stacks that a run does not account because they say that they are not
+    private; where a run accounts, its own ledger is what counts.
 
     Args:
         stack: of the run.
         size: coordinates of an update.
         schedule: how many rounds, and who takes part.
-        sampled: whether the cohort is drawn secretly; only then may a claim be amplified.
     """
-    facts = stack.check(Facts(size=size, round=1), stack.init(size))
+    cohort = schedule.cohort
+    facts = Facts(size=size, round=1, expected_replies=cohort, max_replies=math.ceil(cohort))
+    facts = stack.check(facts, stack.init(size))
     charges: dict[str, dict[Charge, int]] = {}
     for claim in stack.claims(facts):
         event = claim.event
         multiplier = getattr(event, "noise_multiplier", None)
-        if claim.sampled and sampled and multiplier is not None:
+        if claim.sampled and multiplier is not None:
             event = poisson(multiplier, schedule.rate)
         charge = Charge(event, claim.relation, claim.slack)
         row = charges.setdefault(claim.against, {})
@@ -149,6 +165,7 @@ def rows(central_epsilons: Sequence[float], local_epsilon: float) -> list[Defenc
             "whole run). Nobody need be trusted, and the noise is large.",
             partial(local, local_epsilon),
             unit="client",
+            noise="nodes",
         ),
         *(
             Defence(
@@ -157,8 +174,79 @@ def rows(central_epsilons: Sequence[float], local_epsilon: float) -> list[Defenc
                 "against everybody who sees the models. The server itself is trusted.",
                 partial(central, epsilon),
                 unit="client",
+                noise="server",
             )
             for epsilon in central_epsilons
+        ),
+    ]
+
+
+def summed(schedule: Schedule) -> Stack:
+    """Masked updates: the server sees their sum."""
+    collect = SecureSum(min_cohort=min_cohort(schedule))
+    return Stack([Clip(schedule.norm), Quantize(4096)], collect)
+
+
+def distributed(epsilon: float, schedule: Schedule) -> Stack:
+    """Masked updates with a share of the noise from every node.
+
+    The server knows who takes part, so nothing is amplified: every round counts in full.
+    """
+    return _with_shares(_shared_multiplier(epsilon, schedule), schedule)
+
+
+@functools.lru_cache(maxsize=32)
+def _shared_multiplier(epsilon: float, schedule: Schedule) -> float:
+    """Distributed noise for a budget: the central one's, and what rounding costs on top."""
+    multiplier = noise_multiplier(epsilon, schedule.delta, 1.0, schedule.rounds)
+    for _ in range(20):
+        claimed = promised(_with_shares(multiplier, schedule), PLANNED_SIZE, schedule)["server"]
+        if claimed <= epsilon:
+            break
+        multiplier *= max(1.002, math.sqrt(claimed / epsilon))
+    return multiplier
+
+
+def _with_shares(multiplier: float, schedule: Schedule) -> Stack:
+    noise = DistributedSkellam(multiplier, min_cohort(schedule))
+    layers: list[Layer[Any]] = [Clip(schedule.norm), Rotate(), Quantize(64, "stochastic"), noise]
+    return Stack(layers, SecureSum(min_cohort=min_cohort(schedule), weighting="fixed"))
+
+
+def min_cohort(schedule: Schedule) -> int:
+    """The smallest sum that is opened: two thirds of the cohort."""
+    return max(3, math.ceil(2 * schedule.cohort / 3))
+
+
+def secure_rows(
+    cohorts: Sequence[int], epsilons: Sequence[float], distributed_cohort: int
+) -> list[Defence]:
+    """The rows that stand on a secure sum."""
+    return [
+        *(
+            Defence(
+                f"secure sum of {cohort}",
+                f"Nodes mask their updates so that the server learns the sum of {cohort} only. "
+                "Nothing is added to that sum.",
+                summed,
+                cohort=cohort,
+                secure=True,
+            )
+            for cohort in cohorts
+        ),
+        *(
+            Defence(
+                f"secure sum + DP {epsilon:g}",
+                "Nodes mask their updates, and each adds a share of the noise first. The sum that "
+                f"the server learns is protected already: epsilon {epsilon:g} over the whole run "
+                "against everybody, the server included.",
+                partial(distributed, epsilon),
+                cohort=distributed_cohort,
+                unit="client",
+                noise="nodes",
+                secure=True,
+            )
+            for epsilon in epsilons
         ),
     ]
 

@@ -1,7 +1,8 @@
 """Attacks on nodes, on an adversary's view: who took part, whose example, what data is like."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +23,12 @@ class Candidates:
     """Nodes whose data the attacker knows or can imitate, and what is true of them.
 
     Attributes:
-        data: their examples.
+        examples: of a node, by its partition.
         trainer: the federation's.
         options: of the run.
     """
 
-    data: Dealt
+    examples: Callable[[int], Any]
     trainer: Trainer
     options: Options
 
@@ -37,7 +38,7 @@ class Candidates:
         made = []
         for node in nodes:
             job = Job(round=1, seed=0, options=self.options)
-            trained = self.trainer.train(weights, self.data.pool.take(self.data.rows[node]), job)
+            trained = self.trainer.train(weights, self.examples(node), job)
             made.append(view.manifest.flatten(trained.weights.parameters) - model)
         return torch.stack(made)
 
@@ -106,15 +107,15 @@ def has_property(
     return found, {"property": curve}
 
 
-def whose(view: View, candidates: Candidates, model: nn.Module) -> list[Finding]:
+def whose(view: View, dealt: Dealt, model: nn.Module) -> list[Finding]:
     """Source inference: whose example it is, for every example of every readable reply."""
     replies = view.replies[0] if view.replies else {}
     nodes = sorted(replies)
     if len(nodes) < 2:
         return []
-    rows = np.concatenate([candidates.data.rows[node] for node in nodes])
-    owner = np.concatenate([[at] * len(candidates.data.rows[n]) for at, n in enumerate(nodes)])
-    examples = candidates.data.pool.take(rows)
+    rows = np.concatenate([dealt.rows[node] for node in nodes])
+    owner = np.concatenate([[at] * len(dealt.rows[n]) for at, n in enumerate(nodes)])
+    examples = dealt.pool.take(rows)
     losses = []
     for node in nodes:
         local = view.models[0] + replies[node].to(view.models[0].dtype)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from umbel.benchmarks import members, nodes, reconstruct
-from umbel.benchmarks.audits import Make
-from umbel.benchmarks.defences import Defence, Schedule, promised
+from umbel.benchmarks.audits import Make, claims_of
+from umbel.benchmarks.defences import Defence, Schedule
 from umbel.benchmarks.findings import Finding, Reconstruction, guaranteed
 from umbel.benchmarks.members import Suspects
 from umbel.benchmarks.tasks import Chosen, Dealt, Perceptron, Pool, Rows, pool
@@ -65,7 +65,7 @@ class Task:
     learning_rate: float = 0.1
     suspects: int = 4000
     norm: float = 1.0
-    delta: float = 1e-3
+    delta: float = 1e-5
     pictures: int = 40
     optimised: int = 2
     iterations: int = 200
@@ -197,11 +197,11 @@ def crowd(make: Make, task: Task, defence: Defence) -> Measured:
     federation = make(trainer=trainer, data=dealt, stack=stack, name="crowd", options=options)
     sampling = "fixed" if defence.cohort else "poisson"
     played = play(federation, total, {**schedule.options(sampling), "seed": task.seed})
-    candidates = nodes.Candidates(dealt, trainer, federation.complete(options))
+    candidates = nodes.Candidates(dealt.of, trainer, federation.complete(options))
     inside = sorted(played.heard[0].wire)
     outside = [node for node in range(total) if node not in set(inside)]
     imitated = list(range(total, 3 * total))
-    measured = Measured(claimed=promised(stack, played.manifest.size, schedule))
+    measured = Measured(claimed=claims_of(played, stack, schedule))
     found, curves = nodes.took_part(
         played.view("other-node"),
         candidates,
@@ -219,7 +219,7 @@ def crowd(make: Make, task: Task, defence: Defence) -> Measured:
         task.seed,
     )
     found = guaranteed(found, curves, measured.claimed.get("model-user"), task.delta)
-    found += more + nodes.whose(played.view("server"), candidates, task.model()())
+    found += more + nodes.whose(played.view("server"), dealt, task.model()())
     return replace(measured, findings=found, curves=curves | extra)
 
 
@@ -237,7 +237,7 @@ def training(make: Make, task: Task, defence: Defence, references: Sequence[nn.M
     sampling = "fixed" if defence.cohort else "poisson"
     given = {**schedule.options(sampling), "seed": task.seed, "evaluate-every": task.rounds}
     played = play(federation, task.nodes, given, listen=lambda number: number < 0)
-    claimed = _claimed(played, stack, schedule, sampled=sampling == "poisson")
+    claimed = claims_of(played, stack, schedule)
     view = played.view("model-user")
     findings, curves, scores = members.membership(view, task.model()(), suspects, references)
     findings = guaranteed(findings, curves, claimed.get("model-user"), task.delta)
@@ -312,14 +312,6 @@ def _others(task: Task) -> tuple[Rows, Rows]:
     return rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
 
-def _claimed(played: Played, stack: Any, schedule: Schedule, *, sampled: bool) -> dict[str, float]:
-    """What the run itself reported; else what its claims come to."""
-    reported = played.result.get("epsilon_against")
-    if reported:
-        return {who: float(value) for who, value in reported.items() if value is not None}
-    return promised(stack, played.manifest.size, schedule, sampled=sampled)
-
-
 def _one_round(
     make: Make,
     task: Task,
@@ -336,7 +328,8 @@ def _one_round(
         name="round",
         options={**QUIET, "learning-rate": 0.1, **(options or {})},
     )
-    return play(federation, len(rows), {"rounds": 1, "seed": task.seed})
+    everyone = Schedule(1, len(rows), float(len(rows)), task.delta, task.norm)
+    return play(federation, len(rows), {**everyone.options(), "seed": task.seed})
 
 
 def _with_property(

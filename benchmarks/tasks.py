@@ -5,7 +5,7 @@ Medical      the Wisconsin breast-cancer measurements: 30 numbers of 569 patient
 Canaries     no data at all: each node's update is a direction of its own
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -83,13 +83,25 @@ def pool(name: str, size: int, seed: int) -> Pool:
         test_x=torch.as_tensor(test.x),
         test_y=torch.as_tensor(test.y),
         classes=len(data.classes),
-        pixels=to_pixels if images else None,
+        pixels=PIXELS.get(name),
     )
 
 
 def to_pixels(x: Tensor) -> Tensor:
     """Standardised inputs as pixels of [0, 1]."""
     return (x * FASHION_STD + FASHION_MEAN).clamp(0, 1)
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """Inputs that are pixels of [0, 1], and guesses of them."""
+    return x.clamp(0, 1)
+
+
+PIXELS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "fashion-mnist": to_pixels,
+    "digits": as_pixels,
+}
+"""The data sets of images."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,10 @@ class Dealt:
 
     def __call__(self, node: Node, options: Options) -> Split:  # noqa: ARG002
         return Split(self.pool.take(self.rows[node.partition]))
+
+    def of(self, node: int) -> Examples:
+        """A node's examples."""
+        return self.pool.take(self.rows[node])
 
     def central_test(self, options: Options) -> Examples:  # noqa: ARG002
         """The examples that judge the model."""

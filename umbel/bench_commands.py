@@ -1,0 +1,51 @@
+"""`umbel bench`: measure this installation on this machine."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from umbel.bench_privacy import privacy
+
+app = typer.Typer(name="bench", help="Benchmarks.", no_args_is_help=True)
+
+
+@app.command()
+def speed(
+    part: Annotated[
+        list[str] | None,
+        typer.Argument(help="messages, aggregation, example, small. Default: all of them."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write. Default: runs/bench-speed-<date>.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only see that it works.")] = False,
+    flower: Annotated[
+        bool, typer.Option("--flower", help="Measure Flower's simulation under Ray beside it.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 3 if a target is missed.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object as the last line on stdout.")
+    ] = False,
+) -> None:
+    """Speed and memory of the embedded engine, beside bare loops and Flower."""
+    from umbel.benchmarks.speed import Apps, main
+    from umbel.run import example
+    from umbel.scaffold import new_app
+
+    out = out or Path("runs") / time.strftime("bench-speed-%Y%m%d-%H%M%S")
+    with tempfile.TemporaryDirectory() as made:
+        apps = Apps(example(), new_app(Path(made) / "digits"))
+        met = main(apps, out, part or [], quick=quick, flower=flower, as_json=as_json)
+    if check and not met:
+        raise typer.Exit(3)
+
+
+app.command("privacy")(privacy)
+
+
+@app.callback()
+def group() -> None:
+    """Measure this installation on this machine."""

@@ -1,0 +1,148 @@
+"""`umbel bench privacy`: attack the stack that will run."""
+
+import json
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from umbel.benchmarks.privacy import Report
+
+CHECK_FAILED = 3
+
+
+class Fault(StrEnum):
+    """What can be broken on purpose."""
+
+    NOISE = "noise"
+    CLIP = "clip"
+    WEIGHTS = "weights"
+
+
+_FAULTS = {
+    Fault.NOISE: "noise x 0.25",
+    Fault.CLIP: "clip skipped",
+    Fault.WEIGHTS: "weights not bounded",
+}
+
+
+def privacy(
+    app: Annotated[
+        Path | None, typer.Option(help="Attack this app's task and stack, not the bundled ones.")
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--run-config", metavar="'K=V ...'", help="Change the app's options."),
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full/--quick", help="All defences and large samples, or five minutes."),
+    ] = False,
+    inject: Annotated[
+        Fault | None, typer.Option(help="Break the audited stack on purpose: it must be noticed.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is not noise.", min=0)] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; 0 is none. Default: one a core.", min=0)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write. Default: runs/bench-privacy-<date>.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object as the last line on stdout.")
+    ] = False,
+) -> None:
+    """Attack every defence, audit every claim; exit 3 where a claim does not hold."""
+    from rich.console import Console
+
+    from umbel.benchmarks import privacy_report
+    from umbel.strategies.errors import ConfigError
+
+    if config and app is None:
+        raise ConfigError("-c changes an app's options; name the app with --app")
+    report = _measured(app, config or [], full, inject, seed, workers)
+    out = out or Path("runs") / time.strftime("bench-privacy-%Y%m%d-%H%M%S")
+    report.about["command"] = " ".join(["umbel", *sys.argv[1:]])  # type: ignore[index]
+    files = privacy_report.write(report, out)
+    problems = report.problems()
+    if as_json:
+        typer.echo(json.dumps({**privacy_report.to_json(report), "report": str(files[-1])}))
+    else:
+        Console().print(privacy_report.table(report))
+        for warning in report.warnings():
+            typer.echo(f"warning: {warning}")
+        typer.echo(f"report: {files[-1]}")
+    for problem in problems:
+        sys.stderr.write(f"umbel: {problem}\n")
+    if problems:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _measured(
+    app: Path | None,
+    config: list[str],
+    full: bool,
+    inject: Fault | None,
+    seed: int,
+    workers: int | None,
+) -> "Report":
+    from umbel.benchmarks import jobs, plans
+    from umbel.benchmarks.defences import FAULTS
+    from umbel.benchmarks.privacy import Report, Row, run
+    from umbel.federation import Federation
+
+    canaries = 5000 if full else 1000
+    fault = None if inject is None else _FAULTS[inject]
+    if app is not None:
+        from umbel.benchmarks import own
+
+        federation, options, nodes, name = opened(app, config)
+        broken = None if fault is None else FAULTS[fault]
+        return own.attack(
+            federation, nodes, options, name=name, canaries=canaries, seed=seed, fault=broken
+        )
+    if fault is not None:
+        found = jobs.audit_fault(
+            Federation, fault, epsilon=1.0, canaries=canaries, delta=1e-5, seed=seed
+        )
+        words = "A central Gaussian stack that was broken on purpose."
+        row = Row("canaries", fault, words, {}, found, [])
+        return Report([row], about={"seed": seed, "repetitions": 1, "canaries": canaries})
+    plan = plans.full(seed) if full else plans.quick(seed)
+    return run(Federation, plan, workers=workers, say=_progress)
+
+
+def opened(app: Path, config: list[str]) -> tuple[Any, dict[str, Any], int, str]:
+    """An app's federation, its options with changes, its number of nodes and its name.
+
+    Raises:
+        ConfigError: the app was not made with `Federation`, or an option is unknown.
+    """
+    from umbel.federation import FederationServerApp
+    from umbel.run import NODES
+    from umbel.strategies.app import open_app
+    from umbel.strategies.errors import ConfigError
+    from umbel.strategies.options import override, parse
+
+    folder = open_app(app)
+    server = folder.server_app()
+    if not isinstance(server, FederationServerApp):
+        raise ConfigError(
+            f"{folder.name} keeps its own rounds, so its stack cannot be taken out and attacked; "
+            "only apps made with Federation can"
+        )
+    federation = server.federation
+    options = override(federation.complete(folder.options), parse(config))
+    return federation, options, folder.nodes or NODES, folder.name
+
+
+def _progress(done: int, total: int, what: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{done}/{total}  {what}" + ("\n" if done == total else ""))
+    else:
+        sys.stderr.write(f"{done}/{total}  {what}\n")
+    sys.stderr.flush()
