@@ -23,7 +23,7 @@ class SecureOptions:
         secure_metrics: without epsilon: metrics of the nodes that travel masked, each with its
             limit, as "loss:5,accuracy:1"; others are dropped.
         secure_norm: without epsilon: the longest update; longer ones are scaled down to it.
-        secure_levels: steps of a coordinate of typical size; 0 is 4096, or 64 with epsilon.
+        secure_levels: steps of a coordinate of typical size; 0 is 2^20, or 64 with epsilon.
     """
 
     secure: bool = False

@@ -1,6 +1,6 @@
 """From options to a secure stack.
 
-secure=true                   Clip -> Weigh -> Quantize -> SecureSum
+secure=true                   Clip -> Weigh -> Rotate -> Quantize -> SecureSum
 secure=true epsilon=3         Clip -> Rotate -> Quantize -> noise on the nodes -> SecureSum
 """
 
@@ -52,7 +52,7 @@ def secure_stack(stack: Stack, options: SecureOptions, privacy: PrivacyOptions) 
     by_examples = options.secure_weighting == "examples"
     if by_examples or limits:
         layers.append(Weigh(options.secure_weight_cap if by_examples else 0.0, limits))
-    layers.append(Quantize(options.secure_levels or 4096))
+    layers += [Rotate(), Quantize(options.secure_levels or 1 << 20)]
     return Stack(tuple(layers), _collect(options, "equal"))
 
 
