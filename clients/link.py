@@ -42,7 +42,7 @@ from umbel.transport.frames import (
 from umbel.transport.link_pb2 import Beat, Begin, Frame, Hello, Offer, Welcome
 
 log = logging.getLogger("umbel.node")
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
 _WELCOME_S = 20.0
 _SILENT_BEATS = 4.5
 _TWIN_S = 90.0
@@ -157,7 +157,7 @@ class NodeLink:
                     log.warning("connection lost: %s", problem or type(problem).__name__)
                 if self._over:
                     return
-                if time.monotonic() - began > 30:
+                if time.monotonic() - began > 2:  # it was connected, and for a while
                     wait = _FIRST_WAIT_S
                 await asyncio.sleep(wait * random.uniform(0.5, 1.5))
                 wait = min(_LONGEST_WAIT_S, wait * 1.6)

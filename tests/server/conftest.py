@@ -34,6 +34,7 @@ from umbel.transport.frames import PROTOCOL, SERVICE, from_wire, to_wire
 from umbel.transport.link_pb2 import Certificate, EnrolRequest, Frame, Hello
 
 PATIENCE_S = 30.0
+UMBEL = (sys.executable, "-c", "from umbel.cli import main; main()")
 
 
 def eventually(what: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
@@ -211,7 +212,7 @@ class Processes:
     def umbel(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         done = subprocess.run(
-            [sys.executable, "-m", "umbel.cli", *words],
+            [*UMBEL, *words],
             capture_output=True,
             text=True,
             cwd=self.folder,
@@ -225,7 +226,7 @@ class Processes:
         """Start a command; its output goes to NAME.log."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", "umbel.cli", *words],
+                [*UMBEL, *words],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -269,10 +270,10 @@ class Processes:
             pytest.fail(f"{name} did not end:\n{self.log(name)}")
 
     def result(self, name: str = "server") -> dict[str, Any]:
-        """The last line of a server's output, which is JSON."""
+        """The last result that a server has printed, or an empty one."""
         lines = [line for line in self.log(name).splitlines() if line.startswith("{")]
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
+        found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        return found | {"run": str(self.folder / found["run"])} if found else found
 
     def status(self) -> dict[str, Any]:
         """The server's status file."""
