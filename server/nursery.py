@@ -60,9 +60,13 @@ def work(pipe: socket.socket) -> None:
 
     from umbel.server.executor import Executor, Task
     from umbel.server.packing import BlobCache, Packed, pack, receive, send, unpack
+    from umbel.server.shelf import Shelf, reuse_memory
     from umbel.strategies.app import open_app
 
     try:
+        _, shelves, _, _ = socket.recv_fds(pipe, 1, 2)
+        inbound, outbound = map(Shelf, shelves) if shelves else (None, None)
+        reuse_memory()
         start: dict[str, Any] = unpack(receive(pipe))
         _redirect(start["log"])
         torch.set_num_threads(start["threads"])
@@ -75,11 +79,11 @@ def work(pipe: socket.socket) -> None:
         send(pipe, pack({"error": None}))
         cache = BlobCache()
         while True:
-            parcel = receive(pipe)
+            parcel = receive(pipe, inbound)
             numbers, text = pickle.loads(parcel.text)
             blobs = cache.join(numbers, parcel.blobs)
             tasks: list[Task] = unpack(Packed(text, tuple(blobs)))
-            send(pipe, pack(executor.run(tasks)))
+            send(pipe, pack(executor.run(tasks)), outbound)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 

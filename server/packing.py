@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from umbel.server.shelf import Shelf
+
 LARGE = 4096
 """Bytes from which an array's data travels as a blob."""
 
@@ -62,27 +64,41 @@ def unpack(packed: Packed) -> Any:
     return _Unpickler(packed).load()
 
 
-_HEAD = struct.Struct("<II")
+_HEAD = struct.Struct("<II?")
 _LENGTH = struct.Struct("<Q")
 
 
-def send(pipe: socket.socket, packed: Packed) -> None:
-    """Write one packed object to a stream socket."""
-    lengths = b"".join(_LENGTH.pack(len(blob)) for blob in packed.blobs)
-    pipe.sendall(_HEAD.pack(len(packed.text), len(packed.blobs)) + lengths + packed.text)
-    for blob in packed.blobs:
-        pipe.sendall(blob)
+SHELVED = 1 << 17
+"""Bytes of all blobs together from which they go by the shelf."""
 
 
-def receive(pipe: socket.socket) -> Packed:
+def send(pipe: socket.socket, packed: Packed, shelf: Shelf | None = None) -> None:
+    """Write one packed object to a stream socket, large blobs to the shelf."""
+    sizes = [len(blob) for blob in packed.blobs]
+    by_shelf = shelf is not None and sum(sizes) >= SHELVED
+    if shelf is not None and by_shelf:
+        shelf.lay(packed.blobs)
+    lengths = b"".join(_LENGTH.pack(size) for size in sizes)
+    head = _HEAD.pack(len(packed.text), len(sizes), by_shelf)
+    pipe.sendall(head + lengths + packed.text)
+    if not by_shelf:
+        for blob in packed.blobs:
+            pipe.sendall(blob)
+
+
+def receive(pipe: socket.socket, shelf: Shelf | None = None) -> Packed:
     """Read one packed object.
 
     Raises:
         EOFError: the other side has gone.
     """
-    size, count = _HEAD.unpack(_exactly(pipe, _HEAD.size))
+    size, count, by_shelf = _HEAD.unpack(_exactly(pipe, _HEAD.size))
     lengths = [_LENGTH.unpack(_exactly(pipe, _LENGTH.size))[0] for _ in range(count)]
     text = _exactly(pipe, size)
+    if by_shelf:
+        if shelf is None:
+            raise EOFError
+        return Packed(text, shelf.take(lengths))
     return Packed(text, tuple(_exactly(pipe, length) for length in lengths))
 
 

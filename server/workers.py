@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from umbel.server.executor import Done, Task
 from umbel.server.flower import CRASHED
 from umbel.server.packing import BlobCache, Packed, pack, receive, send, unpack
+from umbel.server.shelf import Shelf, reuse_memory
 from umbel.strategies.errors import ConfigError, RunError
 
 PRELOAD = ("torch", "flwr.clientapp", "umbel.server.executor", "umbel.strategies.app")
@@ -75,6 +77,8 @@ class Nursery:
 class _Worker:
     pid: int
     pipe: socket.socket
+    outbound: Shelf | None
+    inbound: Shelf | None
     ready: bool = False
     busy: Sequence[Task] = ()
     cache: BlobCache = field(default_factory=BlobCache)
@@ -115,6 +119,7 @@ class Workers:
             }
         )
         self._stillborn = 0
+        reuse_memory()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -144,9 +149,10 @@ class Workers:
         numbers, new = worker.cache.split(whole.blobs)
         parcel = Packed(pickle.dumps((numbers, whole.text), protocol=5), tuple(new))
         try:
-            send(worker.pipe, parcel)
-        except OSError:
-            return  # it died; wait() finds out and reports its tasks
+            send(worker.pipe, parcel, worker.outbound)
+        except OSError:  # it died; wait() finds out and reports its tasks
+            with suppress(OSError):
+                worker.pipe.shutdown(socket.SHUT_RDWR)
 
     def wait(self, timeout: float | None) -> list[tuple[Task, Done]]:
         """Wait until a process has something to say or `wake` is called; finished tasks.
@@ -186,7 +192,7 @@ class Workers:
 
     def _hear(self, worker: _Worker) -> list[tuple[Task, Done]]:
         try:
-            said = unpack(receive(worker.pipe))
+            said = unpack(receive(worker.pipe, worker.inbound))
         except (EOFError, OSError):
             return self._mourn(worker)
         if not worker.ready:
@@ -218,15 +224,28 @@ class Workers:
 
     def _hire(self) -> _Worker:
         pid, pipe = self._nursery.fork()
-        worker = _Worker(pid, pipe)
+        worker = _Worker(pid, pipe, _shelf(), _shelf())
         self._selector.register(pipe, selectors.EVENT_READ, worker)
+        shelves = [shelf.handle for shelf in (worker.outbound, worker.inbound) if shelf]
+        socket.send_fds(pipe, [b"s"], shelves)
         send(pipe, self._start)
         return worker
 
     def _dismiss(self, worker: _Worker) -> None:
         self._selector.unregister(worker.pipe)
         worker.pipe.close()
+        for shelf in (worker.outbound, worker.inbound):
+            if shelf is not None:
+                shelf.close()
         try:
             os.kill(worker.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
+
+
+def _shelf() -> Shelf | None:
+    """A new shelf; where there are none, large bytes go through the pipe."""
+    try:
+        return Shelf()
+    except OSError:
+        return None
