@@ -211,7 +211,7 @@ class PlainSum:
         longest = self.longest if facts.l2_bound is None else facts.l2_bound
         # A promised bound is checked in float64, as clipping computes it; else a quick look does.
         length = (
-            math.sqrt(float(torch.dot(update, update)))
+            float(torch.linalg.vector_norm(update))  # unlike a dot product, on one thread
             if facts.l2_bound is None
             else l2_norm(update) / (1 + LENIENCE)
         )

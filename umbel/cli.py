@@ -21,12 +21,16 @@ from umbel import server_commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+# Threads of tensor operations wait for each other briefly, then sleep. By default they spin for
+# milliseconds, and the coordinator's would do so on the cores that the worker processes need.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 CHECK_FAILED = 3
 INTERRUPTED = 130
 
 _GROUPS = {
     "privacy": "Plan a private run: epsilon of a schedule, noise for a budget.",
+    "bench": "Benchmarks of this installation.",
     "data": "Data sets: list them, fetch them.",
 }
 """Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
