@@ -212,3 +212,10 @@ class Featured:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stores": {}}
+
+
+def features_of(examples: Examples) -> Tensor:
+    """The inputs of some examples as float32, shape (n, width); stored rows are read now."""
+    if isinstance(examples.x, Rows):
+        return examples.x.tensor().float()
+    return torch.as_tensor(np.asarray(examples.x)).float().flatten(1)

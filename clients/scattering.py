@@ -79,6 +79,12 @@ class Scattering:
         step = 2**self.scales
         return self.channels, self.height // step, self.width // step
 
+    @property
+    def size(self) -> int:
+        """Numbers that describe one image."""
+        channels, rows, columns = self.shape
+        return channels * rows * columns
+
     def __call__(self, images: Tensor) -> Tensor:
         """The features of some images.
 

@@ -23,7 +23,7 @@ from umbel.server.report import write_report
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.server.session import Session, current
-from umbel.strategies.options import Options, RunOptions, Value, checked
+from umbel.strategies.options import Options, RunOptions, Value, checked, override
 from umbel.strategies.privacy_options import PrivacyOptions
 from umbel.strategies.secure_options import SecureOptions
 from umbel.strategies.stack import Stack
@@ -46,6 +46,7 @@ class Federation:
             where it exists.
         stack: the layers and the collect, or a function of the options that makes them.
         options: defaults of this app, over those of Umbel and of the trainer.
+        tuned: from the options to those that they imply and that nobody gave, e.g. of a recipe.
         questions: private means that are asked before, between and after rounds, or a function
             of the options that makes them; see `umbel.PrivateMean`.
         summary: adds to the result of a run, e.g. a comparison with other ways to train.
@@ -57,6 +58,7 @@ class Federation:
     test: Callable[[Options], Any] | None = None
     stack: Stack | Callable[[Options], Stack] = field(default_factory=Stack)
     options: Mapping[str, Value] = field(default_factory=dict)
+    tuned: Callable[[Options], Mapping[str, Value]] | None = None
     questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = "federation"
@@ -83,6 +85,15 @@ class Federation:
             name: checked(name, value, known[name]) if name in known else value
             for name, value in given.items()
         }
+
+    def override(self, known: Options, changes: Options) -> dict[str, Value]:
+        """`known` with what somebody changed, and with what those choices imply.
+
+        Raises:
+            ConfigError: an unknown name, or a value of the wrong type.
+        """
+        chosen = override(known, changes)
+        return override(chosen, {**self.tuned(chosen), **changes}) if self.tuned else chosen
 
     def stack_for(self, options: Options) -> Stack:
         """The stack that these options ask for, the privacy layers among them."""

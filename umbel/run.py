@@ -124,7 +124,8 @@ def _plan(
             "with Federation can be resumed"
         )
     PrivacyOptions.check_given(changes)
-    options = override(known, changes)
+    federation = server_app.federation if isinstance(server_app, FederationServerApp) else None
+    options = (federation.override if federation else override)(known, changes)
     return _Plan(folder, server_app, options, nodes or folder.nodes or NODES, workers)
 
 

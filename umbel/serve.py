@@ -150,7 +150,8 @@ def _plan(
             )
         directory = RunDirectory.open(Path(before["path"]))
         return _Plan(folder, app, override(known, changes), directory, before["run_id"])
-    options = override(known, changes)
+    federation = app.federation if isinstance(app, FederationServerApp) else None
+    options = (federation.override if federation else override)(known, changes)
     run_id = secrets.randbits(62) + 1
     config = {
         "app": folder.name,

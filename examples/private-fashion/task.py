@@ -1,0 +1,144 @@
+"""60,000 people hold one photograph each; the model must not give any of them away.
+
+Every node describes its photograph by scattering features, which are the same fixed function for
+all, and trains one linear layer on them (Tramer and Boneh 2021). The recipe `best` first asks
+for private means: the average description, and how descriptions vary, by which every node then
+levels its own. Questions and training share one budget and one ledger.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import group_norm
+
+from umbel import (
+    Featured,
+    Federation,
+    PrivateMean,
+    Recipe,
+    Scattering,
+    SoftmaxTrainer,
+    features_of,
+    private_second_moment,
+)
+
+# Scales and order of the transform, groups of the normalisation, weight in the whole.
+BLOCKS = {
+    "quick": [(Scattering(28, 28, scales=2), 27, 1.0)],
+    "best": [
+        (Scattering(28, 28, scales=2), 27, 0.75),
+        (Scattering(28, 28, scales=1, order=1), 9, 0.45),
+        (Scattering(28, 28, scales=3), 31, 0.5),
+    ],
+}
+
+
+def blocks(options):
+    if options["recipe"] not in BLOCKS:
+        raise ValueError(f"recipe is {options['recipe']!r}; it can be {', '.join(BLOCKS)}")
+    return BLOCKS[options["recipe"]]
+
+
+def recipe(options) -> Recipe:
+    """What a node computes of its photograph and keeps."""
+    parts = blocks(options)
+
+    def describe(images) -> Tensor:
+        pixels = torch.from_numpy(images).float() / 255
+        return torch.cat([group_norm(s(pixels), groups).flatten(1) for s, groups, _ in parts], 1)
+
+    return Recipe(f"scattering-{options['recipe']}", width(options), describe)
+
+
+def width(options) -> int:
+    return sum(s.size for s, _, _ in blocks(options))
+
+
+def split(features: Tensor, parts) -> list[Tensor]:
+    """The blocks of some features, each (n, channels, places) and of length 1."""
+    pieces = features.split([s.size for s, _, _ in parts], 1)
+    shaped = [p.view(len(p), s.channels, -1) for p, (s, _, _) in zip(pieces, parts, strict=True)]
+    return [unit(piece) for piece in shaped]
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (x.ndim - 1))
+
+
+def whitener(ridge: float):
+    """From a second moment to the matrix that levels it half way: its power -1/4."""
+
+    def derive(moment: Tensor, public: Mapping[str, Tensor]) -> Tensor:
+        values, vectors = torch.linalg.eigh(moment.double())
+        return ((vectors * (values.clamp_min(0) + ridge) ** -0.25) @ vectors.T).float()
+
+    return derive
+
+
+def questions(options) -> list[PrivateMean]:
+    """What `best` asks before training: per block a mean, then two second moments."""
+    if options["recipe"] != "best":
+        return []
+    parts = blocks(options)
+    tight = options["epsilon"] < 2
+    ridge = whitener(3e-3 if tight else 1e-3)
+    means, moments = [], []
+    for i, (s, _, _) in enumerate(parts):
+        places = s.size // s.channels
+
+        def block(examples, public, i=i) -> Tensor:
+            return split(features_of(examples), parts)[i]
+
+        def centred(examples, public, i=i) -> Tensor:
+            return split(features_of(examples), parts)[i] - public[f"mean.{i}"]
+
+        def turned(examples, public, i=i) -> Tensor:
+            return (split(features_of(examples), parts)[i] - public[f"mean.{i}"]).mT
+
+        means.append(PrivateMean(f"mean.{i}", block, (s.channels, places), 60 if tight else 30))
+        noise = 40 if tight else 20
+        moments += [
+            private_second_moment(f"left.{i}", centred, s.channels, noise, derive=ridge),
+            private_second_moment(f"right.{i}", turned, places, noise, derive=ridge),
+        ]
+    return means + moments
+
+
+def buffers(options) -> dict[str, Tensor]:
+    """What the answers replace: no shift, no levelling."""
+    made = {}
+    for i, (s, _, _) in enumerate(blocks(options) if options["recipe"] == "best" else []):
+        places = s.size // s.channels
+        made[f"mean.{i}"] = torch.zeros(s.channels, places)
+        made[f"left.{i}"], made[f"right.{i}"] = torch.eye(s.channels), torch.eye(places)
+    return made
+
+
+def prepare(features: Tensor, buffers) -> Tensor:
+    """The levelled blocks, weighted and put together; `quick` takes its features as they are."""
+    if not buffers:
+        return features
+    parts = BLOCKS["best"]
+    levelled = []
+    for i, x in enumerate(split(features, parts)):
+        x = buffers[f"left.{i}"] @ (x - buffers[f"mean.{i}"]) @ buffers[f"right.{i}"]
+        levelled.append(unit(x.flatten(1)) * parts[i][2])
+    return unit(torch.cat(levelled, 1))
+
+
+def tuned(options):
+    """What a recipe sets, unless it is given; found on a validation split."""
+    if options["recipe"] != "best":
+        return {}
+    return {"rounds": 200, "server-learning-rate": 28.0 if options["epsilon"] < 2 else 71.0}
+
+
+federation = Federation(
+    name="private-fashion",
+    trainer=SoftmaxTrainer(width, classes=10, prepare=prepare, buffers=buffers),
+    data=Featured("fashion-mnist", recipe),
+    questions=questions,
+    options={"recipe": "quick"},
+    tuned=tuned,
+)
