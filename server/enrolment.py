@@ -180,7 +180,7 @@ class Enrolment:
             raise RefusedError(f"the token of {name} was used; ask for a new join file")
         if expires < time.time():
             raise RefusedError(f"the token of {name} has expired; ask for a new join file")
-        certificate = self._sign(name, request, authority)
+        certificate = self.issue(name, request, authority)
         with self._write() as database:
             database.execute(
                 "update tokens set used=?, request=? where digest=?",
@@ -194,7 +194,7 @@ class Enrolment:
         Raises:
             RefusedError: it has none, or was revoked.
         """
-        return self._sign(self.identify(peer).name, request, authority)
+        return self.issue(self.identify(peer).name, request, authority)
 
     def identify(self, peer: bytes) -> EnrolledNode:
         """Which node a certificate (PEM, already verified by TLS) belongs to.
@@ -259,7 +259,12 @@ class Enrolment:
                 (FIRST_NODE_ID - 1, name, time.time(), int(own_certificate)),
             )
 
-    def _sign(self, name: str, request: bytes, authority: Authority) -> x509.Certificate:
+    def issue(self, name: str, request: bytes, authority: Authority) -> x509.Certificate:
+        """A certificate for a node's signing request, remembered.
+
+        Raises:
+            RefusedError: the node was revoked, or the request is no good.
+        """
         for node in self.nodes():
             if node.name == name and node.revoked is not None:
                 raise RefusedError(f"node {name} was revoked by the operator")

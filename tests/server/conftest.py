@@ -123,7 +123,7 @@ class Lab:
         self.enrolment.add(name, self.authority, self.address)
         key = new_key()
         if days > 0:
-            certificate = self.enrolment._sign(name, make_request(key, name), self.authority)
+            certificate = self.enrolment.issue(name, make_request(key, name), self.authority)
         else:
             certificate = sign_request(self.authority, make_request(key, name), name, days)
         return Identity(certificate.public_bytes(Encoding.PEM), key, self.authority.pem)
