@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ROOMS  := privacy strategies transport clients server benchmarks
 
-.PHONY: help demo test test-slow check fmt links proto wheel bench clean
+.PHONY: help demo federation test test-slow check fmt links proto wheel bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ $(READY): pyproject.toml
 
 demo: $(READY) ## train the bundled example on this machine and write its report
 	$(BIN)/umbel run
+
+federation: $(READY) ## a server and five node processes on this machine, one of them killed on the way
+	deploy/federation.sh $(abspath $(BIN))/umbel
 
 test: $(READY) ## the test suite (without the tests marked slow)
 	$(BIN)/pytest

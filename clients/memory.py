@@ -8,6 +8,7 @@ for again begins from where it began the first time.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class Memory:
         states = [*(self._before[step] for step in self._steps), self._now]
         index = {"run_id": self._run_id, "steps": self._steps, "lengths": [*map(len, states)]}
         text = json.dumps(index).encode()
-        part = self._file.with_suffix(".part")
+        part = self._file.with_suffix(f".{os.getpid()}")
         self._folder.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)

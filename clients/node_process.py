@@ -12,9 +12,11 @@ native code costs one reply.
 Headers are JSON behind their length; contents are bytes of `umbel.transport.codec`.
 """
 
+import ctypes
 import json
 import mmap
 import os
+import signal
 import socket
 import struct
 import sys
@@ -208,8 +210,15 @@ def _device() -> str:
     return "cpu"
 
 
+def _die_with_parent() -> None:
+    """An orphan would train on for nobody, and write the node's memory beside its successor."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main() -> None:
     """Entry point of the child: the numbers of its socket and of its shared files."""
+    _die_with_parent()
     pipe, outbound, *inbound = (int(each) for each in sys.argv[1:])
     # What an app prints must not reach the parent's standard output, which may be JSON.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
