@@ -1,7 +1,9 @@
 """What every test of this project starts from."""
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
 
 # Flower asks for this when it is imported; no test makes a connection of its own accord.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+# Certificates are signed with a key of these tests' own, never with the user's.
+os.environ.setdefault("UMBEL_KEY", str(Path(tempfile.mkdtemp(prefix="umbel-key-")) / "key.pem"))
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("umbel", deadline=None, derandomize=False)
