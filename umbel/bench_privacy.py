@@ -94,6 +94,7 @@ def _measured(
     from umbel.benchmarks.defences import FAULTS
     from umbel.benchmarks.privacy import Report, Row, run
     from umbel.federation import Federation
+    from umbel.server.rundir import machine, versions
 
     canaries = 5000 if full else 1000
     fault = None if inject is None else _FAULTS[inject]
@@ -111,7 +112,8 @@ def _measured(
         )
         words = "A central Gaussian stack that was broken on purpose."
         row = Row("canaries", fault, words, {}, found, [])
-        return Report([row], about={"seed": seed, "repetitions": 1, "canaries": canaries})
+        about = {"seed": seed, "repetitions": 1, "canaries": canaries}
+        return Report([row], about={**about, "versions": versions(), "machine": machine()})
     plan = plans.full(seed) if full else plans.quick(seed)
     return run(Federation, plan, workers=workers, say=_progress)
 
