@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -217,7 +218,7 @@ class EmbeddedGrid(Grid):
         After `timeout` seconds the iterator ends; workers that are still busy with one of these
         messages are replaced, so that a hung node costs its own reply only.
         """
-        return self._replies(set(self.push_messages(messages)), timeout)
+        return self._beside_workers(self._replies(set(self.push_messages(messages)), timeout))
 
     def roster(self) -> list[NodeRef]:
         """All nodes, by partition."""
@@ -240,6 +241,18 @@ class EmbeddedGrid(Grid):
         self._next_id += 1
         give_id(message, f"{self._run.run_id}-{self._next_id}")
         return Envelope.of(message)
+
+    def _beside_workers(self, replies: Iterator[Message]) -> Iterator[Message]:
+        """While workers use the cores, what is done with their replies runs on those left over."""
+        if self._workers is None:
+            yield from replies
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(1, before - len(self._workers.pids)))
+        try:
+            yield from replies
+        finally:
+            torch.set_num_threads(before)
 
     def _replies(self, wanted: set[str], timeout: float | None) -> Iterator[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout
