@@ -105,11 +105,7 @@ def save(directory: Path, position: Position, nodes: Mapping[int, bytes]) -> Non
         directory.mkdir(parents=True, exist_ok=True)
         if nodes or (directory / _NODES).exists():
             _save_nodes(directory / _NODES, position.round, nodes)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            fresh,
-            metadata={"umbel": json.dumps(numbers)},
-        )
+        save_file(_apart(tensors), fresh, metadata={"umbel": json.dumps(numbers)})
         fresh.replace(file)
     except (OSError, SafetensorError, sqlite3.Error) as error:
         fresh.unlink(missing_ok=True)
@@ -199,6 +195,20 @@ def _save_nodes(file: Path, number: int, nodes: Mapping[int, bytes]) -> None:
                 "INSERT OR REPLACE INTO state VALUES (?, ?, ?)",
                 [(node, number, record) for node, record in nodes.items()],
             )
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in memory of their own: the latest model may be the best one too.
+
+    The file format refuses two names for one memory.
+    """
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in taken else tensor.contiguous()
+        taken.add(memory)
+    return apart
 
 
 def _without_tensors(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
