@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from umbel.server.guard import Guard, NoGuard
+from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import RunOptions
 from umbel.strategies.records import Tree
 from umbel.strategies.stack import Stack
@@ -34,6 +35,9 @@ class Job:
         guard: the budget of a private run.
         questions: private means that are asked before, between and after rounds.
         pooled: virtual nodes that share a process may answer as one.
+
+    Raises:
+        ConfigError: an option watches the central evaluation, and there is none.
     """
 
     parameters: Tree
@@ -45,6 +49,16 @@ class Job:
     guard: Guard = field(default_factory=NoGuard)
     questions: tuple[PrivateMean, ...] = ()
     pooled: bool = False
+
+    def __post_init__(self) -> None:
+        options = self.options
+        watching = options.keep == "best" or options.early_stop_patience > 0
+        if watching and self.evaluate is None:
+            what = "keep=best" if options.keep == "best" else "early-stop-patience"
+            raise ConfigError(
+                f"{what} needs held-out examples at the coordinator, and this app has none; give "
+                "Federation a `test` function, or leave the option out"
+            )
 
 
 @dataclass(frozen=True)
