@@ -20,6 +20,7 @@ from umbel.server.asking import Asker, pool_requests, processes_of, public_array
 from umbel.server.checkpoint import Best, Position
 from umbel.server.drive import Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
+from umbel.server.failures import Failures
 from umbel.server.job import Evaluate as Evaluate
 from umbel.server.job import Job as Job
 from umbel.server.job import Outcome as Outcome
@@ -27,8 +28,8 @@ from umbel.server.progress import Progress
 from umbel.server.roster import NodeRef
 from umbel.server.rundir import RunDirectory
 from umbel.strategies.cohort import cohort_named
-from umbel.strategies.collect import BUFFERS, Gathering, Rejected, Sum
-from umbel.strategies.errors import RunError
+from umbel.strategies.collect import BUFFERS, Gathering, Sum
+from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
@@ -72,7 +73,6 @@ class Rounds:
             beta_2=options.beta_2,
             tau=options.tau,
         )
-        self.names = {node.node_id: node.name for node in nodes}
         self.expected = self.cohort.expected(len(nodes))
         self.facts = Facts(
             size=self.manifest.size,
@@ -81,6 +81,7 @@ class Rounds:
         )
         self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
         self.processes = processes_of(grid) if job.pooled else 0
+        self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
         self._saved_at = 0.0
         self._metrics: Mapping[str, float] = {}
 
@@ -145,14 +146,14 @@ class Rounds:
             position, metrics = self._evaluate(position)
         with phases("federated"):
             federated = self._federated(position) if self._federated_is_due(number) else None
-        line = {
+        line: dict[str, Any] = {
             "round": number,
             "seconds": phases.total(),
             "phases": phases.seconds,
             "bytes_down": self._bytes(requests),
             "bytes_up": sum_.bytes_up,
             "clients": sum_.replies,
-            "failed": self._failures([*sum_.rejected, *(federated.failed if federated else ())]),
+            "failed": self.failures.of([*sum_.rejected, *(federated.failed if federated else ())]),
             "metrics": metrics,
             "train": train_metrics,
             "federated": federated.summary() if federated else None,
@@ -160,6 +161,7 @@ class Rounds:
             "learning_rate": self._rate(number),
         }
         self.run.append_round(line)
+        self.failures.tell(number, line["failed"])
         self.progress.round_done(line)
         self._save(position, last=number == self.job.options.rounds)
         return position
@@ -247,16 +249,18 @@ class Rounds:
 
     def _abandon(self, position: Position, number: int, sum_: Sum) -> Position:
         """A round without enough replies leaves the model as it was."""
-        why = self._failures(sum_.rejected)
-        first = f"; node {why[0]['node']} said: {why[0]['reason']}" if why else ""
+        if not sum_.replies and not sum_.rejected and not sum_.aborted:
+            self.progress.note(f"round {number}: the draw chose no node; the model stays as it was")
+            return position.but(round=number)
+        first = self.failures.first(sum_.rejected)
         after = position.but(round=number, abandoned=position.abandoned + 1)
         need = self.job.options.min_replies
         said = f"round {number}: {sum_.replies} of {need} needed replies could be used{first}"
         if sum_.aborted:
             said = f"round {number}: {sum_.aborted}{first}"
-        nobody = not sum_.aborted and not sum_.replies and why and position.round == 0
+        nobody = not sum_.aborted and not sum_.replies and position.round == 0
         if nobody or after.abandoned >= PATIENCE_WITHOUT_REPLIES:
-            raise RunError(f"{said}; the run ends, and its log.txt has the nodes' errors")
+            raise RunError(f"{said}; the run ends; the nodes' errors are in {self.run.log_path}")
         self.progress.note(f"{said}; the model stays as it was")
         return after
 
@@ -300,8 +304,9 @@ class Rounds:
         if options.keep == "last" and not options.early_stop_patience:
             return position
         if name not in metrics:
-            raise RunError(
-                f"early-stop-metric is {name!r}, but the evaluation gives {', '.join(metrics)}"
+            raise ConfigError(
+                f"early-stop-metric is {name!r}, which the evaluation does not give; choose one "
+                f"of {', '.join(metrics)}"
             )
         value = -metrics[name] if direction(name) < 0 else metrics[name]
         if position.best is not None and not value > position.best.value:
@@ -379,12 +384,6 @@ class Rounds:
                 metrics = self.job.evaluate(parameters, buffers)
         self.run.write_model({**parameters, **buffers}, {"round": str(position.round)})
         return Outcome(position.round, stopped, dict(metrics), parameters, buffers, position.public)
-
-    def _failures(self, rejected: Sequence[Rejected]) -> list[dict[str, Any]]:
-        return [
-            {"node": self.names.get(item.node_id, str(item.node_id)), "reason": item.reason}
-            for item in rejected
-        ]
 
     def _bytes(self, requests: Sequence[Message]) -> int:
         size = self.manifest.size * self.manifest.dtype.itemsize

@@ -190,6 +190,7 @@ class PlainSum:
             weights[where] = weight
             means.add(where, numbers(reply), weight)
             bytes_up += size
+        rejected += [Rejected(node, "no reply within round-timeout") for node in position]
         total = math.fsum(weights.values())
         return Sum(
             total=fold.finish(),
@@ -217,7 +218,8 @@ class PlainSum:
         )
         if not length <= longest:  # also true of NaN
             what = f"norm {length:.6g}" if math.isfinite(length) else "NaN or infinity"
-            raise ValueError(f"an update with {what}, but {longest:.6g} is the longest taken")
+            cure = "; lower learning-rate" if facts.l2_bound is None else ""
+            raise ValueError(f"an update with {what}, but {longest:.6g} is the longest taken{cure}")
         if facts.grid is not None and not on_grid(update, facts.grid):
             raise ValueError("an update off the grid that all nodes round to")
         weight = 1.0
