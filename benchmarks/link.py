@@ -146,7 +146,7 @@ def _serve(folder: Path, jobs: Sequence[Sequence[Any]]) -> None:
 
 
 def _rounds(service: Service, parameters: int, rounds: int, nodes: int) -> dict[str, Any]:
-    service.wait_for_nodes(nodes, lambda _: None, lambda: None)
+    _wait(service, nodes)
     grid = LinkGrid(service.hub, run_id=parameters)
     model = Array(np.zeros(parameters, np.float32))
     start = len(model.data) - 4 * parameters
@@ -180,6 +180,16 @@ def _rounds(service: Service, parameters: int, rounds: int, nodes: int) -> dict[
     return {"seconds": seconds[1:], "peak_bytes": max(0, peak[0] - before)}
 
 
+def _wait(service: Service, nodes: int) -> None:
+    until = time.monotonic() + _PATIENCE_S
+
+    def check() -> None:
+        if time.monotonic() > until:
+            raise CheckError(f"{service.hub.connected()} of {nodes} nodes have come")
+
+    service.wait_for_nodes(nodes, lambda _: None, check)
+
+
 def _watch(process: psutil.Process, peak: list[int], over: threading.Event) -> None:
     while not over.wait(0.002):
         peak[0] = max(peak[0], process.memory_info().rss)
@@ -188,7 +198,7 @@ def _watch(process: psutil.Process, peak: list[int], over: threading.Event) -> N
 def _sit_idle(service: Service, nodes: int, seconds: float) -> dict[str, Any]:
     process = psutil.Process()
     bare = process.memory_info().rss
-    service.wait_for_nodes(nodes, lambda _: None, lambda: None)
+    _wait(service, nodes)
     time.sleep(2)  # handshakes are over
     before, began = process.cpu_times(), time.perf_counter()
     time.sleep(seconds)
@@ -243,7 +253,7 @@ def _folder() -> Iterator[Path]:
 def _coordinator(
     folder: Path, jobs: Sequence[Sequence[Any]]
 ) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    command = [sys.executable, "-m", "umbel.benchmarks.link", str(folder), json.dumps(jobs)]
+    command = [sys.executable, "-P", "-m", "umbel.benchmarks.link", str(folder), json.dumps(jobs)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
