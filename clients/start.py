@@ -16,6 +16,7 @@ from umbel.clients.membership import Membership, NodeSettings
 from umbel.clients.trainee import AppSettings, Trainee
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.secure_node import IDENTITY
 
 log = logging.getLogger("umbel.node")
 
@@ -71,7 +72,7 @@ async def _run(membership: Membership, start: StartSettings, version: str) -> No
         AppSettings(
             app=folder.path,
             memory=membership.folder / "memory",
-            node_config=settings.node_config,
+            node_config={IDENTITY: _identity_files(membership, settings), **settings.node_config},
             threads=start.threads,
             environment=gpu_environment(start.gpu, settings.node_config),
         )
@@ -137,6 +138,13 @@ async def _settings(membership: Membership, start: StartSettings) -> NodeSetting
     if settings != before:
         membership.remember(settings)
     return settings
+
+
+def _identity_files(membership: Membership, settings: NodeSettings) -> str:
+    """Where the app finds the node's certificate and key, to sign with in a secure sum."""
+    if settings.own_certificate is not None:
+        return os.pathsep.join(settings.own_certificate)
+    return str(membership.folder.absolute() / "identity.pem")
 
 
 async def _enrol(membership: Membership, join: Path) -> NodeSettings:

@@ -49,6 +49,7 @@ def issue(run: RunDirectory, plan: Plan, budget: Budget, key: Ed25519PrivateKey)
             guarantee(budget.spent(who, cross_check=True), who, description) for who in ADVERSARIES
         ],
         "mechanism": description,
+        "secure_sum": secure_sum(run),
         "events": [row for who in ADVERSARIES for row in event_rows(charges[who], who)],
         "model": {"file": run.model_path.name, "sha256": sha256(run.model_path)},
         "ledger": {"file": run.ledger_path.name, "entries": number, "head": head},
@@ -63,6 +64,22 @@ def issue(run: RunDirectory, plan: Plan, budget: Budget, key: Ed25519PrivateKey)
     certificate["signature"] = sign(key, signed_text(certificate))
     run.write_json(run.certificate_path.name, certificate)
     return certificate
+
+
+def secure_sum(run: RunDirectory) -> dict[str, Any] | None:
+    """How the secure sums of a run were made, each figure the weakest of all rounds."""
+    told = [line["secure"] for line in run.rounds() if line.get("secure")]
+    if not told:
+        return None
+    weaker = {
+        "mode": ("semi-honest", "malicious"),
+        "identities": ("first-use", "roster-file", "authority"),
+    }
+    found: dict[str, Any] = {
+        name: min((one[name] for one in told), key=order.index) for name, order in weaker.items()
+    }
+    smallest = {name: min(one[name] for one in told) for name in ("nodes", "neighbours", "quorum")}
+    return found | smallest | {"rounds": len(told), "audited": False}
 
 
 def guarantee(result: Spent, against: Against, description: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,8 +101,9 @@ class Notes:
             said = record.get("server-round")
             if isinstance(said, int):
                 return said
-        if message.metadata.group_id.isdigit():
-            return int(message.metadata.group_id)
+        number = message.metadata.group_id.partition(".")[0]
+        if number.isdigit():
+            return int(number)
         return len(self._lines) + (kind == "train" or not self._lines)
 
 

@@ -159,6 +159,7 @@ class Rounds:
             "federated": federated.summary() if federated else None,
             "epsilon": self.job.guard.epsilon(),
             "learning_rate": self._rate(number),
+            **({"secure": dict(sum_.about)} if sum_.about else {}),
         }
         self.run.append_round(line)
         self.failures.tell(number, line["failed"])

@@ -61,6 +61,7 @@ class Sum:
         bytes_up: size of all replies.
         aborted: why there is no sum at all, or empty. The model then stays as it was.
         revealed: somebody could know the sum; it is False only where that is impossible.
+        about: what the run should write down of how the sum came about.
     """
 
     total: Tensor
@@ -73,6 +74,7 @@ class Sum:
     bytes_up: int = 0
     aborted: str = ""
     revealed: bool = True
+    about: Mapping[str, str | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

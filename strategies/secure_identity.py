@@ -8,6 +8,8 @@ makes a key on first use and keeps it, like the session, in Flower's `Context.st
 of others are pinned on first use.
 """
 
+import os
+import re
 from collections.abc import MutableMapping
 from dataclasses import replace
 from functools import lru_cache
@@ -21,11 +23,9 @@ from flwr.app import ConfigRecord, Context
 from umbel.privacy import keys
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.secure_message import Plain, blob
+from umbel.strategies.secure_node import IDENTITY
 from umbel.strategies.secure_policy import POLICY, Policy
 from umbel.strategies.secure_protocol import Self
-
-IDENTITY = "secure-identity"
-"""Key of a node's configuration that names its identity file."""
 
 _KEPT = "umbel.secure"
 """The node's own record of its key and of the identities that it has met."""
@@ -49,7 +49,7 @@ def whoami(context: Context) -> Self:
     file = str(context.node_config.get(IDENTITY, ""))
     if not file:
         return Self(context.node_id, keys.signing_key(_own_key(context)), b"", policy, pins)
-    key, certificate, authority = _identity(file)
+    key, certificate, authority = _identity(file, _stamps(file))
     if policy.authority is None and authority:
         policy = replace(policy, authority=authority)
     return Self(context.node_id, key, certificate, policy, pins)
@@ -70,6 +70,9 @@ def is_new(ticket: bytes, context: Context) -> bool:
     seen = (seen + ticket)[-32 * _TICKETS :]
     context.state[_KEPT] = ConfigRecord({**_kept(context), "tickets": seen})
     return True
+
+
+_PRIVATE = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.+?-----END [A-Z ]+-----", re.DOTALL)
 
 
 class Sessions:
@@ -116,13 +119,21 @@ def _policy(path: str) -> Policy:
     return Policy.load(Path(path)) if path else Policy()
 
 
-def _identity(path: str) -> tuple[keys.SigningKey, bytes, bytes]:
-    """Key, certificate and authority of an identity file; read anew, because keys are renewed."""
+def _stamps(paths: str) -> tuple[int, ...]:
     try:
-        pem = Path(path).read_bytes()
+        return tuple(Path(each).stat().st_mtime_ns for each in paths.split(os.pathsep))
+    except OSError as error:
+        raise ConfigError(f"the identity file {paths} cannot be used: {error}") from error
+
+
+@lru_cache(maxsize=16)
+def _identity(path: str, stamps: tuple[int, ...]) -> tuple[keys.SigningKey, bytes, bytes]:  # noqa: ARG001
+    """Key, certificate and authority of an identity file; read anew once a key is renewed."""
+    try:
+        pem = b"\n".join(Path(each).read_bytes() for each in path.split(os.pathsep))
         certificates = x509.load_pem_x509_certificates(pem)
-        begin = pem.index(b"-----BEGIN", pem.index(b"PRIVATE KEY") - 24)
-        key = serialization.load_pem_private_key(pem[begin:], None)
+        found = _PRIVATE.search(pem)
+        key = serialization.load_pem_private_key(found.group() if found else b"", None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the identity file {path} cannot be used: {error}") from error
     if not isinstance(key, ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey):

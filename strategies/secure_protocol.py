@@ -286,12 +286,14 @@ class Released:
         included: their ids, sorted.
         dropped: who is not in it or misbehaved, and why.
         trust: how the node that knows least checked the others' identities.
+        roster: of the session.
     """
 
     total: masks.Words
     included: tuple[int, ...]
     dropped: tuple[tuple[int, str], ...]
     trust: Trust
+    roster: Roster
 
 
 Trips = Generator[dict[int, Plain], Iterator[tuple[int, Plain]], Released]
@@ -363,4 +365,5 @@ def serve(terms: Terms, nodes: Sequence[int], key: keys.KeyPair) -> Trips:
         included=tuple(roster.members[place].node for place in sorted(included)),
         dropped=tuple(present.dropped),
         trust=weakest(deal.trust for deal in deals.values()),
+        roster=roster,
     )

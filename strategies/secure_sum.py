@@ -145,7 +145,7 @@ class SecureSum:
                         RecordDict({SECURE: ConfigRecord({**content})}),
                         node,
                         f"query.{_ACTION}{stage}",
-                        group_id=str(round_.number),
+                        group_id=_group(terms),
                     )
                     for node, content in asked.items()
                 ]
@@ -196,6 +196,14 @@ class SecureSum:
             denominator=round_.cohort if self.weighting == "fixed" else float(replies),
             rejected=tuple(Rejected(node, why) for node, why in released.dropped),
             bytes_up=bytes_up,
+            about={
+                "mode": released.roster.mode,
+                "identities": released.trust,
+                "bits": bits,
+                "nodes": replies,
+                "neighbours": released.roster.degree.neighbours,
+                "quorum": released.roster.quorum,
+            },
         )
 
     # ---- the node's half
@@ -328,12 +336,25 @@ def _with_terms(requests: Sequence[Message], terms: Terms, step: float) -> list[
         }
     )
     contents: dict[int, RecordDict] = {}
+    changed = []
     for message in requests:
         content = message.content
         if id(content) not in contents:
             contents[id(content)] = RecordDict({**content, SECURE: offer})
-        message.content = contents[id(content)]
-    return list(requests)
+        changed.append(
+            Message(
+                contents[id(content)],
+                message.metadata.dst_node_id,
+                message.metadata.message_type,
+                group_id=_group(terms),
+            )
+        )
+    return changed
+
+
+def _group(terms: Terms) -> str:
+    """The messages of one session; a round that is tried again gets no answer of the last try."""
+    return f"{terms.round}.{terms.nonce[:8].hex()}"
 
 
 def _record(content: RecordDict) -> Plain:
