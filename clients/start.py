@@ -66,7 +66,7 @@ def start_node(start: StartSettings, *, version: str) -> None:
 
 
 async def _run(membership: Membership, start: StartSettings, version: str) -> None:
-    settings = await _settings(membership, start)
+    settings = await enrolled(membership, start)
     folder = open_app(Path(settings.app))
     trainee = Trainee(
         AppSettings(
@@ -109,7 +109,7 @@ async def _work(trainee: Trainee, link: NodeLink) -> None:
     await link.run()
 
 
-async def _settings(membership: Membership, start: StartSettings) -> NodeSettings:
+async def enrolled(membership: Membership, start: StartSettings) -> NodeSettings:
     """What this start says, over what earlier ones have left; enrols where that is asked."""
     before = membership.settings()
     own = start.own_certificate
@@ -180,4 +180,4 @@ def gpu_environment(choice: str, node_config: Mapping[str, Any]) -> dict[str, st
     return {"CUDA_VISIBLE_DEVICES": str(int(partition) % count)}
 
 
-__all__ = ["StartSettings", "gpu_environment", "start_node"]
+__all__ = ["StartSettings", "enrolled", "gpu_environment", "start_node"]

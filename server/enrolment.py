@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.transport.certificates import (
@@ -36,7 +37,8 @@ create table if not exists nodes (
     node_id integer primary key, name text unique not null, created real not null,
     revoked real, own_certificate integer not null default 0);
 create table if not exists certificates (
-    serial text primary key, name text not null, issued real not null, expires real not null);
+    serial text primary key, name text not null, issued real not null, expires real not null,
+    public_key text not null);
 create table if not exists tokens (
     digest text primary key, name text not null, expires real not null,
     used real, request text);
@@ -153,6 +155,14 @@ class Enrolment:
             EnrolledNode(row[0], row[1], row[2], row[3], bool(row[4]) or row[5] is not None, row[5])
             for row in rows
         ]
+
+    def public_keys(self) -> dict[str, str]:
+        """The newest public key of every node that is not revoked, in OpenSSH's form."""
+        rows = self._read(
+            "select c.name, c.public_key from certificates c join nodes n on n.name = c.name"
+            " where n.revoked is null order by c.issued"
+        )
+        return dict(rows)
 
     # ---- what a peer asks for
 
@@ -277,9 +287,10 @@ class Enrolment:
             name,
             time.time(),
             certificate.not_valid_after_utc.timestamp(),
+            _openssh(certificate),
         )
         with self._write() as database:
-            database.execute("insert into certificates values (?, ?, ?, ?)", row)
+            database.execute("insert into certificates values (?, ?, ?, ?, ?)", row)
         return certificate
 
     def _own_certificate(self, name: str) -> bool:
@@ -306,6 +317,11 @@ def _peer_name(peer: bytes) -> str:
         return common_name(load_certificate(peer))
     except CertificateError as problem:
         raise RefusedError(str(problem)) from problem
+
+
+def _openssh(certificate: x509.Certificate) -> str:
+    key = certificate.public_key()
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
 def _digest(token: str) -> str:

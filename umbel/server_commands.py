@@ -68,6 +68,7 @@ def server(
     from umbel.strategies.options import parse
 
     _log()
+    _check_engine(engine)
     own = _own(certificate, key, root)
     settings = ServerSettings(
         state=state,
@@ -78,8 +79,12 @@ def server(
         metrics=metrics,
         lost_after=lost_after,
     )
-    if engine != "link":
-        _flower_server(path, settings, parse(config or []), engine, as_json=as_json)
+    if engine == "flower":
+        from umbel.flower_engine import serve_with_flower
+
+        changes = parse(config or [])
+        result = serve_with_flower(path, settings, changes, version=__version__, nodes=nodes)
+        typer.echo(json.dumps(result) if as_json else f"{result['run']}: {result['stopped']}")
         return
     from umbel.serve import RunSettings, serve
 
@@ -135,6 +140,7 @@ def client(
     from umbel.strategies.options import parse
 
     _log()
+    _check_engine(engine)
     settings = StartSettings(
         state=state,
         app=path,
@@ -147,9 +153,10 @@ def client(
         threads=threads,
         gpu=gpu,
     )
-    if engine != "link":
-        _flower_client(settings, engine)
-        return
+    if engine == "flower":
+        from umbel.flower_engine import node_with_flower
+
+        node_with_flower(settings)
     start_node(settings, version=__version__)
 
 
@@ -317,22 +324,8 @@ def _log() -> None:
     )
 
 
-def _flower_server(path: Path, settings: Any, changes: Any, engine: str, *, as_json: bool) -> None:
-    _flower(engine)
-    from umbel.flower_engine import serve_with_flower
-
-    _show(serve_with_flower(path, settings, changes), as_json=as_json)
-
-
-def _flower_client(settings: Any, engine: str) -> None:
-    _flower(engine)
-    from umbel.flower_engine import node_with_flower
-
-    node_with_flower(settings)
-
-
-def _flower(engine: str) -> None:
+def _check_engine(engine: str) -> None:
     from umbel.strategies.errors import ConfigError
 
-    if engine != "flower":
+    if engine not in ("link", "flower"):
         raise ConfigError(f"there is no engine {engine!r}; use link or flower")
