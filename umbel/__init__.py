@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from umbel.clients.partition import Iid as Iid
     from umbel.clients.partition import Shards as Shards
     from umbel.clients.partitioned import Partitioned as Partitioned
+    from umbel.clients.private_sgd import PrivateSgd as PrivateSgd
     from umbel.clients.scattering import Scattering as Scattering
     from umbel.clients.sklearn_trainer import SklearnTrainer as SklearnTrainer
     from umbel.clients.softmax_trainer import SoftmaxTrainer as SoftmaxTrainer
@@ -57,6 +58,7 @@ _HOMES = {
     "Partitioned": "clients.partitioned",
     "PlainSum": "strategies.collect",
     "PrivateMean": "strategies.private_mean",
+    "PrivateSgd": "clients.private_sgd",
     "Recipe": "clients.features",
     "Scattering": "clients.scattering",
     "Shards": "clients.partition",

@@ -69,7 +69,7 @@ def unit(x: Tensor) -> Tensor:
 def whitener(ridge: float):
     """From a second moment to the matrix that levels it half way: its power -1/4."""
 
-    def derive(moment: Tensor, public: Mapping[str, Tensor]) -> Tensor:
+    def derive(moment: Tensor, _: Mapping[str, Tensor]) -> Tensor:
         values, vectors = torch.linalg.eigh(moment.double())
         return ((vectors * (values.clamp_min(0) + ridge) ** -0.25) @ vectors.T).float()
 
@@ -87,7 +87,7 @@ def questions(options) -> list[PrivateMean]:
     for i, (s, _, _) in enumerate(parts):
         places = s.size // s.channels
 
-        def block(examples, public, i=i) -> Tensor:
+        def block(examples, _, i=i) -> Tensor:
             return split(features_of(examples), parts)[i]
 
         def centred(examples, public, i=i) -> Tensor:
