@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from umbel.benchmarks.figures import Figure
+from umbel.benchmarks.secure_link import measure_link
 from umbel.privacy import masks, packing, shamir
 from umbel.privacy.session import forget_checked
 from umbel.strategies.secure_message import Plain
@@ -193,18 +195,40 @@ class _Timed:
         ]
 
 
-def lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The table: what, here, and in Flower or as a target."""
-
-    def ms(name: str) -> str:
-        return f"{found[name] * 1e3:,.2f} ms" if name in found else "-"
-
-    return [
-        ("client: masking", ms("client_masking_s"), f"Flower {ms('flower_client_masking_s')}"),
-        ("client: whole", ms("client_s"), "at most 300 ms"),
-        ("server: nobody lost", ms("server_s"), "at most 300 ms"),
-        (f"server: {found['losses']} lost", ms("server_with_losses_s"), "at most 2,000 ms"),
-        ("mask over keystream", f"{found['mask_over_keystream']:.2f}", "at most 1.5"),
-        ("Shamir split", ms("shamir_split_s"), f"Flower {ms('flower_shamir_split_s')}"),
-        ("wire over bits", f"{found['wire_over_bits']:.4f}", "Flower 3.2"),
+def figures(*, quick: bool = False) -> list[Figure]:
+    """The figures of `umbel bench speed --secure`; `quick` only shows that it works."""
+    if quick:
+        found = measure(nodes=7, size=10_000, repeats=2, losses=1)
+    else:
+        found = {**measure(), **measure_link()}
+    times = [
+        ("client: masking", "client_masking_s", {"Flower": "flower_client_masking_s"}),
+        ("client: whole session", "client_s", {}),
+        ("server: nobody lost", "server_s", {}),
+        (f"server: {found['losses']} lost", "server_with_losses_s", {}),
+        (
+            "Shamir: 32 bytes among all",
+            "shamir_split_s",
+            {"Flower": "flower_shamir_split_s", "Flower's PEM": "flower_shamir_split_pem_s"},
+        ),
+        ("a mask", "mask_s", {"keystream": "keystream_one_s", "Flower": "flower_mask_s"}),
+        ("link: round of 10 nodes", "link_round_s", {"plain sum": "link_plain_round_s"}),
     ]
+    found["mask_s"] = found["client_masking_s"] / found["nodes"]
+    found["keystream_one_s"] = found["keystream_s"] / found["nodes"]
+    targets = {} if quick else TARGETS | {"link_round_s": found["link_target_s"]}
+    made = [
+        Figure(
+            "secure",
+            what,
+            found[name] * 1e3,
+            "ms",
+            targets[name] * 1e3 if name in targets else None,
+            {label: found[other] * 1e3 for label, other in beside.items() if other in found},
+        )
+        for what, name, beside in times
+        if name in found
+    ]
+    for what, name in (("mask over keystream", "mask_over_keystream"), ("wire", "wire_over_bits")):
+        made.append(Figure("secure", what, found[name], "x", targets.get(name)))
+    return made

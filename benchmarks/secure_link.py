@@ -99,7 +99,7 @@ def _read(server: "subprocess.Popen[str]", folder: Path, nodes: int) -> float:
     timed = [line for line in lines if line["round"] > 5]
     if any(line["clients"] != nodes for line in timed):
         raise CheckError("a node was missing in a round of the benchmark; run it again")
-    return statistics.median(line["seconds"] for line in timed)
+    return float(statistics.median(line["seconds"] for line in timed))
 
 
 def _write_app(folder: Path, options: str) -> None:

@@ -14,10 +14,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from umbel.benchmarks import aggregation, messages, training
+from umbel.benchmarks import aggregation, messages, secure, training
 from umbel.benchmarks.figures import Figure, plot, rows
 from umbel.server.rundir import machine, versions
 from umbel.strategies.errors import ConfigError
+
+ON_REQUEST = ("secure",)
+"""Parts that are measured only when they are named."""
 
 HEADINGS = ("part", "what", "measured", "target", "beside it")
 
@@ -37,6 +40,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "aggregation": lambda: aggregation.measure(quick=quick),
         "example": lambda: training.measure_example(apps.example, quick=quick, flower=flower),
         "small": lambda: training.measure_small(apps.digits, quick=quick),
+        "secure": lambda: secure.figures(quick=quick),
     }
 
 
@@ -69,7 +73,7 @@ def measure(
             raise ConfigError(f"there is no part {name!r} to measure; take {', '.join(known)}")
     began = time.monotonic()
     figures: list[Figure] = []
-    for name in only or known:
+    for name in only or [name for name in known if name not in ON_REQUEST]:
         note(name)
         figures += known[name]()
     return {
