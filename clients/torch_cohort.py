@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 
 from umbel.clients.data import ArrayLike
 from umbel.clients.torch_batches import (
@@ -31,6 +30,7 @@ from umbel.clients.torch_batches import (
     to_device,
     to_model,
 )
+from umbel.clients.torch_dense import Dense
 from umbel.clients.torch_loop import autocast
 from umbel.clients.torch_losses import Objective
 from umbel.clients.torch_module import Workpiece
@@ -40,6 +40,10 @@ from umbel.strategies.errors import UmbelError
 
 LEAST_NODES = 8
 """Fewer nodes than this do not pay for the batching itself."""
+
+LEAST_ACTIVE = 4.0
+"""On a CPU, nor does a step of fewer nodes on average: where a few nodes have most of the
+examples, they take most steps without the others."""
 
 MOST_PARAMETERS = 1 << 17
 """On a CPU, models beyond this keep it busy alone: batching 784-128-10 perceptrons (102 thousand
@@ -92,7 +96,7 @@ def train_cohort(
     try:
         sources = [open_source(e, piece.device) for e in examples]
         nodes = _nodes(sources, settings, jobs)
-        if nodes is None:
+        if nodes is None or (settings.batched != "on" and not _filled(piece, nodes)):
             return None
         piece.load(weights[0])
         with warnings.catch_warnings():
@@ -135,6 +139,12 @@ def worthwhile(piece: Workpiece, settings: TorchSettings, nodes: int) -> bool:
         return False
     convolutions = any(isinstance(m, _CONVOLUTIONS) for m in modules)
     return piece.device.type != "cpu" or (size <= MOST_PARAMETERS and not convolutions)
+
+
+def _filled(piece: Workpiece, nodes: Sequence[Node]) -> bool:
+    """Whether enough nodes take part in an average step."""
+    steps = sum(len(node.steps) for node in nodes)
+    return piece.device.type != "cpu" or steps >= LEAST_ACTIVE * len(nodes[0].steps)
 
 
 def _same_start(weights: Sequence[Weights]) -> bool:
@@ -184,6 +194,7 @@ class _Cohort:
         self.stacked: Tree = {}
         self.velocity: Tree = {}
         self.losses = torch.zeros(len(nodes), device=self.device)
+        self.dense = Dense.of(piece)
 
     def run(self) -> list[tuple[Tree, float]] | None:
         """Each node's parameters and mean loss, in the caller's order; None if one diverged."""
@@ -241,13 +252,22 @@ class _Cohort:
         self, step: int, x: Tensor, y: Tensor, mask: Tensor | None
     ) -> tuple[Tree, Tensor]:
         parameters = {n: v[: len(x)] for n, v in self.stacked.items()} if step else self.start
+        if self.dense is not None:
+            if not step:
+                parameters = {n: v.expand(len(x), *v.shape) for n, v in parameters.items()}
+            found = self.dense.gradients(self.objective, parameters, x, y, mask)
+            if found is not None:
+                return found
+            parameters = parameters if step else self.start
+        from torch.func import grad_and_value, vmap  # slow to import
+
         dims = (0 if step else None, 0, 0, None if mask is None else 0)
         gradients, losses = vmap(grad_and_value(self._loss), in_dims=dims)(parameters, x, y, mask)
         # An unused parameter's gradient is one zero, seen by all; each node needs its own.
         return {name: gradient.contiguous() for name, gradient in gradients.items()}, losses
 
     def _loss(self, parameters: Tree, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        outputs = functional_call(self.piece.module, {**self.fixed, **parameters}, (x,))
+        outputs = torch.func.functional_call(self.piece.module, {**self.fixed, **parameters}, (x,))
         if mask is None or self.objective.each is None:
             return self.objective.loss(outputs, y)
         each = self.objective.each(outputs, y)
