@@ -10,7 +10,8 @@ from umbel.benchmarks.audits import Make
 from umbel.benchmarks.defences import Defence, nothing, with_noise
 from umbel.benchmarks.findings import Finding
 from umbel.benchmarks.scenes import Measured, Task
-from umbel.privacy.audit import gaussian_epsilon, one_run_audit, one_run_bound
+from umbel.privacy.audit import one_run_audit, one_run_bound
+from umbel.privacy.gaussian import gaussian_noise
 from umbel.privacy.inversion import isolated
 
 ONE_RUN = (
@@ -124,16 +125,5 @@ def _dirac(epsilon: float, factor: float, seed: int, canaries: int = 1000) -> fl
     """The bound of one run of a Gaussian of `epsilon`, with `factor` times its noise."""
     rng = np.random.default_rng([seed, 17])
     coins = rng.random(canaries) < 0.5
-    sigma = _sigma(epsilon, 1e-5) * factor
+    sigma = gaussian_noise(epsilon, 1e-5) * factor
     return one_run_audit(coins + sigma * rng.normal(size=canaries), coins, delta=1e-5).epsilon
-
-
-def _sigma(epsilon: float, delta: float) -> float:
-    """Noise of the exact Gaussian mechanism of sensitivity 1, to twelve digits."""
-    low, high = 0.01, 1000.0
-    while high / low > 1 + 1e-12:
-        middle = float(np.sqrt(low * high))
-        low, high = (
-            (middle, high) if gaussian_epsilon(1 / middle, delta) > epsilon else (low, middle)
-        )
-    return high

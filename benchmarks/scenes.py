@@ -50,6 +50,7 @@ class Task:
         iterations: of the slow inversions.
         bins: of the imprint layer.
         references: models that the attacker trains itself.
+        hospitals: large nodes that overfit.
         wide: neurons of the hospitals' perceptron and of the references.
         wide_epochs: local epochs of a round there.
         wide_rounds: rounds there.
@@ -71,6 +72,7 @@ class Task:
     iterations: int = 200
     bins: int = 1000
     references: int = 4
+    hospitals: int = 2
     wide: int = 256
     wide_epochs: int = 5
     wide_rounds: int = 10
@@ -257,18 +259,19 @@ def training(make: Make, task: Task, defence: Defence, references: Sequence[nn.M
 def hospitals(
     make: Make, task: Task, defence: Defence, references: Sequence[nn.Module]
 ) -> Measured:
-    """Two large nodes train until they know their examples by heart: what overfitting tells."""
+    """Few large nodes train until they know their examples by heart: what overfitting tells."""
     suspects = members_of(task)
     rows = suspects.rows[suspects.members]
     shuffled = np.random.default_rng([task.seed, 6]).permutation(rows)
-    dealt = Dealt(task.pool, np.array_split(shuffled, 2))
+    dealt = Dealt(task.pool, np.array_split(shuffled, task.hospitals))
     trainer = TorchTrainer(task.model(task.wide), batch_size=32, local_epochs=task.wide_epochs)
     options = {**QUIET, "learning-rate": task.learning_rate, **defence.options}
-    schedule = Schedule(task.wide_rounds, 2, 2.0, task.delta, task.norm)
+    count = task.hospitals
+    schedule = Schedule(task.wide_rounds, count, float(count), task.delta, task.norm)
     stack = defence.build(schedule)
     federation = make(trainer=trainer, data=dealt, stack=stack, name="hospitals", options=options)
     given = {**schedule.options(), "seed": task.seed, "evaluate-every": task.wide_rounds}
-    played = play(federation, 2, given, listen=lambda number: number < 0)
+    played = play(federation, count, given, listen=lambda number: number < 0)
     model = task.model(task.wide)()
     findings, curves, scores = members.membership(
         played.view("model-user"), model, suspects, references

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from umbel.privacy.gaussian import gaussian_epsilon
+
 Scores = NDArray[np.float64]
 """One number a canary or an example; larger means "I think it took part"."""
 
@@ -150,32 +152,12 @@ def gaussian_bound(errors: Errors, delta: float, confidence: float = 0.95) -> Lo
     positive, negative = errors.upper(confidence)
     mu = float(stats.norm.isf(positive) - stats.norm.ppf(negative))
     return LowerBound(
-        gaussian_epsilon(mu, delta),
+        gaussian_epsilon(1 / mu, delta) if mu > 0 else 0.0,
         delta,
         confidence,
         errors.with_ + errors.without,
         "gaussian-dp",
     )
-
-
-def gaussian_delta(mu: float, epsilon: float) -> float:
-    """delta of a mu-GDP mechanism at `epsilon` (Balle and Wang 2018, theorem 8)."""
-    if mu <= 0:
-        return 0.0
-    left = stats.norm.logcdf(-epsilon / mu + mu / 2)
-    right = epsilon + stats.norm.logcdf(-epsilon / mu - mu / 2)
-    return float(max(0.0, math.exp(left) - math.exp(min(right, left))))
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """epsilon of a mu-GDP mechanism (sensitivity / sigma = mu) at `delta`; exact.
-
-    Raises:
-        ValueError: delta is not in (0, 1).
-    """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie between 0 and 1, but it is {delta}")
-    return _largest(lambda epsilon: gaussian_delta(mu, epsilon) > delta)
 
 
 def one_run_p_value(

@@ -1,0 +1,119 @@
+"""Attacks on real runs of small federations: they work where nothing protects."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import pytest
+
+from umbel.benchmarks import scenes
+from umbel.benchmarks.defences import Defence, clipped, nothing, summed, with_noise
+from umbel.benchmarks.findings import Finding
+from umbel.benchmarks.scenes import Task
+from umbel.federation import Federation
+
+TASK = Task(
+    data="digits",
+    hidden=32,
+    nodes=20,
+    cohort=10,
+    rounds=5,
+    suspects=400,
+    pictures=16,
+    optimised=1,
+    iterations=120,
+    bins=400,
+    references=2,
+    wide=64,
+    wide_epochs=20,
+    wide_rounds=5,
+)
+NONE = Defence("none", "", nothing)
+NOISY = Defence("noise", "", partial(with_noise, 1.0), cohort=2, unit="client", noise="server")
+
+
+def find(findings: Iterable[Finding], attack: str, adversary: str, measure: str) -> Finding:
+    return next(
+        one
+        for one in findings
+        if (one.attack, one.adversary, one.measure) == (attack, adversary, measure)
+    )
+
+
+def test_updates_show_their_examples() -> None:
+    found = scenes.pictures(Federation, TASK, NONE)
+    assert find(found.findings, "closed form", "server", "PSNR in dB").value > 100
+    assert find(found.findings, "iDLG labels", "server", "labels found").value == 1.0
+    assert find(found.findings, "DLG", "server", "PSNR in dB").value > 20
+    assert find(found.findings, "cosine + TV", "server", "PSNR in dB").value > 15
+    names = {picture.attack for picture in found.pictures}
+    assert names == {"closed form", "DLG", "cosine + TV"}
+    assert all(picture.originals.shape == picture.guesses.shape for picture in found.pictures)
+
+
+def test_clipping_hides_nothing_and_central_noise_hides_from_others_only() -> None:
+    clip = scenes.pictures(Federation, TASK, Defence("clip", "", clipped))
+    assert find(clip.findings, "closed form", "server", "examples recovered").value == 1.0
+    noisy = scenes.pictures(Federation, TASK, NOISY)
+    assert find(noisy.findings, "closed form", "other-node", "examples recovered").value == 0.0
+    assert find(noisy.findings, "closed form", "server", "examples recovered").value == 1.0
+
+
+def test_a_secure_sum_of_five_leaves_the_closed_form_alive() -> None:
+    secure = Defence("secure sum of 5", "", summed, cohort=5, secure=True)
+    found = scenes.pictures(Federation, TASK, secure)
+    assert find(found.findings, "closed form", "server", "examples recovered").value > 0.5
+    assert not [one for one in found.findings if one.attack == "iDLG labels"]
+
+
+def test_a_malicious_model_isolates_a_batch() -> None:
+    found = scenes.implant(Federation, TASK, NONE)
+    # Of 64 images in 400 bins 54.7 are alone on average, with a deviation of about 4.
+    recovered = find(found.findings, "imprint", "malicious-server", "examples recovered")
+    assert 0.5 < recovered.value <= 1.0
+
+
+def test_a_crowd_gives_away_who_and_what() -> None:
+    found = scenes.crowd(Federation, TASK, NONE)
+    ratio = find(found.findings, "participation: likelihood ratio", "other-node", "AUC")
+    assert ratio.value > 0.6
+    assert find(found.findings, "property", "server", "AUC").value > 0.9
+    owners = find(found.findings, "source inference", "server", "owners found")
+    assert owners.low > owners.chance
+
+
+def test_memorising_hospitals_and_reference_models() -> None:
+    references = [scenes.reference(TASK, number) for number in range(2)]
+    found = scenes.hospitals(Federation, TASK, NONE, references)
+    attacks = {one.attack for one in found.findings}
+    assert attacks == {"loss threshold", "LiRA offline", "RMIA offline"}
+    assert found.accuracy is not None
+    assert found.accuracy[0] > 0.85
+    loss = find(found.findings, "loss threshold", "model-user", "AUC")
+    assert loss.value > 0.5
+    assert found.members is not None
+    assert found.scores["RMIA offline"].shape == found.members.shape
+    again = scenes.hospitals(Federation, TASK, NONE, references)
+    assert find(again.findings, "loss threshold", "model-user", "AUC") == loss
+
+
+def test_a_run_reports_accuracy_cost_and_what_it_claims() -> None:
+    found = scenes.training(Federation, TASK, NOISY, [])
+    assert found.accuracy is not None
+    assert found.claimed["model-user"] > 0
+    assert found.bytes_up > 4 * 64 * 32
+    assert found.seconds > 0
+    one = find(found.findings, "loss threshold", "model-user", "AUC")
+    assert one.ceiling is not None
+    assert one.ceiling >= 0.5
+    assert one.excess is not None
+    assert one.excess < 3
+
+
+@pytest.mark.slow
+def test_a_model_overfitted_to_2000_images_gives_its_members_away() -> None:
+    task = Task(hospitals=1, wide=1024, wide_epochs=10, wide_rounds=15, references=2)
+    references = [scenes.reference(task, number) for number in range(2)]
+    found = scenes.hospitals(Federation, task, NONE, references).findings
+    loss = find(found, "loss threshold", "model-user", "AUC")
+    assert loss.value >= 0.6
+    assert find(found, "RMIA offline", "model-user", "AUC").value >= loss.value
