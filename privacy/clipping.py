@@ -8,11 +8,17 @@ clipped update is shrunk until its length, computed again, is within the bound.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from umbel.privacy.validate import positive
+
+_PIECE = 1 << 13  # stays in the cache, and below where BLAS would start threads
+_SMALL = 2.0**-100
+"""A smaller factor would lose bits in float32."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,22 @@ def l2_norm(update: Tensor) -> float:
     if update.numel() == 0:
         return 0.0
     flat = update.detach().reshape(-1)
-    # Squares of any float32 number fit in float64, so no scaling pass is needed there.
-    if flat.dtype in (torch.float16, torch.bfloat16, torch.float32):
-        return float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+    if flat.dtype == torch.float32:
+        return math.sqrt(_squares(flat.contiguous().numpy()))
     wide = flat.to(torch.float64)
     largest = float(wide.abs().max())
     if largest == 0 or not math.isfinite(largest):
         return largest
     return largest * float(torch.linalg.vector_norm(wide / largest))
+
+
+def _squares(values: np.ndarray[Any, Any]) -> float:
+    """The sum of squares, in float64: those of any float32 number fit."""
+    total = 0.0
+    for start in range(0, values.size, _PIECE):
+        piece = values[start : start + _PIECE].astype(np.float64)
+        total += float(np.dot(piece, piece))
+    return total
 
 
 def clip(update: Tensor, norm: float) -> Clipped:
@@ -83,10 +97,13 @@ def clip(update: Tensor, norm: float) -> Clipped:
 
 def _shrink(update: Tensor, norm: float, length: float) -> Tensor:
     factor = norm / length
-    step = 2.0**-24
+    # Rounding to float32 moves the length by less than 2**-22; narrower types need more turns.
+    step = 2.0**-22
     while True:
-        shrunk = (update.to(torch.float64) * factor).to(update.dtype)
+        factor *= 1 - step
+        wide = factor < _SMALL or update.dtype not in (torch.float32, torch.float64)
+        scaled = update.to(torch.float64) * factor if wide else update * factor
+        shrunk = scaled.to(update.dtype)
         if l2_norm(shrunk) <= norm:
             return shrunk
-        factor *= 1 - step
         step *= 2

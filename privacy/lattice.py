@@ -45,6 +45,9 @@ MANTISSA = 18
 in float32 without rounding, whatever they hold (`umbel.strategies.fold` adds that many)."""
 
 _CHUNK = 1 << 16
+_PIECE = 1 << 15
+_ADDED = 1 << 17  # larger, as the few near comparisons of a piece have a price of their own
+_NUMPY = (torch.float32, torch.float64)
 _LOW = np.uint32(0xFFFF)
 _SHIFT = np.uint32(16)
 
@@ -75,13 +78,29 @@ def round_to_zero(update: Tensor, step: float) -> Tensor:
     """
     if math.frexp(positive(step=step))[0] != 0.5:
         raise ValueError(f"step must be a power of two to divide exactly, but it is {step!r}")
-    return torch.trunc(update / step) * step
+    if update.dtype not in _NUMPY:
+        return torch.trunc(update / step) * step
+    source = update.detach().contiguous().numpy()
+    rounded = np.empty_like(source)
+    for start in range(0, source.size, _PIECE):  # by pieces, as memory is slower than arithmetic
+        piece = rounded[start : start + _PIECE]
+        np.multiply(source[start : start + _PIECE], source.dtype.type(1 / step), out=piece)
+        np.trunc(piece, out=piece)
+        np.multiply(piece, source.dtype.type(step), out=piece)
+    return torch.from_numpy(rounded)
 
 
 def on_grid(update: Tensor, step: float) -> bool:
     """Whether every coordinate is a multiple of `step`, a power of two."""
-    scaled = update / step
-    return bool(torch.equal(scaled, scaled.round()))
+    if update.dtype not in _NUMPY:
+        return bool(torch.equal(update / step, (update / step).round()))
+    source = update.detach().contiguous().numpy()
+    inverse = source.dtype.type(1 / step)
+    return all(
+        np.array_equal(scaled, np.rint(scaled))
+        for start in range(0, source.size, _PIECE)
+        if (scaled := source[start : start + _PIECE] * inverse) is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -212,23 +231,27 @@ class LatticeGaussian:
         Raises:
             ValueError: a value is not finite or too large to have a place on the lattice.
         """
-        if values.size and not float(np.abs(values).max()) < 2.0**52:
+        out = np.empty_like(values)
+        for start in range(0, len(values), _ADDED):
+            piece = slice(start, start + _ADDED)
+            self._add(values[piece], out[piece])
+        return out
+
+    def _add(self, values: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
+        if not max(values.max(), -values.min()) < 2.0**52:
             raise ValueError(
                 "values to protect must be finite and below 2**52 lattice steps; a sum this far "
                 "off holds an update that was never clipped"
             )
-        whole = np.floor(values)
-        rest = values - whole
+        np.floor(values, out=out)
+        rest = values - out
         # A value just below a whole number leaves 1 - tiny, which rounds to 1: it is that number.
-        up = rest >= 1
-        whole[up] += 1
+        up = np.flatnonzero(rest >= 1)
+        out[up] += 1
         rest[up] = 0
         noise = self.sample(len(values))
-        out: np.ndarray[Any, np.dtype[np.float64]] = whole + noise
-        for start in range(0, len(values), _CHUNK):
-            piece = slice(start, start + _CHUNK)
-            out[piece] += self._carry(rest[piece], noise[piece])
-        return out
+        out += noise
+        out += self._carry(rest, noise)
 
     def _carry(
         self, rest: np.ndarray[Any, Any], noise: np.ndarray[Any, Any]
@@ -236,25 +259,28 @@ class LatticeGaussian:
         """Whether the position v of N in the cell of `noise` is at least 1/2 - rest.
 
         The probability is rest + tilt(noise, rest) with |tilt| below a bound that few draws come
-        near, so that almost every comparison is decided without it.
+        near, so that 32 bits decide almost every comparison, and 64 bits the others.
         """
-        words = self.entropy.words64(len(rest))
-        # rest has 53 bits and is below 1: this product and conversion are exact.
-        limit = (rest * 2.0**64).astype(np.uint64)
-        carry = words < limit
-        # |tilt| <= tanh(|t|/4)/2 < |t|/8 for a density e^(-tv), the wider part; twice that, safely.
-        reach = (np.abs(noise) + 1.0) / (4 * self.steps**2) * 2.0**64
-        gap = np.where(carry, limit - words, words - limit).astype(np.float64)
-        near = np.flatnonzero((gap <= reach) & (rest > 0))
+        words = self.entropy.words32(len(rest))
+        gap = words - rest * 2.0**32
+        carry = gap < 0
+        # |tilt| <= tanh(|t|/4)/2 < |t|/8 for a density e^(-tv), the wider part; twice that, safely,
+        # and one unit for the bits that are still to come.
+        np.abs(gap, out=gap)
+        gap -= np.abs(noise) * (2.0**30 / self.steps**2)
+        near = np.flatnonzero(gap <= 2.0**30 / self.steps**2 + 1)
+        near = near[rest[near] > 0]
         tilt = _tilt(rest[near], noise[near].astype(np.float64), self.steps)
         shift = np.abs(tilt * 2.0**64).astype(np.uint64)
-        start, word = limit[near], words[near]
+        # rest has 53 bits and is below 1: this product and conversion are exact.
+        limit = (rest[near] * 2.0**64).astype(np.uint64)
         top = np.uint64(2**64 - 1)
         moved = np.where(
             tilt >= 0,
-            np.where(start > top - shift, top, start + shift),
-            np.where(start < shift, np.uint64(0), start - shift),
+            np.where(limit > top - shift, top, limit + shift),
+            np.where(limit < shift, np.uint64(0), limit - shift),
         )
+        word = (words[near].astype(np.uint64) << np.uint64(32)) | self.entropy.words32(len(near))
         carry[near] = word < moved
         return carry
 
@@ -279,4 +305,6 @@ def _tilt(
         upper += now * (0.5 ** (n + 1) - edge ** (n + 1)) / (n + 1)
         if n % 2 == 0:
             whole += now * 0.5**n / (n + 1)
+            if np.abs(now).max(initial=0.0) * 0.5**n < 2.0**-70:
+                break
     return (upper - rest * whole) / (1 + whole)
