@@ -85,8 +85,13 @@ class NodeHalf:
         task = plan.receive(message, context, self._split(plan, context))
         return plan.reply(task, self.trainer.train(task.weights, task.split.train, task.job))
 
-    def train_many(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-        """Answer several requests to train, as one batched computation where the trainer can."""
+    def train_many(
+        self, messages: Sequence[Message], contexts: Sequence[Context]
+    ) -> list[Message] | None:
+        """Answer several requests to train as one batched computation.
+
+        None where the trainer cannot do that, or does not find it worth while.
+        """
         if isinstance(self.trainer, CohortTrainer) and len(messages) > 1:
             plan = self._plan(contexts[0])
             tasks = [
@@ -100,7 +105,7 @@ class NodeHalf:
             )
             if trained is not None:
                 return [plan.reply(*pair) for pair in zip(tasks, trained, strict=True)]
-        return [self.train(*pair) for pair in zip(messages, contexts, strict=True)]
+        return None
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """Answer a request to evaluate; a node without test examples reports none."""
@@ -278,7 +283,9 @@ class FederationClientApp(ClientApp):
             return self.half.answer(action, message, context)
         return super().__call__(message, context)
 
-    def train_many(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    def train_many(
+        self, messages: Sequence[Message], contexts: Sequence[Context]
+    ) -> list[Message] | None:
         """See `NodeHalf.train_many`."""
         return self.half.train_many(messages, contexts)
 

@@ -7,6 +7,7 @@ replies does the work or sleeps until a worker speaks.
 """
 
 import itertools
+import math
 import pickle
 import threading
 import time
@@ -177,18 +178,19 @@ class EmbeddedGrid(Grid):
             self._workers.wake()
         return ids
 
-    def _grouped(self, messages: Iterable[Message]) -> Iterator[tuple[Envelope, Packed, int]]:
+    def _grouped(self, messages: list[Message]) -> Iterator[tuple[Envelope, Packed, int]]:
         """What is queued for each message: envelope, content, and number of its group."""
         packed: dict[int, Packed] = {}
         group: set[int] = set()
         last_type = ""
+        size = _evenly(len(messages), self._group_size)
         for message in messages:
             envelope = self._envelope(message)
             content = message.content
             if id(content) not in packed:  # the same object in many messages is packed once
                 packed[id(content)] = pack(content)
             kind, node_id = envelope.message_type, envelope.node_id
-            full = len(group) >= (self._group_size if kind == "train" else 1)
+            full = len(group) >= (size if kind == "train" else 1)
             if not group or full or kind != last_type or node_id in group:
                 self._next_group, group, last_type = self._next_group + 1, set(), kind
             group.add(node_id)
@@ -285,8 +287,22 @@ class EmbeddedGrid(Grid):
         while self._workers.idle and (tasks := self._next_tasks()):
             self._workers.give(tasks)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        split = []
         for task, done in self._workers.wait(left):
-            self._finish(task, done)
+            if done is None:
+                split.append(task)
+            else:
+                self._finish(task, done)
+        self._requeue(split)
+
+    def _requeue(self, tasks: list[Task]) -> None:
+        """Put the tasks of a group back, each by itself, so that all workers share them."""
+        with self._queue_lock:
+            for task in reversed(tasks):
+                self._at_work.discard(task.envelope.node_id)
+                if task.envelope.message_id in self._open:
+                    self._next_group += 1
+                    self._queue.appendleft(_Waiting(task, self._next_group))
 
     def _next_tasks(self) -> list[Task]:
         """The next group, each task with its node's state of this moment.
@@ -347,3 +363,12 @@ class EmbeddedGrid(Grid):
 
 def _nothing(_: int) -> None:
     return None
+
+
+def _evenly(count: int, most: int) -> int:
+    """The size of groups of at most `most`, so that two workers get equal shares.
+
+    It depends on nothing else: groups decide over the last bits of what is trained in them.
+    """
+    groups = max(math.ceil(count / most), min(2, count // 16))
+    return min(most, math.ceil(count / max(1, groups)))

@@ -68,20 +68,28 @@ class Executor:
 
     def run(self, tasks: Sequence[Task]) -> list[Done]:
         """Run tasks in order; exceptions of the app become error replies."""
-        many = getattr(self.app, "train_many", None)
+        return self.together(tasks) or self.one_by_one(tasks)
+
+    def one_by_one(self, tasks: Sequence[Task]) -> list[Done]:
+        """Run tasks in order, each by itself."""
         with self._threads():
-            if many is not None and len(tasks) > 1:
-                contexts = [self._context(task) for task in tasks]
-                try:
-                    replies = many([self._message(task) for task in tasks], contexts)
-                except (Exception, SystemExit):
-                    pass  # one bad node must not fail its group: below, each stands alone
-                else:
-                    return [
-                        Done(reply, self._saved(context, task))
-                        for reply, context, task in zip(replies, contexts, tasks, strict=True)
-                    ]
             return [self._one(task) for task in tasks]
+
+    def together(self, tasks: Sequence[Task]) -> list[Done] | None:
+        """Run tasks as one; None where the app cannot, or rather would not, do that."""
+        many = getattr(self.app, "train_many", None)
+        if many is None or len(tasks) < 2:
+            return None
+        with self._threads():
+            contexts = [self._context(task) for task in tasks]
+            try:
+                replies = many([self._message(task) for task in tasks], contexts)
+            except (Exception, SystemExit):
+                return None  # one bad node must not fail its group: each will stand alone
+            return replies and [
+                Done(reply, self._saved(context, task))
+                for reply, context, task in zip(replies, contexts, tasks, strict=True)
+            ]
 
     def _one(self, task: Task) -> Done:
         context = self._context(task)

@@ -7,7 +7,7 @@ forks a worker and hands it the other end of a second socket.
     engine -> nursery   one byte and a socket        a worker, please
     nursery -> engine   its process id
     engine -> worker    the app, then groups of tasks
-    worker -> engine    ready, then groups of results
+    worker -> engine    ready, then groups of results; none for a group that is better split
 """
 
 import contextlib
@@ -83,7 +83,8 @@ def work(pipe: socket.socket) -> None:
             numbers, text = pickle.loads(parcel.text)
             blobs = cache.join(numbers, parcel.blobs)
             tasks: list[Task] = unpack(Packed(text, tuple(blobs)))
-            send(pipe, pack(executor.run(tasks)), outbound)
+            done = executor.one_by_one(tasks) if len(tasks) == 1 else executor.together(tasks)
+            send(pipe, pack(done), outbound)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 

@@ -154,13 +154,15 @@ class Workers:
             with suppress(OSError):
                 worker.pipe.shutdown(socket.SHUT_RDWR)
 
-    def wait(self, timeout: float | None) -> list[tuple[Task, Done]]:
+    def wait(self, timeout: float | None) -> list[tuple[Task, Done | None]]:
         """Wait until a process has something to say or `wake` is called; finished tasks.
+
+        None comes with tasks of a group that the app does not run as one.
 
         Raises:
             ConfigError: the app does not import in the workers.
         """
-        finished: list[tuple[Task, Done]] = []
+        finished: list[tuple[Task, Done | None]] = []
         for key, _ in self._selector.select(timeout):
             if key.fileobj is self._wake_read:
                 self._wake_read.recv(4096)
@@ -190,7 +192,7 @@ class Workers:
         self._wake_write.close()
         self._nursery.close()
 
-    def _hear(self, worker: _Worker) -> list[tuple[Task, Done]]:
+    def _hear(self, worker: _Worker) -> Sequence[tuple[Task, Done | None]]:
         try:
             said = unpack(receive(worker.pipe, worker.inbound))
         except (EOFError, OSError):
@@ -202,7 +204,7 @@ class Workers:
             self._stillborn = 0
             return []
         tasks, worker.busy = worker.busy, ()
-        return list(zip(tasks, said, strict=True))
+        return list(zip(tasks, said or [None] * len(tasks), strict=True))
 
     def _mourn(self, worker: _Worker) -> list[tuple[Task, Done]]:
         """Replace a dead process; its tasks become error replies, the nodes' states stay."""
