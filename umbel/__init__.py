@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from umbel.strategies.banded_gaussian import BandedGaussian as BandedGaussian
     from umbel.strategies.clip import Clip as Clip
     from umbel.strategies.collect import PlainSum as PlainSum
+    from umbel.strategies.distributed_skellam import (
+        DistributedDiscreteGaussian as DistributedDiscreteGaussian,
+    )
+    from umbel.strategies.distributed_skellam import DistributedSkellam as DistributedSkellam
     from umbel.strategies.gaussian import Gaussian as Gaussian
     from umbel.strategies.layer import Stateless as Stateless
     from umbel.strategies.local_gaussian import LocalGaussian as LocalGaussian
@@ -41,8 +45,12 @@ if TYPE_CHECKING:
     from umbel.strategies.private_mean import private_histogram as private_histogram
     from umbel.strategies.private_mean import private_second_moment as private_second_moment
     from umbel.strategies.private_metrics import PrivateMetrics as PrivateMetrics
+    from umbel.strategies.quantize import Quantize as Quantize
+    from umbel.strategies.rotate import Rotate as Rotate
+    from umbel.strategies.secure_sum import SecureSum as SecureSum
     from umbel.strategies.stack import Stack as Stack
     from umbel.strategies.tree_gaussian import TreeGaussian as TreeGaussian
+    from umbel.strategies.weigh import Weigh as Weigh
 
 _HOMES = {
     "ByKey": "clients.partition",
@@ -73,10 +81,16 @@ _HOMES = {
     "AdaptiveClip": "strategies.adaptive_clip",
     "BandedGaussian": "strategies.banded_gaussian",
     "Clip": "strategies.clip",
+    "DistributedDiscreteGaussian": "strategies.distributed_skellam",
+    "DistributedSkellam": "strategies.distributed_skellam",
     "Gaussian": "strategies.gaussian",
     "LocalGaussian": "strategies.local_gaussian",
     "PrivateMetrics": "strategies.private_metrics",
+    "Quantize": "strategies.quantize",
+    "Rotate": "strategies.rotate",
+    "SecureSum": "strategies.secure_sum",
     "TreeGaussian": "strategies.tree_gaussian",
+    "Weigh": "strategies.weigh",
     "verify": "server.verify",
     "run": "run",
 }
