@@ -46,7 +46,7 @@ class Session:
             **self.result,
         }
         self.run.write_result(result)
-        return result
+        return self.run.result()  # plain values, whatever numbers an app has put into it
 
 
 _current: ContextVar[Session | None] = ContextVar("session", default=None)

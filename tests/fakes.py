@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -129,6 +130,8 @@ class SharedNursery(Nursery):
 WARM = """
 import importlib, json, os, signal, sys, traceback
 import umbel.federation, umbel.run, umbel.cli
+import umbel.privacy_commands, umbel.server.private_run, umbel.server.verify
+import umbel.strategies.private
 
 
 def die_at(place, count, when):
@@ -184,8 +187,12 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    print(json.dumps(child), flush=True)
-    print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+    try:
+        os.setpgid(child, child)  # the child does so too; whoever comes first
+    except OSError:
+        pass
+    print(json.dumps({"pid": child}), flush=True)
+    print(json.dumps({"status": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
 """
 
 
@@ -254,10 +261,16 @@ class WarmCommand:
             file.write_bytes(b"")
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        child = int(json.loads(self._line()))
-        if during is not None:
-            during(child)
-        return Ended(int(json.loads(self._line())), out.read_text(), err.read_text())
+        child = int(json.loads(self._line())["pid"])
+        try:
+            if during is not None:
+                during(child)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            raise
+        finally:
+            status = int(json.loads(self._line())["status"])
+        return Ended(status, out.read_text(), err.read_text())
 
     def _line(self) -> str:
         assert self._process.stdout is not None

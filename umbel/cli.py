@@ -82,16 +82,18 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Train an app on this machine and write a report."""
-    from umbel.run import run
+    from umbel.run import Interrupted, run
     from umbel.server.report import write_report
     from umbel.strategies.errors import ConfigError
     from umbel.strategies.options import parse
 
     if resume is not None and (path is not None or out is not None):
         raise ConfigError("--resume names the run to continue; leave out APP and --out")
-    result = run(
-        path, options=parse(config or []), nodes=nodes, workers=workers, out=out, resume=resume
-    )
+    options = parse(config or [])
+    try:
+        result = run(path, options=options, nodes=nodes, workers=workers, out=out, resume=resume)
+    except Interrupted as stop:  # Typer would end here without a word
+        raise typer.Exit(_stopped(stop)) from None
     report = write_report(Path(result["run"]))
     if as_json:
         typer.echo(json.dumps(result))
@@ -174,11 +176,16 @@ def main() -> None:
     except Exception as error:
         status = _explain(error, debug="--debug" in arguments)
     except KeyboardInterrupt as stop:
-        run = getattr(stop, "run", None)
-        _say("stopped" if run is None else f"stopped; continue with: umbel run --resume {run}")
-        status = INTERRUPTED
+        status = _stopped(stop)
     sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _stopped(stop: BaseException | None) -> int:
+    """Say how to go on after a signal; the exit status."""
+    run = getattr(stop, "run", None)
+    _say("stopped" if run is None else f"stopped; continue with: umbel run --resume {run}")
+    return INTERRUPTED
 
 
 def _explain(error: Exception, *, debug: bool) -> int:
@@ -194,7 +201,7 @@ def _explain(error: Exception, *, debug: bool) -> int:
         _say(text + (f" See: {hint} --help" if hint else ""))
         return 2
     if isinstance(error, click.Abort):
-        return INTERRUPTED
+        return _stopped(error)
     if isinstance(error, UmbelError):
         _say(str(error))
         return error.exit_status

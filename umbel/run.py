@@ -31,10 +31,10 @@ EXAMPLE = Path(__file__).parent / "examples" / "fashion"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal; it can go on from its directory, `run`."""
+    """A run was stopped by a signal; it can go on from its directory `run`, where there is one."""
 
-    def __init__(self, run: Path) -> None:
-        super().__init__(str(run))
+    def __init__(self, run: Path | None) -> None:
+        super().__init__("" if run is None else str(run))
         self.run = run
 
 
@@ -109,15 +109,17 @@ def _plan(
     workers: int,
     resume: Path | str | None,
 ) -> _Plan:
+    began: Mapping[str, Any] = {}
     if resume is not None:
-        before = RunDirectory.open(Path(resume)).config()
-        app, nodes = before["app_path"], before["nodes"]
+        before = _before(Path(resume))
+        app, nodes, began = before["app_path"], before["nodes"], before["options"]
         changes = {**before["changes"], **changes}
     folder = open_app(Path(app) if app is not None else example())
     server_app = folder.server_app()
     known: Mapping[str, Any] = folder.options
     if isinstance(server_app, FederationServerApp):
-        known = server_app.federation.complete(folder.options)
+        # a run goes on with what it began with, whatever the app's own defaults are by now
+        known = {**server_app.federation.complete(folder.options), **began}
     elif resume is not None:
         raise ConfigError(
             f"{folder.name} keeps its own rounds, so Umbel cannot continue it; only apps made "
@@ -129,6 +131,18 @@ def _plan(
     return _Plan(folder, server_app, options, nodes or folder.nodes or NODES, workers)
 
 
+def _before(resume: Path) -> dict[str, Any]:
+    """The configuration of a run that is to go on."""
+    before = RunDirectory.open(resume).config()
+    if not {"app_path", "nodes", "options", "changes"} <= before.keys():
+        engine = before.get("engine", "unknown")
+        raise ConfigError(
+            f"{resume} is a run of the engine {engine!r}, which cannot go on here; only runs "
+            "that `umbel run` began can"
+        )
+    return before
+
+
 def example() -> Path:
     """The bundled example: beside this file in a wheel, in `examples/` in a checkout."""
     if EXAMPLE.is_dir():
@@ -137,18 +151,23 @@ def example() -> Path:
 
 
 def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -> RunDirectory:
-    if resume is not None:
-        return RunDirectory.open(Path(resume))
     folder = plan.folder
     known: Mapping[str, Any] = folder.options
     if plan.federation is not None:
         known = plan.federation.complete(folder.options)
+    changes = {k: v for k, v in plan.options.items() if known.get(k) != v}
+    if resume is not None:
+        directory = RunDirectory.open(Path(resume))
+        before = directory.config()
+        if before["options"] != plan.options:
+            directory.write_config({**before, "options": plan.options, "changes": changes})
+        return directory
     config = {
         "app": folder.name,
         "app_path": str(folder.path),
         "app_hash": folder.digest(),
         "options": plan.options,
-        "changes": {k: v for k, v in plan.options.items() if known.get(k) != v},
+        "changes": changes,
         "nodes": plan.nodes,
         "engine": "embedded",
         "workers": plan.workers,
@@ -181,7 +200,7 @@ def _execute(
             if isinstance(grid, ObservedGrid):
                 current.result |= grid.finish(directory)
     except KeyboardInterrupt:
-        raise Interrupted(directory.path) from None
+        raise Interrupted(directory.path if plan.federation is not None else None) from None
     finally:
         progress.finish("")
     return current.finish()

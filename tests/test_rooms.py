@@ -1,0 +1,161 @@
+"""The rooms and the one direction of their imports, drawn from the source itself."""
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "privacy": set(),
+    "transport": set(),
+    "strategies": {"privacy"},
+    "clients": {"strategies", "privacy", "transport"},
+    "server": {"strategies", "privacy", "transport"},
+    "benchmarks": {"server", "clients", "strategies", "privacy", "transport"},
+}
+"""The table of CONTRIBUTING.md; every room may import itself, `umbel` may import all."""
+ROOMS = tuple(MAY_IMPORT)
+LONGEST = 425
+"""Lines of a file; beyond 400 it deserves a hard look."""
+FLOWERS_OWN = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
+"""What Flower exports; anything else is touched in `server/flower.py`, with a reason."""
+
+
+def sources(room: str) -> list[Path]:
+    return [file for file in sorted((ROOT / room).rglob("*.py")) if "__pycache__" not in file.parts]
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every module that a file names: at the top, in functions, and in texts that are imported.
+
+    A text counts wherever it stands, because `importlib.import_module` may get it by any way.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "." * node.level + (node.module or "")
+            elif node.module:
+                yield node.lineno, node.module
+                yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(rf"umbel\.({'|'.join(ROOMS)})(\.\w+)*", node.value):
+                yield node.lineno, node.value
+        elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            start = re.match(rf"umbel\.({'|'.join(ROOMS)})\b", str(node.values[0].value))
+            if start:
+                yield node.lineno, start.group()
+
+
+def wrong_arrows(room: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for line, name in imported(tree):
+        parts = name.split(".")
+        if parts[0] in ROOMS:
+            yield line, f"{name}: a room under its bare name"
+        elif name.startswith("."):
+            yield line, f"{name}: relative"
+        elif parts[0] == "umbel" and room != "umbel":
+            target = parts[1] if len(parts) > 1 else ""
+            if target not in ROOMS:
+                if target:
+                    yield line, f"{name}: the front door"
+            elif target != room and target not in MAY_IMPORT[room]:
+                yield line, f"{name}: {room} may not import {target}"
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "umbel"])
+def test_arrows_go_one_way(room: str) -> None:
+    files = sources(room)
+    assert files
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}: {what}"
+        for file in files
+        for line, what in wrong_arrows(room, ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("privacy", "from umbel.strategies import layer"),
+        ("strategies", "import umbel.server.rounds"),
+        ("transport", "from umbel.privacy.clipping import l2_norm"),
+        ("server", "def f():\n    from umbel.clients.node import NodeHalf"),
+        ("clients", "importlib.import_module('umbel.server.rounds')"),
+        ("clients", "importlib.import_module(f'umbel.server.{name}')"),
+        ("server", "if TYPE_CHECKING:\n    from umbel.clients import data"),
+        ("server", "from umbel import clients"),
+        ("server", "from umbel.federation import Federation"),
+        ("clients", "from .trainer import Job"),
+        ("benchmarks", "import privacy"),
+        ("umbel", "from server import rounds"),
+    ],
+)
+def test_the_test_sees_a_wrong_arrow(room: str, line: str) -> None:
+    assert list(wrong_arrows(room, ast.parse(line)))
+
+
+def test_examples_know_the_front_door_only() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}: {name}"
+        for file in sources("examples")
+        for line, name in imported(ast.parse(file.read_text(encoding="utf-8")))
+        if name.split(".")[0] in ROOMS
+    ]
+    assert wrong == []
+
+
+def test_rooms_are_flat_and_files_have_one_screen_too_many_at_most() -> None:
+    nested = [
+        str(f.relative_to(ROOT)) for room in ROOMS for f in sources(room) if f.parent.parent != ROOT
+    ]
+    assert nested == []
+    long = [
+        f"{file.relative_to(ROOT)}: {count} lines"
+        for room in [*ROOMS, "umbel"]
+        for file in sources(room)
+        if (count := len(file.read_text(encoding="utf-8").splitlines())) > LONGEST
+        and not file.stem.endswith("_pb2")
+    ]
+    assert long == []
+    dumps = {"utils", "common", "helpers", "misc"}
+    assert not [f for room in [*ROOMS, "umbel"] for f in sources(room) if f.stem in dumps]
+
+
+def test_no_room_is_importable_under_its_bare_name() -> None:
+    """A second copy of every class would be the price: equal names, unequal types."""
+    for room in ROOMS:
+        assert room not in sys.modules
+        found = importlib.util.find_spec(room)
+        assert found is None or ROOT not in Path(str(found.origin)).parents, found
+
+
+def test_flowers_internals_are_touched_in_one_file() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}: {name}"
+        for room in [*ROOMS, "umbel"]
+        if room != "benchmarks"  # which measure Flower's own parts beside ours
+        for file in sources(room)
+        if file != ROOT / "server" / "flower.py"
+        for line, name in imported(ast.parse(file.read_text(encoding="utf-8")))
+        if name.startswith("flwr.") and not name.startswith(FLOWERS_OWN)
+    ]
+    assert wrong == []
+
+
+def test_the_mathematics_knows_no_flower() -> None:
+    for room in ("privacy", "transport"):
+        names = {
+            name.split(".")[0]
+            for file in sources(room)
+            for _, name in imported(ast.parse(file.read_text(encoding="utf-8")))
+        }
+        assert room == "transport" or "flwr" not in names
+        assert "torch" not in names or room == "privacy"
