@@ -1,0 +1,166 @@
+"""The app's process: answers, errors, hangs and crashes; and what a node needs to start."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from umbel.clients.membership import Membership, NodeSettings
+from umbel.clients.node_process import write_shared
+from umbel.clients.start import gpu_environment
+from umbel.clients.trainee import Answer, AppSettings, Trainee
+from umbel.strategies.errors import ConfigError
+from umbel.transport.codec import decode, encode, size_of
+from umbel.transport.link_pb2 import Begin
+
+APP = """
+import os
+import time
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+print("this must not reach standard output")
+
+
+@app.train()
+def train(message, context):
+    what = context.run_config.get("what")
+    if what == "hang":
+        time.sleep(10_000)
+    if what == "die":
+        os._exit(7)
+    if what == "raise":
+        raise ValueError("no data here")
+    if what == "nothing":
+        return None
+    content = message.content
+    content["who"] = ConfigRecord({"pid": os.getpid(), "part": context.node_config["partition-id"]})
+    return Message(content, reply_to=message)
+"""
+
+
+def make_app(folder: Path, client: str = APP) -> Path:
+    folder.mkdir()
+    (folder / "client_app.py").write_text(client)
+    (folder / "server_app.py").write_text("app = None\n")
+    (folder / "pyproject.toml").write_text(
+        '[project]\nname = "x"\nversion = "1"\n[tool.flwr.app.components]\n'
+        'serverapp = "server_app:app"\nclientapp = "client_app:app"\n'
+    )
+    return folder
+
+
+def instruction(message_id: str, content: RecordDict, **config: Any) -> tuple[Begin, bytes]:
+    data = b"".join(encode(content))
+    options = b"".join(encode(RecordDict({"c": ConfigRecord(config)})))
+    begin = Begin(
+        id=message_id,
+        size=len(data),
+        inline=data if len(data) <= 1 << 16 else b"",
+        run_id=1,
+        message_type="train",
+        ttl=60,
+        run_config=options,
+    )
+    return begin, data
+
+
+def with_trainee(tmp_path: Path, use: Callable[[Trainee], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        settings = AppSettings(make_app(tmp_path / "app"), tmp_path / "memory", {"partition-id": 4})
+        trainee = Trainee(settings)
+        try:
+            await trainee.start()
+            await use(trainee)
+        finally:
+            trainee.stop()
+
+    asyncio.run(run())
+
+
+def test_one_process_answers_small_and_large_and_survives_what_apps_do(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def use(trainee: Trainee) -> None:
+        async def ask(name: str, content: RecordDict, limit: float = 60, **config: Any) -> Answer:
+            begin, data = instruction(name, content, **config)
+            file = 1 if not begin.inline else 0
+            if not begin.inline:
+                write_shared(trainee.inbound[file], [data])
+            return await trainee.run(begin, 9, limit, file=file)
+
+        small = RecordDict({"c": ConfigRecord({"a": 1})})
+        array = Array(np.arange(300_000, dtype=np.float32))
+        large = RecordDict({"a": ArrayRecord({"x": array})})
+        first = decode((await ask("1", small)).parts)
+        second = await ask("2", large)
+        assert size_of(second.parts) > 1_200_000
+        got = decode(second.parts)
+        assert got.array_records["a"]["x"].data == array.data
+        assert first.config_records["who"]["part"] == 4
+        pid = trainee.pid
+        assert first.config_records["who"] == got.config_records["who"]  # it stayed warm
+
+        raised = await ask("3", small, what="raise")
+        assert raised.error == (2, "ValueError: no data here")
+        nothing = await ask("4", small, what="nothing")
+        assert nothing.error is not None and "not a Message" in nothing.error[1]
+        assert trainee.pid == pid
+
+        hung = await ask("5", small, limit=0.3, what="hang")
+        assert hung.error is not None and "was stopped" in hung.error[1]
+        died = await ask("6", small, what="die")
+        assert died.error is not None and "exit status 7" in died.error[1]
+        again = decode((await ask("7", small)).parts)
+        assert again.config_records["who"]["pid"] == trainee.pid != pid
+
+    with_trainee(tmp_path, use)
+    assert capfd.readouterr().out == ""
+
+
+def test_an_app_that_does_not_load_says_why(tmp_path: Path) -> None:
+    async def run() -> None:
+        app = make_app(tmp_path / "bad", "import nothing_of_that_name\n")
+        trainee = Trainee(AppSettings(app, tmp_path / "memory", {}))
+        try:
+            with pytest.raises(ConfigError, match="nothing_of_that_name"):
+                await trainee.start()
+        finally:
+            trainee.stop()
+
+    asyncio.run(run())
+
+
+def test_nodes_of_one_machine_share_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_environment("none", {}) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert gpu_environment("3", {}) == {"CUDA_VISIBLE_DEVICES": "3"}
+    with pytest.raises(ConfigError, match="auto, none"):
+        gpu_environment("all", {})
+    four = [Path(f"/dev/nvidia{i}") for i in range(4)] + [Path("/dev/nvidiactl")]
+    monkeypatch.setattr(Path, "glob", lambda _self, _pattern: iter(four))
+    given = [gpu_environment("auto", {"partition-id": i})["CUDA_VISIBLE_DEVICES"] for i in range(6)]
+    assert given == ["0", "1", "2", "3", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpu_environment("auto", {}) == {}
+
+
+def test_a_state_folder_has_one_owner_and_remembers(tmp_path: Path) -> None:
+    first = Membership(tmp_path / "node")
+    with pytest.raises(ConfigError, match="another process uses"):
+        Membership(tmp_path / "node")
+    settings = NodeSettings("hub:1", "n1", "/app", {"partition-id": 1})
+    first.remember(settings)
+    first.close()
+    second = Membership(tmp_path / "node")
+    assert second.settings() == settings
+    (tmp_path / "node" / "node.json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        second.settings()
+    second.close()
