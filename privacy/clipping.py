@@ -96,14 +96,14 @@ def clip(update: Tensor, norm: float) -> Clipped:
 
 
 def _shrink(update: Tensor, norm: float, length: float) -> Tensor:
-    factor = norm / length
-    # Rounding to float32 moves the length by less than 2**-22; narrower types need more turns.
+    # Rounding a product to float32 adds 2**-24 of it at most, so the length stays below the norm.
+    factor = norm / length * (1 - 2.0**-22)
+    if factor >= _SMALL and update.dtype in (torch.float32, torch.float64):
+        return update * factor
     step = 2.0**-22
     while True:
-        factor *= 1 - step
-        wide = factor < _SMALL or update.dtype not in (torch.float32, torch.float64)
-        scaled = update.to(torch.float64) * factor if wide else update * factor
-        shrunk = scaled.to(update.dtype)
+        shrunk = (update.to(torch.float64) * factor).to(update.dtype)
         if l2_norm(shrunk) <= norm:
             return shrunk
+        factor *= 1 - step
         step *= 2
