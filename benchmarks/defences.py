@@ -9,12 +9,14 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from flwr.app import Message
 
+from umbel.clients.private_sgd import PrivateSgd
+from umbel.clients.torch_trainer import TorchTrainer
 from umbel.privacy.accounting import poisson, spent
 from umbel.privacy.calibrate import noise_multiplier
 from umbel.privacy.events import Charge
@@ -78,7 +80,7 @@ class Defence:
         words: what it does, for somebody who does not know the field.
         build: the stack for a schedule.
         cohort: nodes of a round, where the defence fixes it; None leaves it to the task.
-        options: of the trainer.
+        example_epsilon: of DP-SGD inside every node; None is ordinary training.
         unit: whose presence it claims to hide.
         noise: who makes it.
         secure: whether the server sees sums only.
@@ -88,10 +90,16 @@ class Defence:
     words: str
     build: Build
     cohort: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    example_epsilon: float | None = None
     unit: Literal["none", "client", "example"] = "none"
     noise: Literal["none", "nodes", "server"] = "none"
     secure: bool = False
+
+    def trainer(self, plain: TorchTrainer, delta: float) -> Any:
+        """The trainer as nodes use it under this defence."""
+        if self.example_epsilon is None:
+            return plain
+        return PrivateSgd(trainer=plain, example_epsilon=self.example_epsilon, example_delta=delta)
 
 
 def promised(stack: Stack, size: int, schedule: Schedule) -> dict[str, float]:
@@ -178,6 +186,23 @@ def rows(central_epsilons: Sequence[float], local_epsilon: float) -> list[Defenc
             )
             for epsilon in central_epsilons
         ),
+    ]
+
+
+def example_rows(epsilons: Sequence[float]) -> list[Defence]:
+    """The rows in which every record of a node is hidden, and the node is not."""
+    return [
+        Defence(
+            f"example DP {epsilon:g}",
+            "Every node trains with noise on its own (DP-SGD), so that no single record shows in "
+            f"what it sends: epsilon {epsilon:g} for the run. For hospitals, whose patients need "
+            "protection while it is known that the hospital takes part.",
+            nothing,
+            example_epsilon=epsilon,
+            unit="example",
+            noise="nodes",
+        )
+        for epsilon in epsilons
     ]
 
 

@@ -33,16 +33,21 @@ def jobs_of(make: Make, plan: Plan) -> dict[str, Job]:
             for defence in plan.defences[task.data]:
                 if scene in ("crowd", "implant") and task.pool.pixels is None:
                     continue
-                # Overfitting is a matter of the model: under a client's guarantee, or a sum that
-                # changes nothing, two large nodes have nothing to show.
-                if scene == "hospitals" and not (defence.name == "none" or defence.options):
+                # Large nodes overfit; what protects nodes has nothing to show there, and what
+                # protects records has it there only.
+                if (scene == "hospitals") != (defence.unit == "example") and (
+                    scene in ("hospitals", "crowd", "training")
+                    and (scene, defence.name) != ("hospitals", "none")
+                ):
                     continue
                 jobs[f"row/{task.data}/{defence.name}/{scene}"] = partial(
                     _scene, make, task, defence, scene
                 )
     for task in plan.tasks:
         for defence in plan.defences[task.data]:
-            if task is plan.tasks[0]:  # canaries have no data: one audit holds for all tasks
+            if (
+                task is plan.tasks[0] and defence.unit != "example"
+            ):  # canaries have no data: one audit holds for all tasks
                 jobs[f"audit/{defence.name}"] = partial(_audit, make, plan, task, defence)
     for name in FAULTS:
         jobs[f"fault/{name}"] = partial(_fault, make, plan, name)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from umbel.benchmarks.defences import Defence, rows, secure_rows
+from umbel.benchmarks.defences import Defence, example_rows, rows, secure_rows
 from umbel.benchmarks.scenes import Task
 
 
@@ -42,11 +42,11 @@ def quick(seed: int = 0) -> Plan:
     return Plan(
         tasks=(images, medical),
         defences={
-            images.data: [*rows([1, 8], 8), *secure_rows([5, 20], [8], 20)],
+            images.data: [*rows([1, 8], 8), *secure_rows([5, 20], [8], 20), *example_rows([8])],
             medical.data: [
                 row
-                for row in (*rows([8], 8), *secure_rows([5], [], 20))
-                if row.name in ("none", "central DP 8", "secure sum of 5")
+                for row in (*rows([8], 8), *secure_rows([5], [], 20), *example_rows([8]))
+                if row.name in ("none", "central DP 8", "secure sum of 5", "example DP 8")
             ],
         },
         seed=seed,
@@ -63,7 +63,11 @@ def full(seed: int = 0) -> Plan:
         data="breast-cancer", hidden=16, nodes=40, cohort=20, rounds=20, suspects=300,
         delta=1e-2, pictures=100, optimised=0, references=4, wide=64, wide_rounds=20, seed=seed,
     )  # fmt: skip
-    every = [*rows([0.5, 1, 2, 4, 8], 8), *secure_rows([5, 20, 50], [2, 8], 50)]
+    every = [
+        *rows([0.5, 1, 2, 4, 8], 8),
+        *secure_rows([5, 20, 50], [2, 8], 50),
+        *example_rows([2, 8]),
+    ]
     return Plan(
         tasks=(images, medical),
         defences={images.data: every, medical.data: every},

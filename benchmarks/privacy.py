@@ -54,17 +54,27 @@ class Row:
         """All findings with their scenes."""
         return [(scene, one) for scene, part in self.measured.items() for one in part.findings]
 
+    @property
+    def main(self) -> Measured | None:
+        """The scene that trains a model to use: many small nodes, or else few large ones."""
+        return self.measured.get("training") or self.measured.get("hospitals")
+
     def accuracy(self) -> tuple[float, float, float] | None:
         """Of the trained model, with its interval."""
-        found = self.measured["training"].accuracy if "training" in self.measured else None
+        found = None if self.main is None else self.main.accuracy
         if found is None:
             return None
         return (found[0], *clopper_pearson(round(found[0] * found[1]), found[1]))
 
     def claimed(self, adversary: str) -> float | None:
-        """Epsilon of the training scene against an adversary; None without a claim."""
-        part = self.measured.get("training")
-        return None if part is None else part.claimed.get(adversary)
+        """Epsilon against an adversary over the main scene; None without a claim.
+
+        Where nothing was trained, the claim of the audit.
+        """
+        if self.main is not None:
+            return self.main.claimed.get(adversary)
+        audited = [a.claimed for a in self.audits if a.adversary == adversary]
+        return audited[0] if audited else None
 
 
 @dataclass(frozen=True)

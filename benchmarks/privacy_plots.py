@@ -154,7 +154,7 @@ def _ceiling(axes: Axes, row: Row, colour: str) -> None:
 
 def _worst_auc(row: Row) -> tuple[float, float, float, float | None] | None:
     """Of the attack that comes furthest on the trained model."""
-    own = [one for scene, one in row.findings if scene == "training" and one.measure == "AUC"]
+    own = [] if row.main is None else [one for one in row.main.findings if one.measure == "AUC"]
     if not own:
         return None
     worst = max(own, key=lambda one: one.value)

@@ -75,6 +75,26 @@ HEADS = (
 )  # fmt: skip
 
 
+PROMISES = {
+    "defence": "defence",
+    "accuracy": "accuracy",
+    "eps users": "model_user",
+    ">=": "measured_model_user",
+    "eps server": "server",
+    "≥": "measured_server",
+    "bytes": "bytes_",
+    "s": "seconds",
+}
+ATTACKS = {
+    "defence": "defence",
+    "inversion": "inversion",
+    "imprint": "imprint",
+    "participation": "participation",
+    "membership": "membership",
+}
+"""Heads of the terminal's two tables, and the fields of `Line` below them."""
+
+
 def to_json(report: Report) -> dict[str, Any]:
     """The whole report as a JSON object without infinities."""
     content: dict[str, Any] = _plain(
@@ -106,13 +126,21 @@ def lines(report: Report) -> list[Line]:
     return [_line(row) for row in report.rows]
 
 
-def table(report: Report) -> Table:
-    """The matrix for a terminal."""
-    shown = Table(title="What an attacker gets, what the guarantee says, what it costs")
-    for head in HEADS:
-        shown.add_column(head, overflow="fold")
-    for line in lines(report):
-        shown.add_row(*vars(line).values())
+def tables(report: Report) -> list[Table]:
+    """The matrix for a terminal, in two halves that fit into 80 columns."""
+    shown = []
+    for data in dict.fromkeys(row.data for row in report.rows):
+        own = [_line(row) for row in report.rows if row.data == data]
+        for title, columns in (
+            (f"{data}: what is promised, measured and paid", PROMISES),
+            (f"{data}: what an attacker gets (95 % intervals)", ATTACKS),
+        ):
+            half = Table(title=title)
+            for head in columns:
+                half.add_column(head, overflow="fold")
+            for line in own:
+                half.add_row(*(getattr(line, name) for name in columns.values()))
+            shown.append(half)
     return shown
 
 
@@ -171,7 +199,7 @@ def html(report: Report, plots: Sequence[Path]) -> str:
 
 def _row(row: Row) -> dict[str, Any]:
     accuracy = row.accuracy()
-    training = row.measured.get("training")
+    training = row.main
     return {
         "data": row.data,
         "defence": row.name,
@@ -189,7 +217,7 @@ def _row(row: Row) -> dict[str, Any]:
 
 def _line(row: Row) -> Line:
     accuracy = row.accuracy()
-    training = row.measured.get("training")
+    training = row.main
     return Line(
         data=row.data,
         defence=row.name,

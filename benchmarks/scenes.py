@@ -124,7 +124,9 @@ class Measured:
 def pictures(make: Make, task: Task, defence: Defence) -> Measured:
     """Inversion of updates made by one step on one image, by the server and by a model user."""
     images, clients = task.pool, defence.cohort or 8
-    trainer = TorchTrainer(task.model(128), batch_size=0, local_steps=1)
+    trainer = defence.trainer(
+        TorchTrainer(task.model(128), batch_size=0, local_steps=1), task.delta
+    )
     found: dict[tuple[str, str, str], list[Finding]] = {}
     shown: list[Reconstruction] = []
     for start in range(0, max(task.pictures, clients), clients):
@@ -151,7 +153,7 @@ def _slow_inversions(make: Make, task: Task, defence: Defence) -> Measured:
         return Measured()
     images, clients = task.pool, defence.cohort or task.optimised
     model = task.model(32, smooth=True)
-    trainer = TorchTrainer(model, batch_size=0, local_steps=1)
+    trainer = defence.trainer(TorchTrainer(model, batch_size=0, local_steps=1), task.delta)
     rows = [np.array([row]) for row in range(clients)]
     # A rate of 1 makes the update minus the gradient, which the server could also divide out.
     played = _one_round(make, task, defence, trainer, rows, {"learning-rate": 1.0})
@@ -194,7 +196,7 @@ def crowd(make: Make, task: Task, defence: Defence) -> Measured:
     trainer = TorchTrainer(task.model(), batch_size=0, local_steps=task.local_steps)
     cohort = float(defence.cohort or total // 2)
     schedule = replace(task.schedule(defence), nodes=total, cohort=cohort, rounds=1)
-    options = {**QUIET, "learning-rate": task.learning_rate, **defence.options}
+    options = {**QUIET, "learning-rate": task.learning_rate}
     stack = defence.build(task.schedule(defence))
     federation = make(trainer=trainer, data=dealt, stack=stack, name="crowd", options=options)
     sampling = "fixed" if defence.cohort else "poisson"
@@ -233,7 +235,7 @@ def training(make: Make, task: Task, defence: Defence, references: Sequence[nn.M
     dealt = Dealt(task.pool, np.array_split(shuffled, task.nodes))
     schedule = task.schedule(defence)
     trainer = TorchTrainer(task.model(), batch_size=0, local_steps=task.local_steps)
-    options = {**QUIET, "learning-rate": task.learning_rate, **defence.options}
+    options = {**QUIET, "learning-rate": task.learning_rate}
     stack = defence.build(schedule)
     federation = make(trainer=trainer, data=dealt, stack=stack, name="training", options=options)
     sampling = "fixed" if defence.cohort else "poisson"
@@ -264,8 +266,11 @@ def hospitals(
     rows = suspects.rows[suspects.members]
     shuffled = np.random.default_rng([task.seed, 6]).permutation(rows)
     dealt = Dealt(task.pool, np.array_split(shuffled, task.hospitals))
-    trainer = TorchTrainer(task.model(task.wide), batch_size=32, local_epochs=task.wide_epochs)
-    options = {**QUIET, "learning-rate": task.learning_rate, **defence.options}
+    # Noise is drawn once a step, so private steps are few and large.
+    batch = 32 if defence.example_epsilon is None else 250
+    plain = TorchTrainer(task.model(task.wide), batch_size=batch, local_epochs=task.wide_epochs)
+    trainer = defence.trainer(plain, task.delta)
+    options = {**QUIET, "learning-rate": task.learning_rate}
     count = task.hospitals
     schedule = Schedule(task.wide_rounds, count, float(count), task.delta, task.norm)
     stack = defence.build(schedule)
@@ -276,10 +281,17 @@ def hospitals(
     findings, curves, scores = members.membership(
         played.view("model-user"), model, suspects, references
     )
+    claimed = {}
+    if defence.example_epsilon is not None:
+        claimed = {"model-user": defence.example_epsilon, "server": defence.example_epsilon}
+        findings = guaranteed(findings, curves, defence.example_epsilon, task.delta)
     return Measured(
         findings=findings,
         curves=curves,
         accuracy=(float(played.result["metrics"]["accuracy"]), len(task.pool.test)),
+        claimed=claimed,
+        bytes_up=played.bytes_up / (count * task.wide_rounds),
+        seconds=float(np.median(played.seconds)),
         scores=scores,
         members=suspects.members,
     )

@@ -1,15 +1,17 @@
 """Attacks on real runs of small federations: they work where nothing protects."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from umbel.benchmarks import scenes
-from umbel.benchmarks.defences import Defence, clipped, nothing, summed, with_noise
+from umbel.benchmarks.defences import Defence, clipped, example_rows, nothing, summed, with_noise
 from umbel.benchmarks.findings import Finding
 from umbel.benchmarks.scenes import Task
 from umbel.federation import Federation
+from umbel.privacy.audit import auc_ceiling
 
 TASK = Task(
     data="digits",
@@ -107,6 +109,18 @@ def test_a_run_reports_accuracy_cost_and_what_it_claims() -> None:
     assert one.ceiling >= 0.5
     assert one.excess is not None
     assert one.excess < 3
+
+
+def test_example_privacy_hides_records_from_the_server_too() -> None:
+    defence = example_rows([4.0])[0]
+    found = scenes.hospitals(Federation, TASK, defence, [])
+    assert found.claimed == {"model-user": 4.0, "server": 4.0}
+    loss = find(found.findings, "loss threshold", "model-user", "AUC")
+    assert loss.ceiling == pytest.approx(auc_ceiling(4.0, TASK.delta))
+    assert loss.excess is not None
+    assert loss.excess < 3
+    seen = scenes.pictures(Federation, replace(TASK, optimised=0), defence)
+    assert find(seen.findings, "closed form", "server", "examples recovered").value < 0.2
 
 
 @pytest.mark.slow
