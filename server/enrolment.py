@@ -21,12 +21,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.transport.certificates import (
+    NODE_DAYS,
     TICKET_PREFIX,
     Authority,
     CertificateError,
     common_name,
     load_certificate,
     make_ticket,
+    requested_key,
     sign_request,
 )
 from umbel.transport.join import JoinFile, make_join_file
@@ -171,7 +173,7 @@ class Enrolment:
     ) -> x509.Certificate:
         """Exchange a token and a signing request for a certificate.
 
-        The same request may come again, for a node that lost the answer.
+        A request for the same key may come again, from a node that lost the answer.
 
         Raises:
             RefusedError: the token is unknown, used, expired, or another node's.
@@ -182,7 +184,7 @@ class Enrolment:
         if not row:
             raise RefusedError("this token is not known here; ask the operator for a new join file")
         name, expires, used, known_request = row[0]
-        asked = hashlib.sha256(request).hexdigest()
+        asked = _key_digest(request)
         presented = _peer_name(peer)
         if presented != TICKET_PREFIX + name:
             raise RefusedError("the token and the certificate are not of the same join file")
@@ -269,7 +271,9 @@ class Enrolment:
                 (FIRST_NODE_ID - 1, name, time.time(), int(own_certificate)),
             )
 
-    def issue(self, name: str, request: bytes, authority: Authority) -> x509.Certificate:
+    def issue(
+        self, name: str, request: bytes, authority: Authority, *, days: float = NODE_DAYS
+    ) -> x509.Certificate:
         """A certificate for a node's signing request, remembered.
 
         Raises:
@@ -279,7 +283,7 @@ class Enrolment:
             if node.name == name and node.revoked is not None:
                 raise RefusedError(f"node {name} was revoked by the operator")
         try:
-            certificate = sign_request(authority, request, name)
+            certificate = sign_request(authority, request, name, days)
         except CertificateError as problem:
             raise RefusedError(str(problem)) from problem
         row = (
@@ -322,6 +326,16 @@ def _peer_name(peer: bytes) -> str:
 def _openssh(certificate: x509.Certificate) -> str:
     key = certificate.public_key()
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def _key_digest(request: bytes) -> str:
+    """Of the key that is to be certified; signatures over it differ each time."""
+    try:
+        key = requested_key(request)
+    except CertificateError as problem:
+        raise RefusedError(str(problem)) from problem
+    data = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _digest(token: str) -> str:

@@ -122,10 +122,8 @@ def make_request(key: bytes, name: str) -> bytes:
     return builder.sign(private, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def sign_request(
-    authority: Authority, request: bytes, name: str, days: float = NODE_DAYS
-) -> x509.Certificate:
-    """A node's certificate for the key in its request; the name is ours, not the request's.
+def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
+    """The key that a signing request is for.
 
     Raises:
         CertificateError: the request is damaged, not signed by its key, or of another curve.
@@ -140,6 +138,18 @@ def sign_request(
         raise CertificateError("the signing request is not signed by its own key")
     if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
         raise CertificateError("the signing request must be for an ECDSA P-256 key")
+    return public
+
+
+def sign_request(
+    authority: Authority, request: bytes, name: str, days: float = NODE_DAYS
+) -> x509.Certificate:
+    """A node's certificate for the key in its request; the name is ours, not the request's.
+
+    Raises:
+        CertificateError: the request is damaged, not signed by its key, or of another curve.
+    """
+    public = requested_key(request)
     return _issue(authority, public, name, days, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
@@ -360,6 +370,7 @@ __all__ = [
     "open_authority",
     "read_identity",
     "renewal_due",
+    "requested_key",
     "save_identity",
     "sign_request",
 ]
