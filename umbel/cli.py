@@ -54,19 +54,25 @@ Options = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line on stdout.")]
 
 
-@app.callback()
-def root(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    """Federated learning on Flower."""
-    context.obj = {"debug": debug}
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         from umbel import __version__
 
         typer.echo(f"umbel {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[  # noqa: ARG001
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    """Federated learning on Flower."""
+    context.obj = {"debug": debug}
 
 
 @app.command("run")

@@ -22,7 +22,7 @@ from umbel.server.session import session
 from umbel.server.workers import Nursery
 from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options, override
+from umbel.strategies.options import Options, RunOptions, override
 from umbel.strategies.privacy_options import PrivacyOptions
 
 NODES = 10
@@ -128,6 +128,8 @@ def _plan(
     PrivacyOptions.check_given(changes)
     federation = server_app.federation if isinstance(server_app, FederationServerApp) else None
     options = (federation.override if federation else override)(known, changes)
+    if federation is not None:
+        RunOptions.read(options)  # raises before there is a directory or a process
     return _Plan(folder, server_app, options, nodes or folder.nodes or NODES, workers)
 
 
