@@ -75,6 +75,7 @@ class Trainee:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._starting: asyncio.Task[None] | None = None
         self.device = ""
 
     @property
@@ -138,21 +139,24 @@ class Trainee:
             "ttl": begin.ttl,
             "run_config": begin.run_config.hex(),
         }
+        ready = False
         try:
-            if self._writer is None:
-                await self.start()
-            assert self._writer is not None
-            self._writer.write(pack(header, begin.inline if begin.size <= BESIDE else b""))
             async with asyncio.timeout(limit_s):
+                await self._ready()
+                ready = True
+                assert self._writer is not None
+                self._writer.write(pack(header, begin.inline if begin.size <= BESIDE else b""))
                 said, beside = await self._hear()
         except TimeoutError:
+            if not ready:
+                return self._crashed(begin, "the app was not ready in time")
             self.stop()
             return self._crashed(begin, f"it was not done after {limit_s:.0f} s and was stopped")
         except (EOFError, OSError):
             return self._crashed(begin, f"the app's process died ({self._end()})")
         except (ConfigError, RunError) as problem:
             self.stop()
-            return self._crashed(begin, str(problem))
+            return Answer(begin.id, error=(CRASHED, str(problem)))
         if said["op"] == "failed":
             return Answer(begin.id, error=(said.get("code", RAISED), said["reason"]))
         parts: list[Buffer] = [beside]
@@ -160,14 +164,32 @@ class Trainee:
             parts = [read_shared(self._outbound, said["size"])]
         return Answer(begin.id, parts)
 
+    async def _ready(self) -> None:
+        """Wait until a process has loaded the app; one that is starting is left alone."""
+        if self._writer is None and self._starting is None:
+            self._starting = asyncio.create_task(self.start())
+        if self._starting is not None:
+            try:
+                await asyncio.shield(self._starting)
+            finally:
+                if self._starting.done():
+                    self._starting = None
+
     def stop(self) -> None:
         """Kill the process."""
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
         self._end()
 
     def _crashed(self, begin: Begin, reason: str) -> Answer:
+        """Say so, and start the next process at once: it takes seconds."""
         log.warning("%s", reason)
+        if self._starting is None:
+            self._starting = asyncio.create_task(self.start())
+            self._starting.add_done_callback(_look_at)
         return Answer(begin.id, error=(CRASHED, reason))
 
     def _end(self) -> str:
@@ -196,3 +218,9 @@ class Trainee:
         except asyncio.IncompleteReadError as problem:
             raise EOFError from problem
         return json.loads(body[:text]), body[text:]
+
+
+def _look_at(starting: "asyncio.Task[None]") -> None:
+    """The failure of a start is reported by whoever needs the process next."""
+    if not starting.cancelled():
+        starting.exception()
