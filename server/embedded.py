@@ -100,6 +100,8 @@ class EmbeddedGrid(Grid):
         self._ready: dict[str, Message] = {}
         self._open: set[str] = set()
         self._at_work: set[int] = set()
+        self._alone: set[int] = set()
+        """Nodes of whose group one hung; from then on each is a group of its own."""
         self._pump_lock = threading.RLock()
         self._queue_lock = threading.Lock()
         """Guards the queue and what is counted; held for moments, never while work is done."""
@@ -190,7 +192,8 @@ class EmbeddedGrid(Grid):
             if id(content) not in packed:  # the same object in many messages is packed once
                 packed[id(content)] = pack(content)
             kind, node_id = envelope.message_type, envelope.node_id
-            full = len(group) >= (size if kind == "train" else 1)
+            alone = node_id in self._alone or bool(group & self._alone)
+            full = alone or len(group) >= (size if kind == "train" else 1)
             if not group or full or kind != last_type or node_id in group:
                 self._next_group, group, last_type = self._next_group + 1, set(), kind
             group.add(node_id)
@@ -347,6 +350,7 @@ class EmbeddedGrid(Grid):
         if self._workers is not None:
             for task in self._workers.abandon(message_ids):
                 self._at_work.discard(task.envelope.node_id)
+                self._alone.add(task.envelope.node_id)
 
     def pickled_states(self) -> Mapping[int, bytes]:
         """States that changed since the last call, by node id."""

@@ -28,7 +28,7 @@ from umbel.server.progress import Progress
 from umbel.server.roster import NodeRef
 from umbel.server.rundir import RunDirectory
 from umbel.strategies.cohort import cohort_named
-from umbel.strategies.collect import BUFFERS, Gathering, Sum
+from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
@@ -259,7 +259,8 @@ class Rounds:
         said = f"round {number}: {sum_.replies} of {need} needed replies could be used{first}"
         if sum_.aborted:
             said = f"round {number}: {sum_.aborted}{first}"
-        nobody = not sum_.aborted and not sum_.replies and position.round == 0
+        answered = any(item.reason != NO_REPLY for item in sum_.rejected)
+        nobody = answered and not sum_.aborted and not sum_.replies and position.round == 0
         if nobody or after.abandoned >= PATIENCE_WITHOUT_REPLIES:
             raise RunError(f"{said}; the run ends; the nodes' errors are in {self.run.log_path}")
         self.progress.note(f"{said}; the model stays as it was")

@@ -206,8 +206,11 @@ class Workers:
         tasks, worker.busy = worker.busy, ()
         return list(zip(tasks, said or [None] * len(tasks), strict=True))
 
-    def _mourn(self, worker: _Worker) -> list[tuple[Task, Done]]:
-        """Replace a dead process; its tasks become error replies, the nodes' states stay."""
+    def _mourn(self, worker: _Worker) -> list[tuple[Task, Done | None]]:
+        """Replace a dead process; its task becomes an error reply, the node's state stays.
+
+        Of a group, nobody knows which node it was: each is to be tried by itself.
+        """
         if not worker.ready:
             self._stillborn += 1
             if self._stillborn > STILLBORN:
@@ -216,6 +219,8 @@ class Workers:
                     f"{STILLBORN} had before; see the run's log.txt, or try --workers 0"
                 )
         tasks = self._replace(worker)
+        if len(tasks) > 1:
+            return [(task, None) for task in tasks]
         reason = f"its worker process {worker.pid} died; another has taken its place"
         return [(task, Done(task.envelope.error(CRASHED, reason), task.state)) for task in tasks]
 

@@ -26,6 +26,8 @@ BUFFERS = "buffers"
 """In the same record: the node's floating-point buffers as one flat vector, where they travel."""
 METRICS = "metrics"
 """Name of the reply's MetricRecord."""
+NO_REPLY = "no reply within round-timeout"
+"""Why a node that said nothing is not in the sum."""
 EXAMPLES = "num-examples"
 """In that record: how many examples the update was made from (Flower's own key)."""
 
@@ -192,7 +194,7 @@ class PlainSum:
             weights[where] = weight
             means.add(where, numbers(reply), weight)
             bytes_up += size
-        rejected += [Rejected(node, "no reply within round-timeout") for node in position]
+        rejected += [Rejected(node, NO_REPLY) for node in position]
         total = math.fsum(weights.values())
         return Sum(
             total=fold.finish(),

@@ -120,3 +120,50 @@ def test_a_draw_of_no_node_is_no_failure(umbel: WarmCommand, tmp_path: Path) -> 
     ended = run(umbel, tmp_path, "-c", "cohort=poisson cohort-size=0.01 rounds=6")
     assert ended.status == 0, ended.err
     assert "the draw chose no node" in ended.err
+
+
+DYING = """
+import os
+
+
+def dying(node, options):
+    if node.partition == 2:
+        os.kill(os.getpid(), 9)
+    return data(node, options)
+
+
+federation = Federation(trainer=TorchTrainer(net), data=dying, test=test)
+"""
+HANGING = """
+import threading
+
+
+def hanging(node, options):
+    if node.partition == 2:
+        threading.Event().wait()
+    return data(node, options)
+
+
+federation = Federation(trainer=TorchTrainer(net), data=hanging, test=test)
+"""
+
+
+def test_a_node_that_kills_its_process_costs_none_of_its_group(
+    umbel: WarmCommand, tmp_path: Path
+) -> None:
+    app = make(tmp_path / "app", DYING)
+    ended = umbel.command("run", app, "--workers", "1", "--json", cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    lines = (tmp_path / ended.result["run"] / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines[1:]):
+        assert line["clients"] == 3
+        assert [failure["node"] for failure in line["failed"]] == ["2"]
+
+
+def test_nodes_that_hung_together_are_tried_one_by_one(umbel: WarmCommand, tmp_path: Path) -> None:
+    app = make(tmp_path / "app", HANGING)
+    options = "round-timeout=4.0 rounds=3 federated-every=-1"
+    ended = umbel.command("run", app, "--workers", "2", "--json", "-c", options, cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    lines = (tmp_path / ended.result["run"] / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["clients"] == 3
