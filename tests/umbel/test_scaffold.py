@@ -1,0 +1,48 @@
+"""`umbel new`: an ordinary Flower app, and no way to lose one's own files."""
+
+from pathlib import Path
+
+import pytest
+
+from umbel.scaffold import TEMPLATE, new_app
+from umbel.strategies.app import open_app
+from umbel.strategies.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", ["my-app", "a", "Clinic_7", "x.y"])
+def test_it_is_an_app_of_that_name(name: str, tmp_path: Path) -> None:
+    folder = new_app(tmp_path / "deep" / name)
+    app = open_app(folder)
+    assert app.name == name
+    assert app.nodes is not None and app.options["rounds"]
+    assert {file.name for file in folder.iterdir()} == {
+        file.name.removesuffix(".tmpl") for file in TEMPLATE.iterdir() if file.suffix == ".tmpl"
+    }
+    assert not any("$" in file.read_text() for file in folder.iterdir())
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    assert (new_app(tmp_path / "here") / "task.py").is_file()
+
+
+@pytest.mark.parametrize("name", ["-x", "x-", "a b", "é", "..."])
+def test_a_name_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no name for an app; use letters"):
+        new_app(tmp_path / name)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "task.py").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("mine", "file"):
+        with pytest.raises(ConfigError, match="exists already; choose another name"):
+            new_app(tmp_path / name)
+    assert (tmp_path / "mine" / "task.py").read_text() == "precious"
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+        new_app(tmp_path / "file" / "app")
