@@ -329,8 +329,9 @@ class Place:
 def place_of(privacy: PrivacyOptions, run: RunDirectory) -> Place:
     """Where the ledger of this run's population is.
 
-    A named population's is kept beside the run directories, so the next run there continues it.
-    Simulated nodes without a name are new people in every run; real nodes are the same people.
+    That of real nodes is kept in the coordinator's state folder, another engine's beside the run
+    directories, so the next run there continues it. Simulated nodes without a name are new people
+    in every run; real nodes are the same people.
     """
     simulated = run.config().get("engine") == "embedded"
     name = privacy.population or ("" if simulated else "default")
@@ -341,5 +342,6 @@ def place_of(privacy: PrivacyOptions, run: RunDirectory) -> Place:
         raise ConfigError(
             f"population is {name!r}; use letters, digits, dots, dashes and underscores"
         )
-    default = run.path.parent / "populations" / f"{name}.sqlite"
+    folder = run.config().get("populations") or run.path.parent / "populations"
+    default = Path(folder) / f"{name}.sqlite"
     return Place(Path(privacy.ledger) if privacy.ledger else default, name, alone=False)

@@ -161,6 +161,7 @@ def _plan(
         "changes": {k: v for k, v in options.items() if known.get(k) != v},
         "nodes": run.nodes or None,
         "engine": "link",
+        "populations": str((service.settings.state / "populations").absolute()),
         "enough": run.enough,
         "versions": versions(),
         "machine": machine(),
