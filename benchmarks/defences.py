@@ -281,11 +281,29 @@ def secure_rows(
 
 @dataclass(frozen=True)
 class Liar:
-    """A layer that does what `acts` does and claims what `says` claims."""
+    """A layer that does what `acts` does and claims what `says` claims.
+
+    Attributes:
+        acts: encodes and decodes.
+        says: everything else.
+        private: whether metrics are kept from travelling.
+        part: of the noise, where a plan decides it later.
+    """
 
     acts: Layer[Any]
     says: Layer[Any]
     private: bool = True
+    part: float = 1.0
+
+    def with_noise(self, noise_multiplier: float) -> "Liar":
+        """Once a plan has decided the noise: `part` of it, under a claim of all of it."""
+        acts: Any = self.acts
+        says: Any = self.says
+        return replace(
+            self,
+            acts=acts.with_noise(noise_multiplier * self.part),
+            says=says.with_noise(noise_multiplier),
+        )
 
     def __getattr__(self, name: str) -> Any:
         source = "acts" if name in ("encode", "decode") else "says"
@@ -296,11 +314,12 @@ def quarter_noise(stack: Stack) -> Stack:
     """The noise has a quarter of the standard deviation that is claimed."""
     layers: list[Layer[Any]] = []
     for layer in stack.layers:
-        multiplier = getattr(layer, "noise_multiplier", None)
-        if isinstance(layer, Gaussian) and multiplier is not None:
-            layers.append(Liar(replace(layer, noise_multiplier=multiplier / 4), layer))
-        else:
+        if not isinstance(layer, Gaussian):
             layers.append(layer)
+        elif layer.noise_multiplier is None:
+            layers.append(Liar(layer, layer, part=0.25))
+        else:
+            layers.append(Liar(layer.with_noise(layer.noise_multiplier / 4), layer))
     return _changed(stack, layers, stack.collect, "noise")
 
 
