@@ -80,6 +80,7 @@ def watch(command: Sequence[str], folder: Path, *, memory: bool = False) -> Watc
         found = _ROUND.search(line)
         if found and int(found[1]) == len(ends) + 1:
             ends.append(now)
+    process.stdout.close()
     status = process.wait()
     seconds = time.perf_counter() - began
     done.set()

@@ -290,12 +290,12 @@ class EmbeddedGrid(Grid):
         while self._workers.idle and (tasks := self._next_tasks()):
             self._workers.give(tasks)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        split = []
-        for task, done in self._workers.wait(left):
-            if done is None:
+        split: list[Task] = []
+        for task, result in self._workers.wait(left):
+            if result is None:
                 split.append(task)
             else:
-                self._finish(task, done)
+                self._finish(task, result)
         self._requeue(split)
 
     def _requeue(self, tasks: list[Task]) -> None:
