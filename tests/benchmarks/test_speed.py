@@ -70,7 +70,7 @@ def test_memory_of_a_process_tree_is_seen() -> None:
 def test_the_bare_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads()
     try:
-        plan = bare.Plan("digits", "digits", 10, 10, 4, 1.0, 0.2, 0.2, epochs=2, evaluate=True)
+        plan = bare.Plan("digits", "digits", 10, 10, 4, 1.0, 0.2, 0.2, epochs=3, evaluate=True)
         bare.main(plan)
     finally:
         torch.set_num_threads(before)
