@@ -1,5 +1,6 @@
 """What a person reads at the end of a run."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,19 @@ def lines(result: Mapping[str, Any], report: Path) -> Iterator[str]:
     if metrics:
         yield metrics
     if result.get("epsilon") is not None:
-        yield f"epsilon {result['epsilon']:.4g} at delta {result['delta']:g}"
+        yield from _privacy(result)
     yield from _summary(result.get("summary"))
     yield f"report: {report}"
+
+
+def _privacy(result: Mapping[str, Any]) -> Iterator[str]:
+    """What was promised, and against whom nothing was."""
+    if result.get("privacy"):
+        yield f"privacy: {result['privacy']}"
+    against = result.get("epsilon_against") or {}
+    open_to = [who for who, epsilon in against.items() if math.isinf(epsilon)]
+    others = f" (no protection against the {' or '.join(open_to)})" if open_to else ""
+    yield f"epsilon {result['epsilon']:.4g} at delta {result['delta']:g}{others}"
 
 
 def metrics_of(result: Mapping[str, Any]) -> list[tuple[str, float]]:
