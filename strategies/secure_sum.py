@@ -57,6 +57,9 @@ SECURE = "umbel.secure"
 STAGES = ("share", "mask", "agree", "unmask")
 _ACTION = "umbel_secure_"
 
+FEW = 20
+"""Below this many nodes a run is told that its exact sums say much about each."""
+
 TAILS = 6.0
 """Standard deviations of the noise, and of a rotated sum, that the modulus has room for."""
 
@@ -117,6 +120,19 @@ class SecureSum:
             public_denominator=self.weighting == "fixed",
             min_replies=floor,
         )
+
+    def advice(self, cohort: float, private: bool) -> list[str]:
+        """What is said before a run starts."""
+        lines = [
+            "secure sum: the server learns the sum of the nodes' updates and nothing else; "
+            "designed after Bonawitz et al. 2017 and Bell et al. 2020, not independently audited"
+        ]
+        if not private and cohort < FEW:
+            lines.append(
+                f"a cohort of {cohort:g} is small: few updates can be told from their sum, "
+                "take more nodes a round, or a budget such as epsilon=8"
+            )
+        return lines
 
     def answers(self) -> Mapping[str, ClientFn]:
         return {_ACTION + stage: partial(self._answer, stage) for stage in STAGES}

@@ -179,6 +179,51 @@ def test_epsilon_alone_with_secure_makes_the_whole_private_run(tmp_path: Path) -
     assert not verify(tmp_path / "run")
 
 
+FAILING = """
+import numpy as np
+
+from umbel import Federation, FunctionTrainer
+
+
+def train(arrays, examples, job):
+    if job.round == 2 and examples < 3:
+        raise RuntimeError("gone")
+    return arrays, 1, {}
+
+
+def initial(options):
+    return {"w": np.zeros(8)}
+
+
+federation = Federation(FunctionTrainer(initial, train), lambda node, _: node.partition)
+"""
+
+
+def test_a_round_that_was_given_up_is_not_charged_and_the_next_goes_on(tmp_path: Path) -> None:
+    from umbel.run import run
+
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "task.py").write_text(FAILING)
+    for half in ("server", "client"):
+        text = f"from task import federation\n\napp = federation.{half}_app()\n"
+        (app / f"{half}_app.py").write_text(text)
+    (app / "pyproject.toml").write_text(
+        '[project]\nname = "failing"\nversion = "1"\n[tool.flwr.app]\npublisher = "x"\n'
+        '[tool.flwr.app.components]\nserverapp = "server_app:app"\nclientapp = "client_app:app"\n'
+        "[tool.flwr.app.config]\nrounds = 3\n"
+    )
+    options = {"secure": True, "noise-multiplier": 2.0, "delta": 1e-3}
+    out = tmp_path / "run"
+    run(app, options=options, nodes=6, workers=0, out=out, progress=SilentProgress())
+    lines = [line for line in RunDirectory.open(out).rounds() if line["round"]]
+    assert [line["clients"] for line in lines] == [6, 0, 6]
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert [row["times"] for row in certificate["events"]] == [2]
+    assert certificate["secure_sum"]["nodes"] == 6
+    assert certificate["secure_sum"]["identities"] == "first-use"
+
+
 @pytest.mark.parametrize(
     "options", [{"mechanism": "local"}, {"clipping": "adaptive"}, {"secure-noise": "laplace"}]
 )
