@@ -129,7 +129,7 @@ class SecureSum:
         ]
         if not private and cohort < FEW:
             lines.append(
-                f"a cohort of {cohort:g} is small: few updates can be told from their sum, "
+                f"a cohort of {cohort:g} is small: few updates can be told from their sum; "
                 "take more nodes a round, or a budget such as epsilon=8"
             )
         return lines
