@@ -9,14 +9,18 @@ Only Flower's own commands are used, with a home of their own in --state, so an 
 configuration of Flower is neither read nor changed.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +76,39 @@ def serve_with_flower(
 
 
 def node_with_flower(start: StartSettings) -> None:
-    """Run a SuperNode with this node's key until it ends.
+    """Run a SuperNode with this node's key until a signal ends it.
 
     Raises:
         ConfigError: the node has not enrolled, or brings its own certificate.
     """
-    import asyncio
-
     membership = Membership(start.state)
     try:
         settings = asyncio.run(enrolled(membership, start))
-        command = _supernode_command(membership, settings)
+        _keep_running(
+            lambda: _supernode_command(membership, settings),
+            _environment(membership.folder.absolute() / "flower"),
+        )
     finally:
         membership.close()
-    os.execvpe(command[0], command, _environment(start.state.absolute() / "flower"))
+
+
+def _keep_running(command: Callable[[], list[str]], environment: Mapping[str, str]) -> None:
+    """Start a SuperNode again whenever it gives up, as it does without a SuperLink."""
+    stopped = threading.Event()
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(*_: Any) -> None:
+        stopped.set()
+        if process is not None:
+            process.terminate()
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, stop)
+    while not stopped.is_set():
+        process = subprocess.Popen(command(), env=environment)
+        if process.wait() != 0 and not stopped.is_set():
+            log.warning("the SuperNode has ended; it is started again")
+        stopped.wait(_POLL_S)
 
 
 def _supernode_command(membership: Membership, settings: NodeSettings) -> list[str]:
@@ -104,7 +127,7 @@ def _supernode_command(membership: Membership, settings: NodeSettings) -> list[s
         *("--root-certificates", str(home / "root.crt")),
         *("--auth-supernode-private-key", str(home / "node.key")),
         *("--node-config", words),
-        *("--port", "0"),
+        *("--port", str(_free_port())),
     ]
 
 
@@ -247,6 +270,13 @@ def _program(name: str) -> str:
     if not file.exists():
         raise ConfigError(f"{file} is missing; install flwr in the environment of umbel")
     return str(file)
+
+
+def _free_port() -> int:
+    """For the SuperNode's own apps on this machine, so that several do not clash."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _environment(home: Path) -> Mapping[str, str]:
