@@ -221,10 +221,14 @@ def _calibrated(
     ledger: Ledger,
     questions: Sequence[PrivateMean],
 ) -> float:
-    asked = Counter(charge_for(c, cohort, nodes) for q in questions for c in q.claims())
+    # A seeded run gets the noise that it would have if it were private.
+    sound = replace(stack, layers=tuple(_without_seed(layer) for layer in stack.layers))
+    asked = Counter(
+        charge_for(c, cohort, nodes) for q in questions for c in _without_seed(q).claims()
+    )
 
     def planned(multiplier: float) -> Counter[Charge]:
-        noisy = with_noise(stack, multiplier)
+        noisy = with_noise(sound, multiplier)
         return charges_of(noisy, cohort, nodes, facts, options.rounds) + asked
 
     before = ledger.spent("model-user")
@@ -305,6 +309,11 @@ def _question(question: PrivateMean) -> dict[str, Any]:
         "norm": question.norm,
         "noise_multiplier": question.noise_multiplier,
     }
+
+
+def _without_seed(part: Any) -> Any:
+    seeded = getattr(part, "insecure_seed", None) is not None
+    return replace(part, insecure_seed=None) if seeded else part
 
 
 def _insecure(stack: Stack) -> bool:

@@ -248,6 +248,9 @@ def test_noise_cannot_be_repeated_unless_somebody_says_insecure(lab: Lab) -> Non
     assert any("privacy: off (seeded)" in line for line in lab.heard.lines)
     assert "**None.**" in (lab.directory("d").path / "MODEL_CARD.md").read_text()
     assert verify(lab.directory("d").path) == []
+    seeded = lab.run("e", epsilon=3.0, insecure_noise_seed=1)
+    assert seeded["epsilon"] == math.inf
+    assert seeded["noise_multiplier"] == lab.run("f", epsilon=3.0)["noise_multiplier"]
 
 
 def test_a_delta_that_gives_one_node_away_is_warned_of(lab: Lab) -> None:
