@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,8 @@ def save(directory: Path, position: Position, nodes: Mapping[int, bytes]) -> Non
         save_file(_apart(tensors), fresh, metadata={"umbel": json.dumps(numbers)})
         fresh.replace(file)
     except (OSError, SafetensorError, sqlite3.Error) as error:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
         raise RunError(
             f"the checkpoint in {directory} cannot be written ({error}); make room and continue "
             "with --resume"

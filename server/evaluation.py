@@ -10,10 +10,12 @@ import numpy as np
 from flwr.app import Message
 
 from umbel.server.roster import NodeRef
-from umbel.strategies.collect import EXAMPLES, Rejected, numbers
+from umbel.strategies.collect import EXAMPLES, LARGEST_METRIC, Rejected, numbers
 
 FALLING = {"loss", "error", "rmse", "mse", "mae", "perplexity", "ppl", "nll"}
 GROWING = {"accuracy", "acc", "auc", "f1", "r2", "precision", "recall", "dice"}
+LARGEST_WEIGHT = 2.0**53
+"""Examples that a node may claim, as in training."""
 
 
 def words_of(name: str) -> set[str]:
@@ -48,7 +50,7 @@ class FederatedEvaluation:
         names = sorted({name for row in self.rows for name in row} - {"node", "examples"})
         result: dict[str, dict[str, float]] = {}
         for name in names:
-            rows = [row for row in self.rows if math.isfinite(row.get(name, math.nan))]
+            rows = [row for row in self.rows if abs(row.get(name, math.nan)) <= LARGEST_METRIC]
             if rows:
                 values = np.array([row[name] for row in rows], dtype=np.float64)
                 weights = np.array([row["examples"] for row in rows], dtype=np.float64)
@@ -84,6 +86,7 @@ def gather(replies: Iterable[Message], nodes: Sequence[NodeRef]) -> FederatedEva
             continue
         metrics = numbers(reply)
         examples = metrics.pop(EXAMPLES, 0.0)
-        if node_id in order and examples > 0 and math.isfinite(examples):
-            rows[order[node_id]] = {"node": names[node_id], "examples": int(examples), **metrics}
+        if node_id in order and 0 < examples < LARGEST_WEIGHT:
+            own = {"node": names[node_id], "examples": int(examples)}  # whatever metrics are called
+            rows[order[node_id]] = {**own, **metrics, **own}
     return FederatedEvaluation([rows[i] for i in sorted(rows)], tuple(failed))

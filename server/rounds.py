@@ -6,6 +6,7 @@
 One loop for every engine: all it needs is a Flower `Grid`.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -160,6 +161,7 @@ class Rounds:
             "epsilon": self.job.guard.epsilon(),
             "learning_rate": self._rate(number),
             **({"secure": dict(sum_.about)} if sum_.about else {}),
+            **({} if sum_.revealed else {"aborted": sum_.aborted}),
         }
         self.run.append_round(line)
         self.failures.tell(number, line["failed"])
@@ -311,6 +313,8 @@ class Rounds:
                 f"of {', '.join(metrics)}"
             )
         value = -metrics[name] if direction(name) < 0 else metrics[name]
+        if math.isnan(value):  # nothing is better than NaN, so it would stay the best for ever
+            value = -math.inf
         if position.best is not None and not value > position.best.value:
             return position.but(stale=position.stale + 1)
         vector = position.parameters if position.average is None else position.average
