@@ -21,7 +21,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from umbel.privacy.accounting import Spent
-from umbel.privacy.events import Charge, relation_name, to_json
+from umbel.privacy.events import ZERO_OUT, Charge, relation_name, to_json
 from umbel.server.budget import Budget
 from umbel.server.coordinator_key import public_text, sign
 from umbel.server.ledger import Against
@@ -84,13 +84,16 @@ def secure_sum(run: RunDirectory) -> dict[str, Any] | None:
 
 def guarantee(result: Spent, against: Against, description: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the certificate: what holds against one adversary."""
+    sampling = description["cohort"] if against == "model-user" else "known to the server"
+    if result.relation is ZERO_OUT:
+        sampling = "not counted"
     return {
         "against": against,
         "epsilon": result.epsilon,
         "delta": result.delta,
         "unit": description["unit"],
         "relation": relation_name(result.relation),
-        "sampling": description["cohort"] if against == "model-user" else "known to the server",
+        "sampling": sampling,
         "accountant": result.accountant,
         "epsilon_rdp": result.cross_check,
     }

@@ -69,8 +69,11 @@ def _guarantee(certificate: Mapping[str, Any]) -> str:
         return "**None.** Something was released without noise."
     factor = math.exp(item["epsilon"])
     size = f"{factor:.3g}" if factor < 1e6 else f"e^{item['epsilon']:.3g}"
+    what = "Whether any one node took part, whatever its data,"
+    if item["relation"] == "zero-out-one":
+        what = "What any one node contributed, if anything,"
     return (
-        f"Whether any one node took part, whatever its data, changes the odds of anything that "
+        f"{what} changes the odds of anything that "
         f"{_WHO[item['against']]} can conclude by a factor of at most {size} "
         f"(epsilon {item['epsilon']:.4g}), except with a probability of {item['delta']:g} (delta)."
     )
