@@ -45,6 +45,14 @@ def privacy(
     inject: Annotated[
         Fault | None, typer.Option(help="Break the audited stack on purpose: it must be noticed.")
     ] = None,
+    utility: Annotated[
+        bool, typer.Option("--utility", help="Measure accuracy against epsilon instead.")
+    ] = False,
+    recipes: Annotated[
+        str, typer.Option(help="Of --utility: quick, best, few (6,000 users of 10 images).")
+    ] = "quick best few",
+    epsilons: Annotated[str, typer.Option(help="Of --utility.", metavar="'1 2.7 ...'")] = "1 2.7 8",
+    repeats: Annotated[int, typer.Option(help="Runs at each epsilon, for --utility.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Of everything that is not noise.", min=0)] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Processes; 0 is none. Default: one a core.", min=0)
@@ -62,6 +70,9 @@ def privacy(
     from umbel.benchmarks import privacy_report
     from umbel.strategies.errors import ConfigError
 
+    if utility:
+        _utility(app, recipes.replace(",", " ").split(), epsilons, repeats, out, as_json)
+        return
     if config and app is None:
         raise ConfigError("-c changes an app's options; name the app with --app")
     report = _measured(app, config or [], full, inject, seed, workers)
@@ -81,6 +92,36 @@ def privacy(
         sys.stderr.write(f"umbel: {problem}\n")
     if problems:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _utility(
+    app: Path | None, recipes: list[str], texts: str, repeats: int, out: Path | None, as_json: bool
+) -> None:
+    """Accuracy against epsilon, by whole private runs."""
+    from umbel.benchmarks import utility
+    from umbel.run import example, run
+    from umbel.strategies.errors import ConfigError
+
+    try:
+        epsilons = [float(text) for text in texts.replace(",", " ").split()]
+    except ValueError:
+        raise ConfigError(f"epsilons is {texts!r}; give numbers, such as '1 2.7 8'") from None
+    out = out or Path("runs") / time.strftime("bench-utility-%Y%m%d-%H%M%S")
+    points = utility.measure(
+        run,
+        app or example("private-fashion"),
+        [utility.settings_named(name) for name in recipes],
+        epsilons,
+        repeats,
+        out,
+        lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    files = utility.write(points, out)
+    for line in utility.lines(points):
+        typer.echo(line)
+    typer.echo(f"written: {', '.join(str(file) for file in files)}")
+    if as_json:
+        typer.echo(json.dumps(json.loads(files[0].read_text(encoding="utf-8"))))
 
 
 def _measured(

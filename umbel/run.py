@@ -27,7 +27,7 @@ from umbel.strategies.privacy_options import PrivacyOptions
 
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
-EXAMPLE = Path(__file__).parent / "examples" / "fashion"
+EXAMPLES = Path(__file__).parent / "examples"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -145,11 +145,11 @@ def _before(resume: Path) -> dict[str, Any]:
     return before
 
 
-def example() -> Path:
-    """The bundled example: beside this file in a wheel, in `examples/` in a checkout."""
-    if EXAMPLE.is_dir():
-        return EXAMPLE
-    return Path(__file__).resolve().parent.parent / "examples" / "fashion"
+def example(name: str = "fashion") -> Path:
+    """A bundled example: beside this file in a wheel, in `examples/` in a checkout."""
+    if (EXAMPLES / name).is_dir():
+        return EXAMPLES / name
+    return Path(__file__).resolve().parent.parent / "examples" / name
 
 
 def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -> RunDirectory:
