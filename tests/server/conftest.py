@@ -143,7 +143,11 @@ class Lab:
 
     def ask(self, messages: list[Any], timeout: float | None = PATIENCE_S) -> "Asked":
         """Stream messages on a thread of its own."""
-        return Asked(self.grid, messages, timeout)
+        return Asked(self.grid.stream(messages, timeout))
+
+    def ask_iterator(self, replies: Iterator[Any]) -> "Asked":
+        """Collect replies on a thread of its own."""
+        return Asked(replies)
 
     def close(self) -> None:
         for peer in self._peers:
@@ -155,14 +159,13 @@ class Lab:
 class Asked:
     """Replies that are collected while the test does something else."""
 
-    def __init__(self, grid: LinkGrid, messages: list[Any], timeout: float | None) -> None:
+    def __init__(self, replies: Iterator[Any]) -> None:
         self.replies: list[Any] = []
-        self._thread = threading.Thread(target=self._run, args=(grid, messages, timeout))
+        self._thread = threading.Thread(target=self._run, args=(replies,))
         self._thread.start()
 
-    def _run(self, grid: LinkGrid, messages: list[Any], timeout: float | None) -> None:
-        for reply in grid.stream(messages, timeout):
-            self.replies.append(reply)
+    def _run(self, replies: Iterator[Any]) -> None:
+        self.replies.extend(replies)
 
     def result(self) -> list[Any]:
         """All replies."""
