@@ -64,13 +64,29 @@ def objective(loss: str | Loss) -> Objective:
         ConfigError: the name is unknown.
     """
     if not isinstance(loss, str):
-        return Objective(getattr(loss, "__name__", type(loss).__name__), loss, "any")
+        return Objective(getattr(loss, "__name__", type(loss).__name__), _scalar(loss), "any")
     if loss not in _BUILT_IN:
         raise ConfigError(
             f"loss is {loss!r}; choose one of {', '.join(_BUILT_IN)}, or give a function of "
             "outputs and targets"
         )
     return _BUILT_IN[loss]
+
+
+def _scalar(loss: Loss) -> Loss:
+    """The user's loss, which has to give one number for a batch."""
+
+    def checked(outputs: Any, targets: Any) -> Tensor:
+        value = loss(outputs, targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ConfigError(
+                f"the loss function returned {what} for a batch; return a tensor with one number, "
+                "the mean over the batch"
+            )
+        return value
+
+    return checked
 
 
 def _type_name(tensor: Tensor) -> str:

@@ -24,6 +24,7 @@ from umbel.clients.torch_module import Model, Workbench, build, split, to_cpu
 from umbel.clients.torch_parallel import Team, rank_device, spread
 from umbel.clients.torch_settings import TorchSettings, choose_device
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
+from umbel.strategies.errors import ConfigError
 
 EVALUATION_BATCH = 512
 
@@ -58,6 +59,11 @@ class TorchTrainer(TorchSettings):
     team: Team = field(init=False, repr=False, compare=False, default_factory=Team)
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, torch.nn.Module):
+            raise ConfigError(
+                f"TorchTrainer was given a {type(self.model).__name__} that exists already; give "
+                "it the class, or a function that makes the model: TorchTrainer(lambda: ...)"
+            )
         object.__setattr__(self, "OPTIONS", options_of(self, TorchSettings))
         object.__setattr__(self, "objective", objective(self.loss))
         defaults = {name: getattr(self, name) for name in TorchSettings.__dataclass_fields__}

@@ -7,6 +7,17 @@ UmbelError
 └── CheckError      a verification or a benchmark said no         exit status 3
 """
 
+import sysconfig
+import traceback
+
+
+def place(error: BaseException) -> str:
+    """`file, line n` where an exception came from, in the user's code rather than a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    own = [f for f in frames if not f.filename.startswith((*libraries, "<"))]
+    return f"{(own or frames)[-1].filename}, line {(own or frames)[-1].lineno}" if frames else ""
+
 
 class UmbelError(Exception):
     """Base of every error that a user should read as one sentence, without a traceback."""

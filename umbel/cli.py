@@ -173,14 +173,16 @@ def _mount(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point of the `umbel` command."""
-    arguments = sys.argv[1:]
+    debug = "--debug" in sys.argv[1:]
+    # of the whole command, but people add it at the end of the line that failed
+    arguments = ["--debug"] * debug + [word for word in sys.argv[1:] if word != "--debug"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
     _mount(arguments)
     status: Any
     try:
         status = app(arguments, standalone_mode=False)
     except Exception as error:
-        status = _explain(error, debug="--debug" in arguments)
+        status = _explain(error, debug=debug)
     except KeyboardInterrupt as stop:
         status = _stopped(stop)
     sys.stdout.flush()
@@ -196,7 +198,7 @@ def _stopped(stop: BaseException | None) -> int:
 
 def _explain(error: Exception, *, debug: bool) -> int:
     """Say in one sentence what went wrong; the exit status."""
-    from umbel.strategies.errors import UmbelError
+    from umbel.strategies.errors import UmbelError, place
 
     if debug and not isinstance(error, click.ClickException):
         traceback.print_exception(error)
@@ -211,9 +213,8 @@ def _explain(error: Exception, *, debug: bool) -> int:
     if isinstance(error, UmbelError):
         _say(str(error))
         return error.exit_status
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    _say(f"{type(error).__name__}: {error}{where}; add --debug after `umbel` for the traceback")
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    _say(f"{what} ({place(error)}); add --debug for the traceback")
     return 1
 
 

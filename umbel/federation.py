@@ -8,6 +8,7 @@ The two halves cannot disagree about the model, the options or the layers, becau
 nothing to agree about: they hold the same object.
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from umbel.server.report import write_report
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.server.session import Session, current
+from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
 from umbel.strategies.options import Options, RunOptions, Value, checked, override
 from umbel.strategies.privacy_options import PrivacyOptions
 from umbel.strategies.secure_options import SecureOptions
@@ -31,6 +33,8 @@ from umbel.strategies.stack import Stack
 if TYPE_CHECKING:
     from umbel.strategies.private_mean import PrivateMean
 
+MISSPELT = 0.85
+"""So alike are an option that nobody knows and one that somebody does, if it was misspelt."""
 LOCAL_STATISTICS = "running_mean"
 """How the running statistics of batch normalisation are called in torch."""
 
@@ -78,9 +82,16 @@ class Federation:
         """The given options over the defaults, types checked.
 
         Raises:
-            ConfigError: an option of the wrong type.
+            ConfigError: an option of the wrong type, or one that is probably misspelt.
         """
         known = self.known_options()
+        for name in given:
+            meant = [] if name in known else difflib.get_close_matches(name, known, 1, MISSPELT)
+            if meant and meant[0] not in given:
+                raise ConfigError(
+                    f"there is no option {name!r}; did you mean {meant[0]}? (if it is the app's "
+                    "own, name it in Federation(options={...}) too)"
+                )
         return known | {
             name: checked(name, value, known[name]) if name in known else value
             for name, value in given.items()
@@ -156,7 +167,16 @@ class Federation:
 
         def evaluate(parameters: dict[str, Any], buffers: dict[str, Any]) -> Mapping[str, float]:
             weights = Weights(parameters, buffers)
-            return self.trainer.evaluate(weights, examples, options).metrics
+            try:
+                return self.trainer.evaluate(weights, examples, options).metrics
+            except UmbelError:
+                raise
+            except Exception as error:
+                said = " ".join(f"{type(error).__name__}: {error}".split())
+                raise RunError(
+                    f"the model cannot be evaluated on the held-out examples: {said} "
+                    f"({place(error)}); compare their shapes and labels with the model's"
+                ) from error
 
         return evaluate
 

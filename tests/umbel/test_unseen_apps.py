@@ -167,3 +167,36 @@ def test_nodes_that_hung_together_are_tried_one_by_one(umbel: WarmCommand, tmp_p
     assert ended.status == 0, ended.err
     lines = (tmp_path / ended.result["run"] / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["clients"] == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "what", "task", "config"),
+    [
+        (
+            1,
+            "cannot be evaluated on the held-out examples",
+            PLAIN.replace("TorchTrainer(net)", "TorchTrainer(lambda: nn.Linear(63, 10))"),
+            CONFIG,
+        ),
+        (
+            2,
+            "return a tensor with one number",
+            PLAIN.replace("(net)", '(net, loss=nn.CrossEntropyLoss(reduction="none"))'),
+            CONFIG,
+        ),
+        (2, "give it the class", PLAIN.replace("(net)", "(net())"), CONFIG),
+        (2, "did you mean learning-rate?", PLAIN, "rounds = 2\nlearnig-rate = 0.5\n"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_cure(
+    umbel: WarmCommand, tmp_path: Path, status: int, what: str, task: str, config: str
+) -> None:
+    ended = run(umbel, tmp_path, task=task, config=config)
+    assert ended.status == status
+    assert what in said(ended)
+
+
+def test_debug_is_understood_at_the_end_of_the_line(umbel: WarmCommand, tmp_path: Path) -> None:
+    ended = run(umbel, tmp_path, "--debug", task="import nowhere\n")
+    assert ended.status == 2
+    assert "Traceback" in ended.err
