@@ -115,13 +115,18 @@ def _number_problems(rows: Sequence[Entry], certificate: Mapping[str, Any]) -> I
             yield f"there is no guarantee against {who}"
             continue
         row = said[who]
-        result = combined(charges["server"], charges["model-user"], who, row["delta"])
+        result = combined(
+            charges["server"], charges["model-user"], who, row["delta"], cross_check=True
+        )
         again = guarantee(result, who, certificate["mechanism"])
         if not _same(row["epsilon"], again["epsilon"]):
             yield (
                 f"epsilon against {who} is {row['epsilon']}, but the ledger adds up to "
                 f"{again['epsilon']:.6g}"
             )
+        checks = (row["epsilon_rdp"], again["epsilon_rdp"])
+        if (None in checks and checks != (None, None)) or not _same(*(c or 0.0 for c in checks)):
+            yield f"epsilon_rdp against {who} is {checks[0]}, but it should be {checks[1]}"
         for name in ("unit", "relation", "sampling"):
             if row[name] != again[name]:
                 yield f"{name} against {who} is {row[name]!r}, but it should be {again[name]!r}"
@@ -148,7 +153,7 @@ def _round_problems(
     }
     for line in run.rounds():
         number = line.get("round", 0)
-        if number and not line.get("aborted") and number not in paid:
+        if number and "aborted" not in line and number not in paid:
             yield f"round {number} is in metrics.jsonl, but the ledger has no charge for it"
     result = run.result().get("epsilon")
     main = next(

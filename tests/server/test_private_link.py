@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.tiny_private_app import write_app
 
+from tests.server.tiny_private_app import write_app
 from umbel.privacy.accounting import epsilon
 from umbel.server.verify import verify
 

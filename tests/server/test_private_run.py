@@ -92,15 +92,16 @@ def test_epsilon_alone_is_enough(lab: Lab) -> None:
 
 def test_bad_nodes_are_rejected_by_name_and_the_guarantee_holds(lab: Lab) -> None:
     bad = {
-        1: "nan", 2: "inf", 3: "huge", 5: "off-grid", 6: "integers", 7: "double", 8: "short",
-        10: "missing", 12: "raise",
+        1: "nan", 2: "inf", 3: "huge", 4: "long", 5: "off-grid", 6: "integers", 7: "double",
+        8: "short", 10: "missing", 12: "raise",
     }  # fmt: skip
-    clipped_or_harmless = {4: "zero", 9: "extra"}
+    clipped_or_harmless = {9: "zero", 11: "extra"}
     words = " ".join(f"{node}:{kind}" for node, kind in (bad | clipped_or_harmless).items())
     result = lab.run(epsilon=3.0, bad=words, release_metrics="loss:1")
     assert result["rounds"] == 3
     for line in lab.directory().rounds()[1:]:
         assert {item["node"] for item in line["failed"]} == {str(node) for node in bad}
+        assert line["federated"] is None
         assert line["clients"] == 20 - len(bad)
         # what a node says beside its update is not listened to, and its metric is cut
         assert abs(line["train"]["private-metrics.loss"]) < 60

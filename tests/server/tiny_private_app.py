@@ -41,7 +41,7 @@ federation = Federation(
 )
 '''
 
-CLIENT = '''
+CLIENT = """
 import os, signal
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def tampered(kind, reply, message):
     if kind == "nan": update[0] = float("nan")
     if kind == "inf": update[0] = float("inf")
     if kind == "huge": update = torch.full_like(update, 1e30)
-    if kind == "long": update = update * 10
+    if kind == "long": update = update * 100
     if kind == "off-grid": update = update + 1e-9
     if kind == "integers": update = update.to(torch.int64)
     if kind == "double": update = update.to(torch.float64)
@@ -85,7 +85,7 @@ def train(message, context):
 @app.evaluate()
 def evaluate(message, context):
     return honest(message, context)
-'''
+"""
 
 PYPROJECT = """
 [project]

@@ -65,9 +65,7 @@ class Run:
         for update in sent:
             total += update
         sum_ = Sum(total, len(sent), len(sent), denominator or self.cohort)
-        rnd = Round(
-            self.number + 1, self.cohort, len(sent), len(sent), facts, torch.Generator()
-        )
+        rnd = Round(self.number + 1, self.cohort, len(sent), len(sent), facts, torch.Generator())
         average, self.states, metrics = self.stack.decode(sum_, self.states, rnd, self.before)
         self.number += 1
         assert average is not None
