@@ -78,8 +78,12 @@ def _scene(
     references: Mapping[str, Sequence[nn.Module]],
 ) -> Measured | str:
     try:
-        if scene in ("training", "hospitals"):
-            return getattr(scenes, scene)(make, task, defence, references[task.data])  # type: ignore[no-any-return]
+        own = references.get(task.data, [])
+        if scene == "hospitals":
+            online = references.get(f"{task.data}/online", [])
+            return scenes.hospitals(make, task, defence, own, online)
+        if scene == "training":
+            return scenes.training(make, task, defence, own)
         return getattr(scenes, scene)(make, task, defence)  # type: ignore[no-any-return]
     except UmbelError as error:
         return f"{scene} could not run: {error}"
@@ -171,29 +175,31 @@ def _one_shot(
 
 
 def train_references(plan: Plan, workers: int | None) -> dict[str, list[nn.Module]]:
-    """Each data set's reference models, which all scenes share."""
-    jobs: dict[str, Job] = {
-        f"{task.data}/{number}": partial(_reference, task, number)
-        for task in plan.tasks
-        for number in range(task.references)
-    }
-    states = dict(work(jobs, {}, workers))
-    found: dict[str, list[nn.Module]] = {}
+    """Reference models that all scenes share: by data set, and by `DATA/online`."""
+    jobs: dict[str, Job] = {}
     for task in plan.tasks:
         for number in range(task.references):
-            module = task.model(task.wide)()
-            arrays = states[f"{task.data}/{number}"]
-            module.load_state_dict({name: torch.from_numpy(a) for name, a in arrays.items()})
-            found.setdefault(task.data, []).append(module)
+            jobs[f"{task.data}:{number}"] = partial(_reference, task, number, False)
+        for number in range(task.online):
+            jobs[f"{task.data}/online:{number}"] = partial(_reference, task, number, True)
+    states = dict(work(jobs, {}, workers))
+    models = {task.data: task.model(task.wide) for task in plan.tasks}
+    found: dict[str, list[nn.Module]] = {}
+    for key in jobs:
+        name = key.partition(":")[0]
+        module = models[name.partition("/")[0]]()
+        module.load_state_dict({k: torch.from_numpy(a) for k, a in states[key].items()})
+        found.setdefault(name, []).append(module)
     return found
 
 
 def _reference(
     task: Task,
     number: int,
+    online: bool,
     references: Mapping[str, Sequence[nn.Module]],  # noqa: ARG001
 ) -> dict[str, Any]:
-    state = scenes.reference(task, number).state_dict()
+    state = scenes.reference(task, number, online=online).state_dict()
     return {name: tensor.numpy() for name, tensor in state.items()}
 
 

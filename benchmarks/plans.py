@@ -56,12 +56,13 @@ def quick(seed: int = 0) -> Plan:
 def full(seed: int = 0) -> Plan:
     """All rows, larger models, more images and references; an hour on two cores."""
     images = Task(
-        pictures=100, optimised=4, iterations=2000, references=8, rounds=40,
+        pictures=100, optimised=4, iterations=2000, references=8, online=8, rounds=40,
         hospitals=1, wide=1024, wide_epochs=10, wide_rounds=15, seed=seed,
     )  # fmt: skip
     medical = Task(
         data="breast-cancer", hidden=16, nodes=40, cohort=20, rounds=20, suspects=300,
-        delta=1e-2, pictures=100, optimised=0, references=4, wide=64, wide_rounds=20, seed=seed,
+        delta=1e-2, pictures=100, optimised=0, references=4, online=8, wide=64,
+        wide_rounds=20, seed=seed,
     )  # fmt: skip
     every = [
         *rows([0.5, 1, 2, 4, 8], 8),

@@ -39,6 +39,9 @@ WORDS: Mapping[str, str] = {
     "them. Guess that examples with small losses are members.",
     "LiRA offline": "The same, but each example is compared with how models behave that never saw "
     "it: some examples are easy for everybody.",
+    "LiRA online": "The same with models of which half were trained on the example: how they "
+    "behave with it and without it is known from both sides.",
+    "RMIA online": "RMIA with reference models of which half were trained on the example.",
     "RMIA offline": "Each example is compared with many others: is it unusually well known to "
     "this model, given how well other models know it?",
 }

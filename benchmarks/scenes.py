@@ -50,6 +50,7 @@ class Task:
         iterations: of the slow inversions.
         bins: of the imprint layer.
         references: models that the attacker trains itself.
+        online: models that it trains on half of the suspects each; an even number.
         hospitals: large nodes that overfit.
         wide: neurons of the hospitals' perceptron and of the references.
         wide_epochs: local epochs of a round there.
@@ -72,6 +73,7 @@ class Task:
     iterations: int = 200
     bins: int = 1000
     references: int = 4
+    online: int = 2
     hospitals: int = 2
     wide: int = 256
     wide_epochs: int = 5
@@ -259,9 +261,21 @@ def training(make: Make, task: Task, defence: Defence, references: Sequence[nn.M
 
 
 def hospitals(
-    make: Make, task: Task, defence: Defence, references: Sequence[nn.Module]
+    make: Make,
+    task: Task,
+    defence: Defence,
+    references: Sequence[nn.Module],
+    online: Sequence[nn.Module] = (),
 ) -> Measured:
-    """Few large nodes train until they know their examples by heart: what overfitting tells."""
+    """Few large nodes train until they know their examples by heart: what overfitting tells.
+
+    Args:
+        make: makes a federation.
+        task: what is trained.
+        defence: of the nodes.
+        references: trained on none of the suspects, for the offline attacks.
+        online: trained on the halves of `halves(task)`, for the online attacks.
+    """
     suspects = members_of(task)
     rows = suspects.rows[suspects.members]
     shuffled = np.random.default_rng([task.seed, 6]).permutation(rows)
@@ -278,9 +292,13 @@ def hospitals(
     given = {**schedule.options(), "seed": task.seed, "evaluate-every": task.wide_rounds}
     played = play(federation, count, given, listen=lambda number: number < 0)
     model = task.model(task.wide)()
-    findings, curves, scores = members.membership(
-        played.view("model-user"), model, suspects, references
-    )
+    view = played.view("model-user")
+    findings, curves, scores = members.membership(view, model, suspects, references)
+    if online:
+        known = halves(task)[: len(online)]
+        more = members.membership(view, model, suspects, online, known)
+        findings += [one for one in more[0] if one.attack not in scores]
+        curves, scores = {**more[1], **curves}, {**more[2], **scores}
     claimed = {}
     if defence.example_epsilon is not None:
         claimed = {"model-user": defence.example_epsilon, "server": defence.example_epsilon}
@@ -297,11 +315,26 @@ def hospitals(
     )
 
 
-def reference(task: Task, number: int) -> nn.Module:
-    """A model that the attacker trained on as many examples of its own as there are members."""
+def halves(task: Task) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which suspects each online reference was trained on, shape (online, suspects).
+
+    Every second model has what the one before it has not, so every suspect is in half of them.
+    """
+    generator = np.random.default_rng([task.seed, 19])
+    coins = generator.random((task.online // 2, task.suspects)) < 0.5
+    return np.stack([coins, ~coins], axis=1).reshape(-1, task.suspects)
+
+
+def reference(task: Task, number: int, *, online: bool = False) -> nn.Module:
+    """A model that the attacker trained, on its own examples or on half of the suspects."""
     images = task.pool
-    _, own = _others(task)
-    rows = np.random.default_rng([task.seed, 13, number]).choice(own, task.suspects // 2)
+    if online:
+        rows = np.flatnonzero(halves(task)[number])
+    else:
+        _, own = _others(task)
+        size = task.suspects // 2
+        generator = np.random.default_rng([task.seed, 13, number])
+        rows = generator.choice(own, size, replace=len(own) < size)
     epochs = task.wide_epochs * task.wide_rounds
     model = task.model(task.wide)
     trainer = TorchTrainer(model, batch_size=32, local_epochs=epochs)

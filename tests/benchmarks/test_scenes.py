@@ -85,9 +85,13 @@ def test_a_crowd_gives_away_who_and_what() -> None:
 
 def test_memorising_hospitals_and_reference_models() -> None:
     references = [scenes.reference(TASK, number) for number in range(2)]
-    found = scenes.hospitals(Federation, TASK, NONE, references)
+    online = [scenes.reference(TASK, number, online=True) for number in range(TASK.online)]
+    found = scenes.hospitals(Federation, TASK, NONE, references, online)
     attacks = {one.attack for one in found.findings}
-    assert attacks == {"loss threshold", "LiRA offline", "RMIA offline"}
+    assert attacks == {
+        "loss threshold", "LiRA offline", "RMIA offline", "LiRA online", "RMIA online",
+    }  # fmt: skip
+    assert scenes.halves(TASK).sum(axis=0).tolist() == [TASK.online // 2] * TASK.suspects
     assert found.accuracy is not None
     assert found.accuracy[0] > 0.85
     loss = find(found.findings, "loss threshold", "model-user", "AUC")
