@@ -24,6 +24,7 @@ from umbel.server.report import write_report
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.server.session import Session, current
+from umbel.strategies.cohort import cohort_named
 from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
 from umbel.strategies.options import Options, RunOptions, Value, checked, override
 from umbel.strategies.privacy_options import PrivacyOptions
@@ -208,7 +209,7 @@ class FederationServerApp(ServerApp):
             job.options.rounds,
             len(nodes),
         )
-        self._advise(job, session)
+        self._advise(job, session, len(nodes))
         outcome = rounds.fit()
         session.result |= {
             "rounds": outcome.rounds,
@@ -224,8 +225,13 @@ class FederationServerApp(ServerApp):
             session.finish()
             write_report(session.run.path)
 
-    def _advise(self, job: Job, session: Session) -> None:
+    def _advise(self, job: Job, session: Session, nodes: int) -> None:
         """Say what a user would otherwise find out from a bad curve."""
+        advice = getattr(job.stack.collect, "advice", None)
+        if advice is not None:
+            cohort = cohort_named(job.options.cohort, job.options.cohort_size)
+            for line in advice(cohort.expected(nodes), job.stack.private):
+                session.progress.note(line)
         statistics = any(LOCAL_STATISTICS in name for name in job.buffers)
         if statistics and job.options.buffers == "local" and job.evaluate is not None:
             session.progress.note(
