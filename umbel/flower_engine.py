@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.serialization import (
 from umbel.clients.membership import Membership, NodeSettings
 from umbel.clients.start import StartSettings, enrolled
 from umbel.server.enrolment import Enrolment
+from umbel.server.rundir import RunDirectory
 from umbel.server.service import ServerSettings, Service
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError, RunError
@@ -51,8 +52,8 @@ def serve_with_flower(
     """Run an app on a SuperLink until its run has ended.
 
     Returns:
-        `run` (Flower's id), `stopped` (its status), `seconds`, and the run directory if the app
-        is a federation.
+        What the app itself reports if it is a federation (its run directory is `run`), with
+        `flower_run`, Flower's id, and `stopped`, Flower's status.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -155,7 +156,10 @@ def _superlink(service: Service, home: Path) -> Iterator[None]:
         *("--host", host, "--port", str(service.listener.port + 1)),
     ]
     with (home / "superlink.log").open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=_environment(home))
+        # A federation writes its run directory to `runs/` of where it is started.
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=_environment(home), cwd=service.settings.state
+        )
     try:
         yield
     finally:
@@ -208,6 +212,7 @@ class _Commands:
     def run(self, app: Path, changes: Options) -> dict[str, Any]:
         """Submit the app, and follow its run to the end."""
         began = time.monotonic()
+        before = self._run_directories()
         words = ["run", str(app), _CONNECTION]
         if changes:
             words += ["-c", " ".join(f"{k}={_toml(v)}" for k, v in changes.items())]
@@ -227,11 +232,19 @@ class _Commands:
             raise RunError(
                 f"Flower's run {run_id} ended as {status}; see {self._home / 'superlink.log'}"
             )
+        found: dict[str, Any] = {"run": f"flower:{run_id}"}
+        for directory in self._run_directories() - before:
+            result = RunDirectory.open(directory).result()
+            found = {**result, "run": str(directory)} if result else found
         return {
-            "run": f"flower:{run_id}",
+            **found,
+            "flower_run": run_id,
             "stopped": status.partition(":")[2],
             "seconds": round(time.monotonic() - began, 3),
         }
+
+    def _run_directories(self) -> set[Path]:
+        return set((self._service.settings.state / "runs").glob("*"))
 
     def _flwr(self, *words: str, patience: float = 30.0) -> dict[str, Any]:
         """A command's JSON; it is repeated while the SuperLink is not up yet."""

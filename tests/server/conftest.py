@@ -207,7 +207,8 @@ class Processes:
         for name, text in files.items():
             (self.app / name).write_text(text)
         (self.app / "pyproject.toml").write_text(
-            '[project]\nname = "small"\nversion = "1"\n[tool.flwr.app]\npublisher = "x"\n'
+            '[project]\nname = "small"\nversion = "1.0.0"\ndescription = "Small"\n'
+            'license = "Apache-2.0"\ndependencies = []\n[tool.flwr.app]\npublisher = "x"\n'
             '[tool.flwr.app.components]\nserverapp = "server_app:app"\n'
             f'clientapp = "client_app:app"\n[tool.flwr.app.config]\n{options}\n'
         )
