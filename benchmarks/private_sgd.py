@@ -41,7 +41,7 @@ def model() -> nn.Module:
 
 def measure(*, quick: bool = False) -> list[Figure]:
     """Microseconds an example, this library's beside the others'."""
-    rates = rates_of(3 if quick else 25)
+    rates = rates_of(1 if quick else 25)
     own = rates.pop("ghost norms")
     return [
         Figure(

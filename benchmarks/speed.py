@@ -14,12 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from umbel.benchmarks import aggregation, messages, secure, training
+from umbel.benchmarks import aggregation, messages, private_sgd, secure, training
 from umbel.benchmarks.figures import Figure, plot, rows
 from umbel.server.rundir import machine, versions
 from umbel.strategies.errors import ConfigError
 
-ON_REQUEST = ("secure",)
+ON_REQUEST = ("secure", "private-sgd")
 """Parts that are measured only when they are named."""
 
 HEADINGS = ("part", "what", "measured", "target", "beside it")
@@ -41,6 +41,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "example": lambda: training.measure_example(apps.example, quick=quick, flower=flower),
         "small": lambda: training.measure_small(apps.digits, quick=quick),
         "secure": lambda: secure.figures(quick=quick),
+        "private-sgd": lambda: private_sgd.measure(quick=quick),
     }
 
 

@@ -17,7 +17,7 @@ def speed(
     part: Annotated[
         list[str] | None,
         typer.Argument(
-            help="messages, aggregation, example, small; secure. Default: the first four."
+            help="messages, aggregation, example, small; secure, private-sgd. Default: four."
         ),
     ] = None,
     out: Annotated[
@@ -30,6 +30,9 @@ def speed(
     secure: Annotated[
         bool, typer.Option("--secure", help="Measure secure sums: the part secure.")
     ] = False,
+    private: Annotated[
+        bool, typer.Option("--privacy", help="Measure private training: the part private-sgd.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 3 if a target is missed.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object as the last line on stdout.")
@@ -41,6 +44,7 @@ def speed(
     from umbel.scaffold import new_app
 
     named = [*(part or []), *(["secure"] if secure else [])]
+    named += ["private-sgd"] if private else []
     out = out or Path("runs") / time.strftime("bench-speed-%Y%m%d-%H%M%S")
     with tempfile.TemporaryDirectory() as made:
         apps = Apps(example(), new_app(Path(made) / "digits"))
