@@ -108,7 +108,7 @@ class SoftmaxTrainer:
 
     def _derived(self, rows: Rows, weights: Weights) -> Rows:
         """The prepared rows, kept on disk for the run: their buffers do not change in it."""
-        key = _digest(weights.buffers)
+        key = _digest(weights.buffers, self.prepare)
         width = weights.parameters[WEIGHT].shape[1]
         name = f"{key}-{rows.store.folder.name}"
         if name not in self._ready:
@@ -156,8 +156,11 @@ def _peak(whole: Tensor) -> int:
     return int(max(whole.max(), -whole.min())) if whole.numel() else 0
 
 
-def _digest(buffers: Tree) -> str:
-    total = hashlib.sha256()
+def _digest(buffers: Tree, prepare: Prepare | None) -> str:
+    """What prepared rows depend on beside the features."""
+    total = hashlib.sha256(f"{UNIT_STEP} {getattr(prepare, '__qualname__', '')}".encode())
+    code = getattr(prepare, "__code__", None)
+    total.update(b"" if code is None else code.co_code + repr(code.co_names).encode())
     for name, value in buffers.items():
         total.update(name.encode())
         total.update(value.contiguous().numpy().tobytes())

@@ -2,8 +2,9 @@
 
 A node with one example and one step of a linear model sends an outer product; a node that is
 asked for a second moment sends a Gram matrix. Thousands of such updates are a few matrices.
-Here each update is clipped by itself and rounded toward zero to a grid on which every sum is
-exact, so that the total is what adding them one by one would give, whatever the order:
+Here each update is clipped by itself and rounded to a grid on which every sum is exact, so that
+the total is what adding them one by one would give, whatever the order. Rounding never takes an
+update over the norm: it goes toward zero, or room for it is left before.
 
     Vectors         values[i]
     OuterProducts   left[i] x right[i]
@@ -22,8 +23,11 @@ from torch import Tensor
 from umbel.privacy.lattice import MANTISSA, grid_step
 from umbel.privacy.validate import positive
 
-UNIT_STEP = 2.0**-11
+UNIT_STEP = 2.0**-13
 """Grid of the rows of an outer product, whose length is 1 at most."""
+_LEFT_BITS = 10
+_HALF = 32.0
+"""The left factor's whole numbers are split into two parts below this."""
 _GRAM_BITS = 13
 _HAIR = 1 - 2.0**-40
 _EXACT = float(1 << 24)
@@ -81,10 +85,20 @@ class UnitRows:
 
     @classmethod
     def of(cls, vectors: Tensor) -> "UnitRows":
-        """Vectors of shape (n, size), scaled to length 1 and rounded toward zero, as int16."""
+        """Vectors of shape (n, size), scaled to just below length 1 and rounded, as int16.
+
+        Raises:
+            ValueError: the vectors have so many coordinates that rounding could double them.
+        """
+        room = 0.5 * UNIT_STEP * math.sqrt(vectors.shape[1])
+        if room > 0.5:
+            raise ValueError(
+                f"vectors of {vectors.shape[1]} coordinates are too long for this grid; "
+                "use fewer features"
+            )
         lengths = vectors.norm(dim=1, keepdim=True, dtype=torch.float64)
-        scale = (_HAIR / UNIT_STEP / lengths.clamp_min(1e-30)).to(torch.float32)
-        whole = torch.trunc(vectors * (scale * (1 - 2.0**-20))).to(torch.int16)
+        scale = (1 - room) * (1 - 2.0**-20) / UNIT_STEP / lengths.clamp_min(1e-30)
+        whole = torch.round(vectors * scale.to(torch.float32)).to(torch.int16)
         return cls(whole, int(whole.abs().max()) if whole.numel() else 0)
 
 
@@ -107,10 +121,11 @@ class OuterProducts:
         return len(self.left)
 
     def clipped(self, norm: float) -> "OuterProducts":
-        unit = grid_step(norm) / UNIT_STEP
+        unit = math.ldexp(grid_step(norm), MANTISSA - _LEFT_BITS)
         left = self.left.double()
-        scaled = left * _factor(left.norm(dim=1), norm)[:, None]
-        whole = torch.trunc(torch.nan_to_num(scaled, 0.0, 0.0, 0.0) / unit)
+        room = 0.5 * unit * math.sqrt(left.shape[1])
+        scaled = left * _factor(left.norm(dim=1), norm - room)[:, None]
+        whole = torch.round(torch.nan_to_num(scaled, 0.0, 0.0, 0.0) / unit)
         return OuterProducts(whole.float(), self.right, unit)
 
     def total(self) -> Tensor:
@@ -118,14 +133,16 @@ class OuterProducts:
         if self.unit is None:
             left, right = self.left.double(), self.right.whole.double() * UNIT_STEP
             return (left.T @ right).flatten()
-        size = self.right.whole.shape[1]
-        total = torch.zeros(self.left.shape[1], size, dtype=torch.float64)
-        peak = float(self.left.abs().max()) * self.right.peak if self.count else 0.0
+        high = torch.trunc(self.left / _HALF)
+        halves = torch.cat([high, self.left - high * _HALF], 1)
+        width, size = self.left.shape[1], self.right.whole.shape[1]
+        total = torch.zeros(2 * width, size, dtype=torch.float64)
+        peak = float(halves.abs().max()) * self.right.peak if self.count else 0.0
         piece = max(1, min(self.count, int(_EXACT / max(peak, 1.0))))
         for start in range(0, self.count, piece):
             rows = slice(start, start + piece)
-            total += self.left[rows].T @ self.right.whole[rows].float()
-        return total.mul_(self.unit * UNIT_STEP).flatten()
+            total += halves[rows].T @ self.right.whole[rows].float()
+        return total[:width].mul_(_HALF).add_(total[width:]).mul_(self.unit * UNIT_STEP).flatten()
 
 
 @dataclass(frozen=True)

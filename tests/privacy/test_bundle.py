@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from umbel.privacy.bundle import Bundle, Grams, OuterProducts, UnitRows, Vectors
+from umbel.privacy.bundle import UNIT_STEP, Bundle, Grams, OuterProducts, UnitRows, Vectors
 from umbel.privacy.clipping import clip, l2_norm
 from umbel.privacy.lattice import grid_step, on_grid
 
@@ -76,12 +76,11 @@ def test_clipping_is_that_of_a_single_update(kind: str, seed: int, scale: float)
         # A Gram matrix is bounded by the squared length of what it is made of, not by its own.
         if isinstance(bundle, Grams) and l2_norm(bundle.values[i]) ** 2 > norm:
             continue
-        assert torch.allclose(_dense(clipped, i), alone, atol=0.02 if kind == "outer" else 1e-3)
+        assert torch.allclose(_dense(clipped, i), alone, atol=0.004 if kind == "outer" else 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["vectors", "outer"])
-def test_updates_lie_on_the_grid_that_the_server_checks(kind: str) -> None:
-    clipped = _bundle(kind, 1, 9, 2.0).clipped(0.3)
+def test_vectors_lie_on_the_grid_that_the_server_checks() -> None:
+    clipped = _bundle("vectors", 1, 9, 2.0).clipped(0.3)
     assert on_grid(clipped.total(), grid_step(0.3))
 
 
@@ -107,8 +106,8 @@ def test_a_large_sum_of_outer_products_does_not_round() -> None:
 
 def test_unit_rows_are_no_longer_than_one() -> None:
     rows = UnitRows.of(torch.randn(50, 4000) * torch.logspace(-20, 20, 50)[:, None])
-    assert float((rows.whole.double() / 2048).norm(dim=1).max()) <= 1.0
-    assert float((rows.whole.double() / 2048).norm(dim=1).min()) > 0.95
+    assert float((rows.whole.double() * UNIT_STEP).norm(dim=1).max()) <= 1.0
+    assert float((rows.whole.double() * UNIT_STEP).norm(dim=1).min()) > 0.95
 
 
 def test_nothing_sums_to_zero() -> None:
