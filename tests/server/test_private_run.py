@@ -97,7 +97,7 @@ def test_bad_nodes_are_rejected_by_name_and_the_guarantee_holds(lab: Lab) -> Non
     }  # fmt: skip
     clipped_or_harmless = {9: "zero", 11: "extra"}
     words = " ".join(f"{node}:{kind}" for node, kind in (bad | clipped_or_harmless).items())
-    result = lab.run(epsilon=3.0, bad=words, release_metrics="loss:1")
+    result = lab.run(noise_multiplier=3.0, bad=words, release_metrics="loss:1")
     assert result["rounds"] == 3
     for line in lab.directory().rounds()[1:]:
         assert {item["node"] for item in line["failed"]} == {str(node) for node in bad}
@@ -255,7 +255,7 @@ def test_noise_cannot_be_repeated_unless_somebody_says_insecure(lab: Lab) -> Non
 
 
 def test_a_delta_that_gives_one_node_away_is_warned_of(lab: Lab) -> None:
-    lab.run(epsilon=3.0, delta=0.05, rounds=1)
+    lab.run(noise_multiplier=4.0, delta=0.05, rounds=1)
     assert any("delta 0.05 is not below" in line for line in lab.heard.lines)
 
 
@@ -309,7 +309,7 @@ def _fewer_events(value: dict[str, Any]) -> None:
     ],
 )
 def test_an_edited_certificate_shows(lab: Lab, change: Any, words: list[str]) -> None:
-    lab.run(epsilon=3.0)
+    lab.run(noise_multiplier=4.0)
     _edit(lab.directory().certificate_path, change)
     problems = "\n".join(verify(lab.directory().path))
     for word in words:
@@ -317,8 +317,8 @@ def test_an_edited_certificate_shows(lab: Lab, change: Any, words: list[str]) ->
 
 
 def test_another_model_ledger_or_key_shows(lab: Lab) -> None:
-    lab.run("run", epsilon=3.0, population="people")
-    lab.run("other", epsilon=6.0, population="people")
+    lab.run("run", noise_multiplier=4.0, population="people")
+    lab.run("other", noise_multiplier=4.0, population="people")
     one, other = lab.directory("run"), lab.directory("other")
     public = certificate(lab)["key"]
     assert verify(one.path, key=public) == []
@@ -336,7 +336,7 @@ def test_another_model_ledger_or_key_shows(lab: Lab) -> None:
 
 
 def test_a_truncated_ledger_shows(lab: Lab) -> None:
-    lab.run(epsilon=3.0)
+    lab.run(noise_multiplier=4.0)
     with closing(sqlite3.connect(lab.directory().ledger_path)) as database:
         database.execute("DROP TRIGGER entry_kept")
         database.execute("DELETE FROM entry WHERE number = (SELECT MAX(number) FROM entry)")
