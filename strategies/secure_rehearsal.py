@@ -8,11 +8,13 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from umbel.privacy import keys
 from umbel.privacy.masks import Words
 from umbel.privacy.session import Mode, Terms
+from umbel.strategies.secure_checks import AbortedError
 from umbel.strategies.secure_message import REFUSED, Plain
 from umbel.strategies.secure_policy import Policy, RefusalError
 from umbel.strategies.secure_protocol import Released, Self, advertise, respond, serve
@@ -99,6 +101,30 @@ class Rehearsal:
                 if (arrived := self.exchange(stage, node, request)) is not None
             ]
         raise AssertionError("the protocol has another stage than it should")
+
+    def expected(self, released: Released) -> list[int]:
+        """What the total must be, by whole numbers of any length."""
+        rows = [self.values[node].astype(object) for node in released.included]
+        return [int(x) for x in sum(rows) % (1 << self.terms.bits)]
+
+    def refusals(self) -> dict[int, str]:
+        """What nodes said when they would not go on."""
+        return {node: str(r[REFUSED]) for (_, node), r in self.wire.items() if REFUSED in r}
+
+    def requests_at(self, last: str) -> dict[int, Plain]:
+        """Plays up to a stage, and gives the requests that the nodes would have got there."""
+        seen: dict[int, Plain] = {}
+
+        def catch(stage: str, node: int, message: Plain) -> Plain | None:
+            if stage == last:
+                seen[node] = message
+                return None
+            return message
+
+        self.to_node = catch
+        with suppress(AbortedError):
+            self.run()
+        return seen
 
     def exchange(self, stage: str, node: int, request: Plain) -> Plain | None:
         """One request to one node, and what arrives of the reply."""

@@ -1,6 +1,9 @@
-"""A secure sum between real processes: enrolled identities, and the model of one machine."""
+"""A secure sum between real processes and on Flower's own engine: the model of one machine."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +61,57 @@ def test_three_enrolled_nodes_sum_in_secret_and_get_the_model_of_one_machine(
     for name in names:
         state = (processes.folder / name).rglob("memory*")
         assert not any(b"masking" in path.read_bytes() for path in state if path.is_file())
+
+
+FLOWER = """
+import functools
+import sys
+from pathlib import Path
+
+from flwr.simulation import run_simulation
+
+import umbel.federation as module
+from umbel.server.embedded import EmbeddedGrid
+from umbel.server.progress import SilentProgress
+from umbel.server.rounds import Rounds
+from umbel.server.rundir import RunDirectory
+from task import federation
+
+module.roster = functools.partial(module.roster, timeout=240)  # Ray may start slowly
+resources = {"client_resources": {"num_cpus": 2, "num_gpus": 0.0}}
+run_simulation(federation.server_app(), federation.client_app(), 3, backend_config=resources)
+options = federation.complete({})
+grid = EmbeddedGrid(federation.client_app(), 3, run_config=options)
+run = RunDirectory.create(None, "here", {}, out=Path("here"))
+Rounds(federation.job(options), grid, grid.roster(), run, SilentProgress()).fit()
+"""
+
+
+@pytest.mark.slow
+def test_flowers_own_simulation_gives_the_same_model(tmp_path: Path) -> None:
+    """S11: Flower's SecAgg+ does not run under its Message API; this does, bit for bit."""
+    task = APP["task.py"].replace(
+        "node.partition + 1)",
+        'node.partition + 1,\n    options={"secure": True, "rounds": 2, "federated-every": -1})',
+    )
+    (tmp_path / "task.py").write_text(task)
+    (tmp_path / "both.py").write_text(FLOWER)
+    environment = os.environ | {
+        "PYTHONPATH": str(tmp_path),  # for the actors of Ray
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "both.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (there,) = (tmp_path / "runs").glob("*/model.safetensors")
+    here = tmp_path / "here" / "model.safetensors"
+    assert load_file(there)["w"].tobytes() == load_file(here)["w"].tobytes()
+    lines = (there.parent / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["secure"]["nodes"] == 3
