@@ -16,6 +16,8 @@ from umbel.strategies.errors import RunError
 from umbel.strategies.layout import CONFIG, HELLO
 
 POLL_S = 1.0
+REFUSALS = 3
+"""Times in a row that nodes may answer with errors alone before the run ends."""
 
 
 @dataclass(frozen=True, order=True)
@@ -37,12 +39,13 @@ class KnowsNodes(Protocol):
 
 
 def roster(
-    grid: Grid, *, timeout: float = 60.0, sleep: Callable[[float], None] = time.sleep
+    grid: Grid, *, timeout: float = 300.0, sleep: Callable[[float], None] = time.sleep
 ) -> list[NodeRef]:
     """All nodes of a grid, by partition and name.
 
     Raises:
-        RunError: no node has come within `timeout` seconds.
+        RunError: no node has come within `timeout` seconds, or all that came fail; engines that
+            start processes for their nodes may need a minute for the first.
     """
     if isinstance(grid, KnowsNodes):
         nodes = grid.roster()
@@ -51,12 +54,13 @@ def roster(
         return nodes
     deadline = time.monotonic() + timeout
     known: dict[int, NodeRef] = {}
-    expected = 1
+    expected, refusals, why = 1, 0, ""
     while True:
         new = [node_id for node_id in grid.get_node_ids() if node_id not in known]
         requests = [Message(RecordDict(), node_id, f"query.{HELLO}") for node_id in new]
         for reply in grid.send_and_receive(requests, timeout=timeout) if requests else ():
             if reply.has_error():
+                why = f"; node {reply.metadata.src_node_id} said: {reply.error.reason}"
                 continue
             said = reply.content.config_records[CONFIG]
             node_id, partition = reply.metadata.src_node_id, int(said["partition"])  # type: ignore[arg-type]
@@ -64,8 +68,11 @@ def roster(
             expected = max(expected, int(said["partitions"]))  # type: ignore[arg-type]
         if len(known) >= expected:
             return sorted(known.values(), key=lambda node: (node.partition, node.name))
+        refusals = refusals + 1 if why and not known else 0
+        if refusals >= REFUSALS:
+            raise RunError(f"no node can run the app{why}")
         if time.monotonic() > deadline:
             if known:
                 return sorted(known.values(), key=lambda node: (node.partition, node.name))
-            raise RunError(f"no node has answered within {timeout:g} seconds")
+            raise RunError(f"no node has answered within {timeout:g} seconds{why}")
         sleep(POLL_S)

@@ -7,7 +7,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from tests.fakes import request
+from tests.fakes import reply, request
 from umbel.server.embedded import EmbeddedGrid
 from umbel.server.flower import take_identity
 from umbel.server.roster import roster
@@ -62,6 +62,24 @@ def test_who_does_not_come_is_not_waited_for_for_ever() -> None:
     assert names(roster(grid, timeout=0.0, sleep=lambda _: None)) == ["0", "2"]
     with pytest.raises(RunError, match="no node has answered within 0 seconds"):
         roster(Strangers([], 3), timeout=0.0, sleep=lambda _: None)
+
+
+def test_nodes_that_can_only_fail_are_quoted() -> None:
+    take_identity(1)
+
+    class Failing(Strangers):
+        def send_and_receive(
+            self,
+            messages: Iterable[Message],
+            *,
+            timeout: float | None = None,  # noqa: ARG002
+        ) -> list[Message]:
+            return [reply(m.metadata.dst_node_id, error="no module 'task'") for m in messages]
+
+    waits: list[float] = []
+    with pytest.raises(RunError, match="no node can run the app; node 77 said: no module 'task'"):
+        roster(Failing([{77: 0}], 1), sleep=waits.append)
+    assert len(waits) == 2
 
 
 def test_an_engine_that_knows_its_nodes_is_believed() -> None:
