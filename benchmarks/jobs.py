@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -10,64 +9,64 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from umbel.benchmarks import audits, checks, scenes
 from umbel.benchmarks.audits import Audit, Make
-from umbel.benchmarks.checks import Check
 from umbel.benchmarks.defences import FAULTS, Defence, central
 from umbel.benchmarks.plans import Plan
 from umbel.benchmarks.scenes import Measured, Task
 from umbel.strategies.errors import ConfigError, UmbelError
 
-Job = Callable[[Mapping[str, Sequence[nn.Module]]], Any]
-"""Given each data set's reference models, gives something that can be pickled."""
+Job = Callable[[], Any]
+"""Can be sent to another process, and its result can be sent back."""
+
+State = Mapping[str, NDArray[np.float32]]
+"""A reference model's parameters by name."""
+References = Mapping[str, Sequence[State]]
+"""By data set those of the offline attacks, and by `DATA/online` the others."""
+ONLINE = "/online"
 
 
-def jobs_of(make: Make, plan: Plan) -> dict[str, Job]:
+def jobs_of(make: Make, plan: Plan, references: References) -> dict[str, Job]:
     """By a key that says where the result belongs; the slowest first."""
     jobs: dict[str, Job] = {}
     for scene in ("training", "pictures", "crowd", "hospitals", "implant"):
         for task in plan.tasks:
+            known = [references.get(task.data + kind, []) for kind in ("", ONLINE)]
             for defence in plan.defences[task.data]:
-                if scene in ("crowd", "implant") and task.pool.pixels is None:
-                    continue
-                # Large nodes overfit; what protects nodes has nothing to show there, and what
-                # protects records has it there only.
-                if (scene == "hospitals") != (defence.unit == "example") and (
-                    scene in ("hospitals", "crowd", "training")
-                    and (scene, defence.name) != ("hospitals", "none")
-                ):
-                    continue
-                jobs[f"row/{task.data}/{defence.name}/{scene}"] = partial(
-                    _scene, make, task, defence, scene
-                )
-    for task in plan.tasks:
-        for defence in plan.defences[task.data]:
-            if (
-                task is plan.tasks[0] and defence.unit != "example"
-            ):  # canaries have no data: one audit holds for all tasks
-                jobs[f"audit/{defence.name}"] = partial(_audit, make, plan, task, defence)
+                if _applies(scene, task, defence):
+                    given = known if scene in ("training", "hospitals") else []
+                    jobs[f"row/{task.data}/{defence.name}/{scene}"] = partial(
+                        _scene, make, task, defence, scene, given
+                    )
+    first = plan.tasks[0]  # canaries have no data: one audit holds for all tasks
+    for defence in plan.defences[first.data]:
+        if defence.unit != "example":
+            jobs[f"audit/{defence.name}"] = partial(_audit, make, plan, first, defence)
     for name in FAULTS:
         jobs[f"fault/{name}"] = partial(_fault, make, plan, name)
     jobs["alone/many runs"] = partial(_mechanism, make, plan)
     jobs["alone/one shot"] = partial(_one_shot, make, plan)
-    jobs["check/values"] = _values
-    jobs["check/attacks"] = partial(_attacks, make, plan.seed)
+    jobs["check/values"] = checks.estimators
+    jobs["check/attacks"] = partial(checks.attacks, make, plan.seed)
     return jobs
 
 
-def _values(references: Mapping[str, Sequence[nn.Module]]) -> list[Check]:  # noqa: ARG001
-    return checks.estimators()
+def _applies(scene: str, task: Task, defence: Defence) -> bool:
+    """Whether a scene can show anything of a defence.
 
-
-def _attacks(
-    make: Make,
-    seed: int,
-    references: Mapping[str, Sequence[nn.Module]],  # noqa: ARG001
-) -> list[Check]:
-    return checks.attacks(make, seed)
+    Large nodes overfit: what protects nodes has nothing to show there, and what protects records
+    has it there only.
+    """
+    if scene in ("crowd", "implant") and task.pool.pixels is None:
+        return False
+    if scene == "hospitals":
+        return defence.unit == "example" or defence.name == "none"
+    return defence.unit != "example" or scene in ("pictures", "implant")
 
 
 def _scene(
@@ -75,15 +74,14 @@ def _scene(
     task: Task,
     defence: Defence,
     scene: str,
-    references: Mapping[str, Sequence[nn.Module]],
+    references: Sequence[Sequence[State]],
 ) -> Measured | str:
+    known = [[_module(task, state) for state in states] for states in references]
     try:
-        own = references.get(task.data, [])
         if scene == "hospitals":
-            online = references.get(f"{task.data}/online", [])
-            return scenes.hospitals(make, task, defence, own, online)
+            return scenes.hospitals(make, task, defence, *known)
         if scene == "training":
-            return scenes.training(make, task, defence, own)
+            return scenes.training(make, task, defence, known[0])
         return getattr(scenes, scene)(make, task, defence)  # type: ignore[no-any-return]
     except UmbelError as error:
         return f"{scene} could not run: {error}"
@@ -94,7 +92,6 @@ def _audit(
     plan: Plan,
     task: Task,
     defence: Defence,
-    references: Mapping[str, Sequence[nn.Module]],  # noqa: ARG001
 ) -> list[Audit] | str:
     """Canary nodes through the rounds and the sampling that the training scene has.
 
@@ -122,7 +119,6 @@ def _fault(
     make: Make,
     plan: Plan,
     name: str,
-    references: Mapping[str, Sequence[nn.Module]],  # noqa: ARG001
 ) -> list[Audit]:
     """A stack that was broken on purpose, under the claim of the whole one."""
     return audit_fault(make, name, epsilon=plan.fault_epsilon, canaries=plan.canaries,
@@ -148,7 +144,6 @@ def audit_fault(
 def _mechanism(
     make: Make,
     plan: Plan,
-    references: Mapping[str, Sequence[nn.Module]],  # noqa: ARG001
 ) -> list[Audit]:
     schedule = audits.alone(500, plan.delta)
     build = partial(central, 4.0)
@@ -160,7 +155,6 @@ def _mechanism(
 def _one_shot(
     make: Make,
     plan: Plan,
-    references: Mapping[str, Sequence[nn.Module]],  # noqa: ARG001
 ) -> list[Audit]:
     schedule = audits.alone(400, plan.delta)
     build = partial(central, 4.0)
@@ -174,65 +168,48 @@ def _one_shot(
 # ---- work
 
 
-def train_references(plan: Plan, workers: int | None) -> dict[str, list[nn.Module]]:
-    """Reference models that all scenes share: by data set, and by `DATA/online`."""
+def train_references(plan: Plan, workers: int | None) -> References:
+    """Reference models that all scenes share."""
     jobs: dict[str, Job] = {}
     for task in plan.tasks:
-        for number in range(task.references):
-            jobs[f"{task.data}:{number}"] = partial(_reference, task, number, False)
-        for number in range(task.online):
-            jobs[f"{task.data}/online:{number}"] = partial(_reference, task, number, True)
-    states = dict(work(jobs, {}, workers))
-    models = {task.data: task.model(task.wide) for task in plan.tasks}
-    found: dict[str, list[nn.Module]] = {}
+        for kind, count in (("", task.references), (ONLINE, task.online)):
+            for number in range(count):
+                key = f"{task.data}{kind}:{number}"
+                jobs[key] = partial(_reference, task, number, kind == ONLINE)
+    states = dict(work(jobs, workers))
+    found: dict[str, list[State]] = {}
     for key in jobs:
-        name = key.partition(":")[0]
-        module = models[name.partition("/")[0]]()
-        module.load_state_dict({k: torch.from_numpy(a) for k, a in states[key].items()})
-        found.setdefault(name, []).append(module)
+        found.setdefault(key.partition(":")[0], []).append(states[key])
     return found
 
 
-def _reference(
-    task: Task,
-    number: int,
-    online: bool,
-    references: Mapping[str, Sequence[nn.Module]],  # noqa: ARG001
-) -> dict[str, Any]:
+def _reference(task: Task, number: int, online: bool) -> State:
     state = scenes.reference(task, number, online=online).state_dict()
     return {name: tensor.numpy() for name, tensor in state.items()}
 
 
-def work(
-    jobs: Mapping[str, Job],
-    references: Mapping[str, Sequence[nn.Module]],
-    workers: int | None,
-) -> Iterator[tuple[str, Any]]:
+def _module(task: Task, state: State) -> nn.Module:
+    module = task.model(task.wide)()
+    module.load_state_dict({name: torch.from_numpy(values) for name, values in state.items()})
+    return module
+
+
+def work(jobs: Mapping[str, Job], workers: int | None) -> Iterator[tuple[str, Any]]:
     """Results by key, as they are ready."""
     count = processors() if workers is None else workers
     if count == 0 or len(jobs) < 2:
         for key, job in jobs.items():
-            yield key, job(references)
+            yield key, job()
         return
-    pickled = pickle.dumps(dict(references))
-    with ProcessPoolExecutor(count, get_context("spawn"), _prepare, (pickled,)) as pool:
-        running = {pool.submit(_do, job): key for key, job in jobs.items()}
+    with ProcessPoolExecutor(count, get_context("spawn"), _prepare) as pool:
+        running = {pool.submit(job): key for key, job in jobs.items()}
         for ready in as_completed(running):
             yield running[ready], ready.result()
 
 
-_SHARED: dict[str, list[nn.Module]] = {}
-"""Reference models of this worker process; sent once, not with every job."""
-
-
-def _prepare(pickled: bytes) -> None:
+def _prepare() -> None:
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    _SHARED.update(pickle.loads(pickled))
-
-
-def _do(job: Job) -> Any:
-    return job(_SHARED)
 
 
 def processors() -> int:

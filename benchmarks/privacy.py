@@ -138,15 +138,14 @@ def run(make: Make, plan: Plan, *, workers: int | None = None, say: Say | None =
         say: told of progress.
     """
     began = time.monotonic()
-    jobs = jobs_of(make, plan)
+    jobs = jobs_of(make, plan, train_references(plan, workers))
     done: dict[str, Any] = {}
-    references = train_references(plan, workers)
-    for number, (key, result) in enumerate(work(jobs, references, workers), start=1):
+    for number, (key, result) in enumerate(work(jobs, workers), start=1):
         done[key] = result
         if say is not None:
             say(number, len(jobs), key)
     report_rows = [
-        _row(task, defence, done) for task in plan.tasks for defence in plan.defences[task.data]
+        row_of(task, defence, done) for task in plan.tasks for defence in plan.defences[task.data]
     ]
     several = [a for key, part in sorted(done.items()) if key.startswith("alone") for a in part]
     return Report(
@@ -171,7 +170,8 @@ def run(make: Make, plan: Plan, *, workers: int | None = None, say: Say | None =
 # ---- rows
 
 
-def _row(task: Task, defence: Defence, done: Mapping[str, Any]) -> Row:
+def row_of(task: Task, defence: Defence, done: Mapping[str, Any]) -> Row:
+    """A defence's results, collected by their keys; a text is a scene that could not run."""
     measured: dict[str, Measured] = {}
     found: list[Audit] = []
     notes: list[str] = []

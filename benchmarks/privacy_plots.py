@@ -5,11 +5,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from umbel.benchmarks.privacy import Report, Row
 from umbel.privacy.audit import true_positive_ceiling
+from umbel.privacy.inversion import psnr
 from umbel.privacy.roc import Roc
 
 matplotlib.use("Agg")
@@ -123,7 +125,18 @@ def pictures(rows: Sequence[Row], columns: int = 8) -> Figure | None:
     if not found or side * side != found[0][1].originals.shape[1]:
         return None
     figure = Figure(figsize=(columns * 0.8 + 2.2, 1.7 * len(found)))
+    blind = next(
+        (one.chance for row in rows for _, one in row.findings if one.measure == "PSNR in dB"),
+        0.0,
+    )
+    figure.suptitle(
+        f"{rows[0].data}: originals above, reconstructions below with their PSNR. The mean of all "
+        f"images, which needs no attack, has {blind:.1f} dB; an exact copy has no limit.",
+        fontsize=9,
+        y=1.0,
+    )
     for line, (name, picture) in enumerate(found):
+        originals = torch.from_numpy(picture.originals)
         for half, images in enumerate((picture.originals, picture.guesses)):
             for at in range(columns):
                 axes = figure.add_subplot(
@@ -134,6 +147,9 @@ def pictures(rows: Sequence[Row], columns: int = 8) -> Figure | None:
                     axes.imshow(
                         images[at].reshape(side, side).clip(0, 1), cmap="gray", vmin=0, vmax=1
                     )
+                if at < len(images) and half == 1:
+                    quality = min(psnr(originals[at], torch.from_numpy(images[at])), 200.0)
+                    axes.set_title(f"{quality:.0f} dB", fontsize=7, pad=2)
                 if at == 0:
                     text = f"{name}\n{picture.attack}" if half == 0 else "reconstructed"
                     axes.text(

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from tests.benchmarks.small_task import TASK
 from umbel.benchmarks import scenes
 from umbel.benchmarks.defences import Defence, clipped, example_rows, nothing, summed, with_noise
 from umbel.benchmarks.findings import Finding
@@ -13,22 +14,6 @@ from umbel.benchmarks.scenes import Task
 from umbel.federation import Federation
 from umbel.privacy.audit import auc_ceiling
 
-TASK = Task(
-    data="digits",
-    hidden=32,
-    nodes=20,
-    cohort=10,
-    rounds=5,
-    suspects=400,
-    pictures=16,
-    optimised=1,
-    iterations=120,
-    bins=400,
-    references=2,
-    wide=64,
-    wide_epochs=20,
-    wide_rounds=5,
-)
 NONE = Defence("none", "", nothing)
 NOISY = Defence("noise", "", partial(with_noise, 1.0), cohort=2, unit="client", noise="server")
 
