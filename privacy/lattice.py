@@ -40,9 +40,9 @@ from umbel.privacy.validate import positive
 STEPS = 128
 """Standard deviation of central noise in lattice steps."""
 
-MANTISSA = 18
-"""Bits between the clipping norm and the grid that updates are rounded to: 32 updates then add up
-in float32 without rounding, whatever they hold (`umbel.strategies.fold` adds that many)."""
+MANTISSA = 17
+"""Bits between the clipping norm and the grid that updates are rounded to: 32 updates, twice as long
+even as the norm, add up in float32 without rounding (`umbel.strategies.fold` adds that many)."""
 
 _CHUNK = 1 << 16
 _PIECE = 1 << 15
@@ -53,7 +53,7 @@ _SHIFT = np.uint32(16)
 
 
 def grid_step(norm: float) -> float:
-    """The grid that clipped updates are rounded to: the power of two near norm / 2**18.
+    """The grid that clipped updates are rounded to: the power of two near norm / 2**17.
 
     Every multiple of it up to `norm` is a float32 exactly, and float64 adds up to 2**34 such
     updates without rounding, so their sum does not depend on the order of arrival.

@@ -5,7 +5,7 @@
     node -> server   the clipped update
     server           rejects, by name, an update that is longer or off the grid
 
-The grid is a power of two near norm / 2**18. On it sums are exact, so a round's sum does not
+The grid is a power of two near norm / 2**17. On it sums are exact, so a round's sum does not
 depend on the order of arrival, and rounding toward zero never makes an update longer. The server
 measures every update again as it arrives: the bound holds for nodes that do not clip, too.
 

@@ -56,7 +56,9 @@ def test_rounding_never_raises_the_norm(update: Tensor, norm: float) -> None:
 @settings(deadline=None)
 def test_the_grid_is_fine_and_sums_of_32_are_exact(norm: float) -> None:
     step = grid_step(norm)
-    assert 2**18 <= norm / step < 2**19
+    assert 2**17 <= norm / step < 2**18
+    longest = 2 * norm / step  # with a bit and metrics behind the update, each less than the norm
+    assert 32 * longest <= 2**24
     assert math.frexp(step)[0] == 0.5
 
 
