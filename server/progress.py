@@ -7,6 +7,7 @@ noticeable time, even when ten thousand replies arrive in one round.
 
 import math
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -226,7 +227,7 @@ class Pace:
     def parts(self, line: Mapping[str, Any]) -> dict[str, str]:
         """`round 3/30`, `accuracy 0.712`, `10 nodes`, `0.52 s`, `ETA 14 s` …, each by its kind."""
         parts = {"round": f"round {self.done}/{self.rounds}"}
-        metrics = line.get("metrics") or {}
+        metrics = line.get("metrics") or _of_training(line)
         first = headline(metrics)
         for name in [first, *(["loss"] if "loss" in metrics and first != "loss" else [])]:
             if name is not None:
@@ -245,13 +246,18 @@ class Pace:
         return parts
 
 
+def _of_training(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What the nodes measured while they trained, where nothing else was evaluated."""
+    return {f"training {name}": value for name, value in (line.get("train") or {}).items()}
+
+
 def headline(metrics: Mapping[str, Any]) -> str | None:
     """The name of the one metric to show: an accuracy if there is one, else a loss, else any."""
     for wanted in ("accuracy", "acc", "loss"):
         if wanted in metrics:
             return wanted
         for name in metrics:
-            if wanted in name.lower().replace("/", "_").replace("-", "_").split("_"):
+            if wanted in re.split(r"[^a-z0-9]+", name.lower()):
                 return name
     return next(iter(metrics), None)
 

@@ -55,7 +55,7 @@ class Federation:
         questions: private means that are asked before, between and after rounds, or a function
             of the options that makes them; see `umbel.PrivateMean`.
         summary: adds to the result of a run, e.g. a comparison with other ways to train.
-        name: of the app, in run directories.
+        name: as it is shown; the app's own name if left out.
     """
 
     trainer: Trainer
@@ -66,7 +66,7 @@ class Federation:
     tuned: Callable[[Options], Mapping[str, Value]] | None = None
     questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
-    name: str = "federation"
+    name: str = ""
 
     def known_options(self) -> dict[str, Value]:
         """Every option that this federation understands, with its default."""
@@ -193,7 +193,7 @@ class FederationServerApp(ServerApp):
     def _run(self, grid: Grid, context: Context) -> None:
         federation = self.federation
         options = federation.complete(context.run_config)
-        session = current(federation.name, dict(options))
+        session = current(federation.name or "federation", dict(options))
         nodes = roster(grid)
         job = federation.job(options, len(nodes))
         private = None
@@ -204,8 +204,9 @@ class FederationServerApp(ServerApp):
             job = private.job
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
         session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize)
+        name = federation.name or session.run.config().get("app", "federation")
         session.progress.start(
-            f"{federation.name} ({rounds.manifest.size:,} parameters)",
+            f"{name} ({rounds.manifest.size:,} parameters)",
             job.options.rounds,
             len(nodes),
         )

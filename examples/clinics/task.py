@@ -37,7 +37,6 @@ def _accuracy(train, test):
 
 
 federation = Federation(
-    name="clinics",
     trainer=SklearnTrainer(LogisticRegression(), features=30, classes=2),
     data=data,
     summary=compare,

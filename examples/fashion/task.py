@@ -29,7 +29,6 @@ class Net(nn.Module):
 
 
 federation = Federation(
-    name="fashion",
     trainer=TorchTrainer(Net, loss="cross-entropy"),
     data=Partitioned(
         "fashion-mnist",
