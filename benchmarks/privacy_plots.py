@@ -17,7 +17,22 @@ from umbel.privacy.roc import Roc
 matplotlib.use("Agg")
 
 INK = "#222222"
-COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#8a6d3b", "#787774", "#d44c47")
+COLOURS = (
+    "#0b6e99",
+    "#d9730d",
+    "#448361",
+    "#9065b0",
+    "#c14c8a",
+    "#8a6d3b",
+    "#787774",
+    "#d44c47",
+    "#2a9d8f",
+    "#b5838d",
+    "#264653",
+    "#e9c46a",
+    "#6a4c93",
+    "#3d5a80",
+)
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
@@ -61,9 +76,10 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
             label=_label(row),
         )
         if ceiling is not None:
-            axes.plot([min(ceiling, 0.75)], [accuracy[0]], marker="|", ms=14, color=colour)
+            axes.plot([ceiling], [accuracy[0]], marker="|", ms=14, color=colour)
     axes.axvline(0.5, color=INK, lw=0.8, ls=":")
     axes.annotate("chance", (0.5, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
+    axes.set_xlim(min(0.45, axes.get_xlim()[0]), 1.01)
     axes.set_xlabel("AUC of the strongest attack (95 % interval; | is the ceiling of the claim)")
     axes.set_ylabel("accuracy (95 % interval)")
     axes.set_title(f"Privacy and usefulness, {rows[0].data}")

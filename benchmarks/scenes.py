@@ -174,8 +174,9 @@ def implant(make: Make, task: Task, defence: Defence) -> Measured:
     batch, clients = 64, min(defence.cohort or 1, 64)
     layer = imprint(images.x[task.suspects :], task.bins)
     head = torch.randn(images.classes, 1, generator=torch.Generator().manual_seed(task.seed))
+    plain = TorchTrainer(task.model(task.bins), batch_size=0, local_steps=1)
     trainer = Chosen(
-        TorchTrainer(task.model(task.bins), batch_size=0, local_steps=1),
+        defence.trainer(plain, task.delta),
         {
             "0.weight": layer.weight,
             "0.bias": layer.bias,

@@ -110,6 +110,8 @@ def test_example_privacy_hides_records_from_the_server_too() -> None:
     assert loss.excess < 3
     seen = scenes.pictures(Federation, replace(TASK, optimised=0), defence)
     assert find(seen.findings, "closed form", "server", "examples recovered").value < 0.2
+    lured = scenes.implant(Federation, TASK, defence)
+    assert find(lured.findings, "imprint", "malicious-server", "examples recovered").value < 0.2
 
 
 @pytest.mark.slow
