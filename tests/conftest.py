@@ -1,7 +1,48 @@
-"""What every test relies on."""
+"""What every test of this project starts from."""
 
+import os
 import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.fakes import SharedNursery, WarmCommand
+
+# Flower asks for this when it is imported; no test makes a connection of its own accord.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+# Certificates are signed with a key of these tests' own, never with the user's.
+os.environ.setdefault("UMBEL_KEY", str(Path(tempfile.mkdtemp(prefix="umbel-key-")) / "key.pem"))
 
 # A runner in the background may have been started with SIGINT ignored, and its children would
 # inherit that; tests press Ctrl-C for real.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("umbel", deadline=None, derandomize=False)
+settings.load_profile("umbel")
+
+
+@pytest.fixture(scope="session")
+def umbel() -> "Iterator[WarmCommand]":
+    """The `umbel` command, in processes that have its imports already."""
+    from tests.fakes import WarmCommand
+
+    warm = WarmCommand()
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> "Iterator[SharedNursery]":
+    """Where worker processes come from; one for all tests."""
+    from tests.fakes import SharedNursery
+
+    shared = SharedNursery(preload=["umbel.federation"])
+    yield shared
+    shared.end()
