@@ -214,8 +214,13 @@ class Featured:
         return {**self.__dict__, "_stores": {}}
 
 
-def features_of(examples: Examples) -> Tensor:
-    """The inputs of some examples as float32, shape (n, width); stored rows are read now."""
+def features_of(examples: Examples, columns: slice = slice(None)) -> Tensor:
+    """The inputs of some examples as float32, shape (n, width); stored rows are read now.
+
+    Args:
+        examples: as a node's `data` function gives them.
+        columns: of the features, if not all are wanted.
+    """
     if isinstance(examples.x, Rows):
-        return examples.x.tensor().float()
-    return torch.as_tensor(np.asarray(examples.x)).float().flatten(1)
+        return examples.x.tensor()[:, columns].float()
+    return torch.as_tensor(np.asarray(examples.x)).flatten(1)[:, columns].float()

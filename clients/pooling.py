@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
@@ -123,14 +124,12 @@ def question_bundles(
         yield question.bundle(piece, public)
 
 
-def pieces(examples: Any, size: int = 512) -> Iterator[Any]:
+def pieces(examples: Any, size: int = 128) -> Iterator[Any]:
     """Examples in pieces that fit a cache; data that is stored in parts says how."""
     parts = getattr(examples.x, "parts", None)
-    if parts is not None:
-        yield from (examples.take(rows) for rows in parts())
-        return
-    for start in range(0, len(examples), size):
-        yield examples.take(slice(start, start + size))
+    for rows in parts() if parts is not None else (np.arange(len(examples)),):
+        for start in range(0, len(rows), size):
+            yield examples.take(rows[start : start + size])
 
 
 def can_pool(trainer: Trainer, data: Any, count: int, stack: Stack, options: Options) -> bool:

@@ -7,6 +7,7 @@ levels its own. Questions and training share one budget and one ledger.
 """
 
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -55,11 +56,15 @@ def width(options) -> int:
     return sum(s.size for s, _, _ in blocks(options))
 
 
-def split(features: Tensor, parts) -> list[Tensor]:
-    """The blocks of some features, each (n, channels, places) and of length 1."""
-    pieces = features.split([s.size for s, _, _ in parts], 1)
-    shaped = [p.view(len(p), s.channels, -1) for p, (s, _, _) in zip(pieces, parts, strict=True)]
-    return [unit(piece) for piece in shaped]
+def columns(parts) -> list[slice]:
+    """Where each block is among the features."""
+    ends = [0, *accumulate(s.size for s, _, _ in parts)]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
+def shaped(block: Tensor, part) -> Tensor:
+    """A block's features as (n, channels, places), of length 1."""
+    return unit(block.reshape(len(block), part[0].channels, -1))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -88,13 +93,13 @@ def questions(options) -> list[PrivateMean]:
         places = s.size // s.channels
 
         def block(examples, _, i=i) -> Tensor:
-            return split(features_of(examples), parts)[i]
+            return shaped(features_of(examples, columns(parts)[i]), parts[i])
 
         def centred(examples, public, i=i) -> Tensor:
-            return split(features_of(examples), parts)[i] - public[f"mean.{i}"]
+            return block(examples, public, i) - public[f"mean.{i}"]
 
         def turned(examples, public, i=i) -> Tensor:
-            return (split(features_of(examples), parts)[i] - public[f"mean.{i}"]).mT
+            return centred(examples, public, i).mT
 
         means.append(PrivateMean(f"mean.{i}", block, (s.channels, places), 60 if tight else 30))
         noise = 40 if tight else 20
@@ -121,7 +126,8 @@ def prepare(features: Tensor, buffers) -> Tensor:
         return features
     parts = BLOCKS["best"]
     levelled = []
-    for i, x in enumerate(split(features, parts)):
+    for i, where in enumerate(columns(parts)):
+        x = shaped(features[:, where], parts[i])
         x = buffers[f"left.{i}"] @ (x - buffers[f"mean.{i}"]) @ buffers[f"right.{i}"]
         levelled.append(unit(x.flatten(1)) * parts[i][2])
     return unit(torch.cat(levelled, 1))
