@@ -41,8 +41,8 @@ STEPS = 128
 """Standard deviation of central noise in lattice steps."""
 
 MANTISSA = 17
-"""Bits between the clipping norm and the grid that updates are rounded to: 32 updates, twice as long
-even as the norm, add up in float32 without rounding (`umbel.strategies.fold` adds that many)."""
+"""Bits between the clipping norm and the grid that updates are rounded to: 32 updates, even twice
+as long as the norm, add up in float32 without rounding (`umbel.strategies.fold` adds that many)."""
 
 _CHUNK = 1 << 16
 _PIECE = 1 << 15
