@@ -23,6 +23,7 @@ from umbel import (
     features_of,
     private_second_moment,
 )
+from umbel.strategies.errors import ConfigError
 
 # Scales and order of the transform, groups of the normalisation, weight in the whole.
 BLOCKS = {
@@ -37,7 +38,7 @@ BLOCKS = {
 
 def blocks(options):
     if options["recipe"] not in BLOCKS:
-        raise ValueError(f"recipe is {options['recipe']!r}; it can be {', '.join(BLOCKS)}")
+        raise ConfigError(f"recipe is {options['recipe']!r}; it can be {', '.join(BLOCKS)}")
     return BLOCKS[options["recipe"]]
 
 
