@@ -68,16 +68,18 @@ class Line:
     imprint: str
     participation: str
     membership: str
+    hospitals: str
     bytes_: str
     seconds: str
 
 
 HEADS = (
     "data", "defence", "accuracy", "eps users", "eps server", ">= users", ">= server",
-    "inversion", "imprint", "participation", "membership", "bytes/update", "s/round",
+    "inversion", "imprint", "participation", "membership", "hospitals", "bytes/update", "s/round",
 )  # fmt: skip
 
 
+MEMBERSHIP = ("loss threshold", "LiRA", "RMIA")
 PROMISES = {
     "defence": "defence",
     "accuracy": "accuracy",
@@ -94,6 +96,7 @@ ATTACKS = {
     "imprint": "imprint",
     "participation": "participation",
     "membership": "membership",
+    "hospitals": "hospitals",
 }
 """Heads of the terminal's two tables, and the fields of `Line` below them."""
 
@@ -234,7 +237,8 @@ def _line(row: Row) -> Line:
         inversion=_worst(row, "examples recovered", ("closed form", "DLG", "cosine + TV")),
         imprint=_worst(row, "examples recovered", ("imprint",)),
         participation=_worst(row, "AUC", ("participation",)),
-        membership=_worst(row, "AUC", ("loss threshold", "LiRA", "RMIA")),
+        membership=_worst(row, "AUC", MEMBERSHIP, "training"),
+        hospitals=_worst(row, "AUC", MEMBERSHIP, "hospitals"),
         bytes_="-" if training is None else f"{training.bytes_up:,.0f}",
         seconds="-" if training is None else f"{training.seconds:.2f}",
     )
@@ -249,12 +253,12 @@ def _measured(row: Row, adversary: str) -> str:
     return f"{max(own):.2f}" if own else "-"
 
 
-def _worst(row: Row, measure: str, attacks: Sequence[str]) -> str:
-    """The attack that came furthest, with its interval."""
+def _worst(row: Row, measure: str, attacks: Sequence[str], scene: str = "") -> str:
+    """The attack that came furthest (in one scene, if it is named), with its interval."""
     own: list[Finding] = [
         one
-        for _, one in row.findings
-        if one.measure == measure and one.attack.startswith(tuple(attacks))
+        for place, one in row.findings
+        if one.measure == measure and one.attack.startswith(tuple(attacks)) and scene in ("", place)
     ]
     if not own:
         return "-"
