@@ -70,7 +70,7 @@ class Point:
 FEW_USERS: Mapping[str, Any] = {
     "cohort-size": 1000.0,
     "rounds": 100,
-    "server-learning-rate": 20.0,
+    "server-learning-rate": 10.0,
     "average-from": 50,
 }
 """For 6,000 users: the last model is unstable under that much noise, so models are averaged."""
