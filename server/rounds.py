@@ -105,6 +105,8 @@ class Rounds:
                 break
             position = self._round(position, number)
         position, _ = self._ask(position)
+        if stopped != "rounds" and self.job.options.federated_every >= 0 and position.round:
+            self._federated(position)  # the last round would have done it
         return self._end(position, stopped)
 
     def _ask(self, position: Position) -> tuple[Position, bool]:

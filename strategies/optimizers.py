@@ -123,17 +123,18 @@ def optimizer_named(
     beta_2: float = 0.99,
     tau: float = 1e-3,
 ) -> ServerOptimizer:
-    """The optimiser that the options name.
+    """The optimiser that the options name; with a learning rate of 0, its own.
 
     Raises:
         ConfigError: there is none of that name.
     """
+    plain, adaptive = learning_rate or 1.0, learning_rate or 0.1
     makers: dict[str, Callable[[], ServerOptimizer]] = {
-        "fedavg": lambda: FedAvg(learning_rate),
-        "fedavgm": lambda: FedAvgM(learning_rate, momentum),
-        "fedadam": lambda: Adaptive("fedadam", learning_rate, beta_1, beta_2, tau),
-        "fedyogi": lambda: Adaptive("fedyogi", learning_rate, beta_1, beta_2, tau),
-        "fedadagrad": lambda: Adaptive("fedadagrad", learning_rate, beta_1, beta_2, tau),
+        "fedavg": lambda: FedAvg(plain),
+        "fedavgm": lambda: FedAvgM(plain, momentum),
+        "fedadam": lambda: Adaptive("fedadam", adaptive, beta_1, beta_2, tau),
+        "fedyogi": lambda: Adaptive("fedyogi", adaptive, beta_1, beta_2, tau),
+        "fedadagrad": lambda: Adaptive("fedadagrad", adaptive, beta_1, beta_2, tau),
     }
     if name not in makers:
         raise ConfigError(f"optimizer is {name!r}; it can be {', '.join(makers)}")

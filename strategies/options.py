@@ -30,7 +30,8 @@ class RunOptions:
         min_replies: a round with fewer usable replies leaves the model as it is.
         round_timeout: seconds to wait for the replies of a round; 0 waits for ever.
         optimizer: `fedavg`, `fedavgm`, `fedadam`, `fedyogi` or `fedadagrad`.
-        server_learning_rate: of the optimiser.
+        server_learning_rate: of the optimiser; 0 is its own, 1 for the averages and 0.1 for the
+            adaptive ones.
         server_momentum: of `fedavgm`.
         beta_1: of the adaptive optimisers; beta_2, tau likewise.
         schedule: of the nodes' learning rate: `constant`, `cosine`, `linear`, `step`,
@@ -56,7 +57,7 @@ class RunOptions:
     min_replies: int = 1
     round_timeout: float = 3600.0
     optimizer: str = "fedavg"
-    server_learning_rate: float = 1.0
+    server_learning_rate: float = 0.0
     server_momentum: float = 0.9
     beta_1: float = 0.9
     beta_2: float = 0.99
@@ -78,9 +79,9 @@ class RunOptions:
         self._check_counts()
         choose("buffers", self.buffers, ("local", "mean"))
         choose("keep", self.keep, ("last", "best"))
-        if self.server_learning_rate <= 0:
+        if self.server_learning_rate < 0:
             raise ConfigError(
-                f"server-learning-rate is {self.server_learning_rate}; it must be above 0"
+                f"server-learning-rate is {self.server_learning_rate}; it must be at least 0"
             )
         for name in ("server_momentum", "beta_1", "beta_2"):
             if not 0 <= getattr(self, name) < 1:

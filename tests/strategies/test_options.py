@@ -120,7 +120,7 @@ def test_defaults_are_valid_and_complete() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"min-replies": 0}, "min-replies is 0"),
         ({"average-from": -1}, "average-from is -1"),
-        ({"server-learning-rate": 0.0}, "server-learning-rate is 0.0; it must be above 0"),
+        ({"server-learning-rate": -1.0}, "server-learning-rate is -1.0; it must be at least 0"),
         ({"server-momentum": 1.0}, "server-momentum is 1.0; it must be from 0 up to 1"),
         ({"beta-1": -0.1}, "beta-1 is -0.1"),
         ({"beta-2": 1.0}, "beta-2 is 1.0"),
