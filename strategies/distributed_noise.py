@@ -26,6 +26,7 @@ from dp_accounting import DpEvent, NonPrivateDpEvent, ZCDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.privacy.clipping import l2_norm
 from umbel.privacy.discrete_gaussian import (
     concentrated_rho,
     discrete_gaussian_slack,
@@ -33,8 +34,10 @@ from umbel.privacy.discrete_gaussian import (
 )
 from umbel.privacy.entropy import Entropy
 from umbel.privacy.events import ZERO_OUT
+from umbel.privacy.lattice import on_grid
 from umbel.privacy.skellam import sample_skellam, skellam_event, skellam_slack
-from umbel.strategies.errors import StackError
+from umbel.strategies.collect import LENIENCE
+from umbel.strategies.errors import RunError, StackError
 from umbel.strategies.gaussian import MARGIN, check_multiplier, need_equal_weights
 from umbel.strategies.layer import Claim, Config, Facts, Metrics, Stateless
 
@@ -117,9 +120,15 @@ class DistributedNoise(Stateless):
         return shares
 
     def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        step = float(config["step"])
+        step, bound = float(config["step"]), float(config["bound"])
+        # The server tells both; a smaller bound or a coarser step would mean too little noise.
+        if not l2_norm(update) <= bound * (1 + LENIENCE) or not on_grid(update, step):
+            raise RunError(
+                f"the server told this node to make noise for updates of norm {bound:g} on a grid "
+                f"of {step:g}, which its own update is not; no update is sent"
+            )
         share = share_variance(
-            float(config["noise-multiplier"]), float(config["bound"]), step, int(config["shares"])
+            float(config["noise-multiplier"]), bound, step, int(config["shares"])
         )
         entropy = Entropy()
         if self.insecure_seed is not None:

@@ -125,6 +125,11 @@ class Policy:
             raise RefusalError("norm", f"updates of norm {norm}; the policy allows {self.max_norm}")
         if self.min_noise is not None and (noise is None or not noise >= self.min_noise):
             raise RefusalError("noise", f"a noise multiplier of {noise}, below {self.min_noise}")
+        shares = _number(_first(told, SHARES))
+        if shares is not None and shares > terms.min_cohort:
+            raise RefusalError(
+                "noise", f"{shares:g} shares of noise in sums of as few as {terms.min_cohort} nodes"
+            )
 
     def check_roster(self, roster: Roster, min_cohort: int) -> None:
         """Once the members are known: how many, and who shares masks with whom.
@@ -172,6 +177,10 @@ NORM = "clip.norm"
 
 NOISE = ("skellam.noise-multiplier", "discrete-gaussian.noise-multiplier")
 """Keys under which layers of distributed noise tell nodes the noise multiplier of the sum."""
+
+
+SHARES = ("skellam.shares", "discrete-gaussian.shares")
+"""Keys under which they tell nodes into how many shares the noise is cut."""
 
 
 def _first(told: Mapping[str, Any], names: Sequence[str]) -> object:

@@ -104,8 +104,8 @@ class Rehearsal:
 
     def expected(self, released: Released) -> list[int]:
         """What the total must be, by whole numbers of any length."""
-        rows = [self.values[node].astype(object) for node in released.included]
-        return [int(x) for x in sum(rows) % (1 << self.terms.bits)]
+        columns = zip(*(self.values[node].tolist() for node in released.included), strict=True)
+        return [sum(column) % (1 << self.terms.bits) for column in columns]
 
     def refusals(self) -> dict[int, str]:
         """What nodes said when they would not go on."""

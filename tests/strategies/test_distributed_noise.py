@@ -22,7 +22,7 @@ from umbel.server.rundir import RunDirectory
 from umbel.strategies.clip import Clip
 from umbel.strategies.collect import PlainSum
 from umbel.strategies.distributed_skellam import DistributedDiscreteGaussian, DistributedSkellam
-from umbel.strategies.errors import ConfigError, StackError
+from umbel.strategies.errors import ConfigError, RunError, StackError
 from umbel.strategies.layer import Facts
 from umbel.strategies.quantize import Quantize
 from umbel.strategies.rotate import Rotate
@@ -154,12 +154,25 @@ def test_a_node_without_noise_to_make_gets_none_to_leave_out() -> None:
 def test_a_share_is_whole_steps_added_to_the_update() -> None:
     layer = DistributedSkellam(1.0)
     config = {"step": 0.125, "bound": 1.0, "noise-multiplier": 1.0, "shares": 4, "round": 1}
-    update = torch.full((1000,), 0.5)
+    update = torch.zeros(1000)
+    update[:4] = 0.5
     out, said = layer.encode(update, config, RecordDict())
     steps = (out / 0.125).numpy()
     assert np.array_equal(steps, np.rint(steps)) and said == {}
     assert 0.3 < float((out - update).std()) < 0.7
     assert not torch.equal(out, layer.encode(update, config, RecordDict())[0])
+
+
+@pytest.mark.parametrize("lie", [{"bound": 0.5}, {"step": 0.75}, {"bound": math.nan}])
+def test_a_server_that_tells_too_small_a_bound_or_too_coarse_a_step_gets_nothing(
+    lie: dict[str, float],
+) -> None:
+    layer = DistributedSkellam(1.0)
+    config = {"step": 0.125, "bound": 1.0, "noise-multiplier": 1.0, "shares": 4, "round": 1}
+    update = torch.tensor([0.5, 0.5, 0.5, 0.5])
+    layer.encode(update, config, RecordDict())
+    with pytest.raises(RunError, match="no update is sent"):
+        layer.encode(update, config | lie, RecordDict())
 
 
 def test_epsilon_alone_with_secure_makes_the_whole_private_run(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def test_s9_a_node_refuses_what_its_policy_does_not_allow() -> None:
         (terms, {}, "norm"),
         (terms, told | {"skellam.noise-multiplier": 0}, "noise"),
         (terms, {"clip.norm": 1}, "noise"),
+        (terms, told | {"skellam.shares": 7}, "noise"),
         (replace(terms, size=6), told, "message"),
     ):
         with pytest.raises(RefusalError, match=f"^{name}: ") as caught:
