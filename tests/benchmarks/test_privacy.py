@@ -33,6 +33,7 @@ def test_jobs_put_each_defence_where_it_can_be_seen() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_small_plan_from_beginning_to_end() -> None:
     seen: list[tuple[int, int]] = []
     report = run(Federation, PLAN, workers=2, say=lambda done, total, _: seen.append((done, total)))

@@ -115,6 +115,7 @@ def test_example_privacy_hides_records_from_the_server_too() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_model_overfitted_to_2000_images_gives_its_members_away() -> None:
     task = Task(hospitals=1, wide=1024, wide_epochs=10, wide_rounds=15, references=2)
     references = [scenes.reference(task, number) for number in range(2)]
