@@ -8,6 +8,7 @@ the exact relation; dp-accounting solves it.
 import functools
 import math
 
+import numpy as np
 from dp_accounting import gaussian_mechanism
 from scipy.special import log_ndtr
 
@@ -49,7 +50,8 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
     """
     positive(noise_multiplier=noise_multiplier)
     inside_unit(delta=delta)
-    return float(gaussian_mechanism.get_epsilon_gaussian(noise_multiplier, delta))
+    with np.errstate(divide="ignore"):  # a delta of exactly 0 has the logarithm -inf
+        return float(gaussian_mechanism.get_epsilon_gaussian(noise_multiplier, delta))
 
 
 def gaussian_delta(epsilon: float, noise_multiplier: float) -> float:

@@ -149,7 +149,7 @@ def load(path: Path, reference: str, kind: type[T]) -> T:
     if folder in sys.path:
         sys.path.remove(folder)
     sys.path.insert(0, folder)
-    _forget_other_apps(path)
+    _forget_other_apps(path, module_name.partition(".")[0])
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -164,9 +164,9 @@ def load(path: Path, reference: str, kind: type[T]) -> T:
     return found
 
 
-def _forget_other_apps(path: Path) -> None:
+def _forget_other_apps(path: Path, wanted: str) -> None:
     """Drop modules that another app's folder has loaded under the names of this one's files."""
-    own = {file.stem for file in path.glob("*.py")} | {
+    own = {wanted} | {file.stem for file in path.glob("*.py")} | {
         folder.name for folder in path.iterdir() if folder.is_dir()
     }
     own -= {*sys.stdlib_module_names, *_OURS}  # such names cannot be an app's, only a folder's

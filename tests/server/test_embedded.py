@@ -86,6 +86,7 @@ def test_an_app_in_the_style_before_messages(
     """NumPyClient, client_fn, server_fn and a strategy of flwr.server, which sends from threads."""
     logger = logging.getLogger("flwr")
     logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger="flwr")
     try:
         run_app("legacy", nursery if workers else None, workers)
     finally:
