@@ -11,16 +11,16 @@ A reply that could not be delivered is delivered after reconnecting, if it is st
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
+from umbel.clients.instruction import Receiving, Task, key
 from umbel.clients.membership import Membership, NodeSettings, open_channel, refusal
 from umbel.clients.trainee import Answer, Trainee
 from umbel.strategies.errors import ConfigError, RunError
@@ -52,42 +52,12 @@ _LATE = 0.1
 
 
 @dataclass
-class _Task:
-    """An instruction and what came of it."""
-
-    begin: Begin
-    due: float | None  # on the monotonic clock
-    file: int = 0
-    answer: Answer | None = None
-    wanted: bool = True
-
-
-@dataclass
-class _Receiving:
-    """An instruction whose content is on its way into the shared file."""
-
-    begin: Begin
-    file: int
-    files: Sequence[int]
-    at: int = 0
-
-    def add(self, chunk: memoryview) -> bool:
-        """Write a chunk; whether the content is complete."""
-        if self.at + len(chunk) > self.begin.size:
-            raise FrameError("the coordinator sent more than it announced")
-        while chunk:
-            written = os.pwrite(self.files[self.file], chunk, self.at)
-            self.at, chunk = self.at + written, chunk[written:]
-        return self.at == self.begin.size
-
-
-@dataclass
 class _Stream:
     """What lives as long as one connection."""
 
     call: Any
     welcome: Welcome
-    outgoing: "asyncio.Queue[Frame | _Task]" = field(default_factory=asyncio.Queue)
+    outgoing: "asyncio.Queue[Frame | Task]" = field(default_factory=asyncio.Queue)
     heard: float = field(default_factory=time.monotonic)
     pace: Pace = field(default_factory=Pace)
 
@@ -122,12 +92,13 @@ class NodeLink:
         self._version, self._app_digest = version, app_digest
         self._any_app, self._once, self._on_event = any_app, once, on_event
         self._instance = secrets.token_hex(16)
-        self._task: _Task | None = None  # at work, or answered and not yet taken
-        self._next: _Task | None = None  # waits until an unwanted one is done
+        self._task: Task | None = None  # at work, or answered and not yet taken
+        self._next: Task | None = None  # waits until an unwanted one is done
         self._work: asyncio.Task[None] | None = None
         self._stream: _Stream | None = None
         self._over = False
         self._node_id = 0
+        self._said = ""
 
     async def run(self) -> None:
         """Until the coordinator ends it, or for ever.
@@ -152,9 +123,9 @@ class NodeLink:
                         raise said from None
                     if twin_since is not None and began - twin_since > _TWIN_S:
                         raise RunError(str(said)) from None
-                    log.warning("%s", said)
+                    self._say(str(said))
                 except (RunError, FrameError, TimeoutError, EOFError) as problem:
-                    log.warning("connection lost: %s", problem or type(problem).__name__)
+                    self._say(f"connection lost: {problem or type(problem).__name__}")
                 if self._over:
                     return
                 if time.monotonic() - began > 2:  # it was connected, and for a while
@@ -165,6 +136,11 @@ class NodeLink:
             if self._work is not None:
                 self._work.cancel()
             self._trainee.stop()
+
+    def _say(self, text: str) -> None:
+        """Log once what is so for hours while the coordinator is away."""
+        log.log(logging.DEBUG if text == self._said else logging.WARNING, "%s", text)
+        self._said = text
 
     # ---- one connection
 
@@ -182,6 +158,7 @@ class NodeLink:
             )()
             stream = _Stream(call, await self._greet(call))
             self._stream = stream
+            self._said = ""
             self._on_event("connected")
             log.info("connected to %s as %s", self._settings.address, stream.welcome.name)
             try:
@@ -264,7 +241,7 @@ class NodeLink:
         return self._task.begin.message_type if self._task.answer is None else "replying"
 
     async def _read(self, stream: _Stream) -> None:
-        receiving: _Receiving | None = None
+        receiving: Receiving | None = None
         while True:
             frame = await stream.call.read()
             if frame is grpc.aio.EOF:
@@ -318,7 +295,7 @@ class NodeLink:
 
     # ---- instructions
 
-    def _begin(self, begin: Begin) -> _Receiving | None:
+    def _begin(self, begin: Begin) -> Receiving | None:
         check_size(begin.size, LARGEST_CONTENT)
         if len(begin.inline) == begin.size:
             self._take(begin)
@@ -327,13 +304,13 @@ class NodeLink:
             raise FrameError("the content inside of a begin is not what was announced")
         # While the app reads one content, the next goes to a file of its own.
         held = self._task
-        return _Receiving(begin, 1 - held.file if held is not None else 0, self._trainee.inbound)
+        return Receiving(begin, 1 - held.file if held is not None else 0, self._trainee.inbound)
 
     def _take(self, begin: Begin, file: int = 0) -> None:
         due = time.monotonic() + begin.deadline_s * (1 + _LATE) if begin.deadline_s else None
-        task = _Task(begin, due, file)
+        task = Task(begin, due, file)
         held = self._task
-        if held is not None and _key(held.begin) == _key(begin):
+        if held is not None and key(held.begin) == key(begin):
             held.wanted = True
             if held.answer is not None:
                 self._deliver(held)
@@ -348,17 +325,17 @@ class NodeLink:
             return
         self._launch(task)
 
-    def _launch(self, task: _Task) -> None:
+    def _launch(self, task: Task) -> None:
         self._task = task
         self._work = asyncio.create_task(self._answer(task))
         self._work.add_done_callback(self._worked)
 
-    def _hurry(self, task: _Task) -> None:
+    def _hurry(self, task: Task) -> None:
         """An instruction is due and the app still hangs in one that nobody wants."""
         if self._next is task:
             self._trainee.stop()
 
-    async def _answer(self, task: _Task) -> None:
+    async def _answer(self, task: Task) -> None:
         left = None if task.due is None else max(0.01, task.due - time.monotonic())
         task.answer = await self._trainee.run(task.begin, self._node_id, left, file=task.file)
 
@@ -378,7 +355,7 @@ class NodeLink:
         else:
             self._task = None
 
-    def _deliver(self, task: _Task) -> None:
+    def _deliver(self, task: Task) -> None:
         """Send a reply, or offer it if it is large; without a connection, later."""
         stream, answer = self._stream, task.answer
         if stream is None or answer is None:
@@ -404,11 +381,6 @@ class NodeLink:
             self._task.wanted = False
             if self._work is None or self._work.done():
                 self._task = None
-
-
-def _key(begin: Begin) -> tuple[str, int]:
-    """What makes two instructions the same: redelivery must not train twice."""
-    return begin.id, begin.digest
 
 
 async def _raise_status(call: Any) -> None:
