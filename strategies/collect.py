@@ -37,6 +37,9 @@ LARGEST_METRIC = 1e100
 LENIENCE = 1e-9
 """Two machines may add up the squares of one update in different orders."""
 
+PARALLEL = 1 << 18
+"""Coordinates from which the threads of a dot product are worth waking."""
+
 ClientFn = Callable[[Message, Context], Message]
 
 
@@ -216,7 +219,7 @@ class PlainSum:
         longest = self.longest if facts.l2_bound is None else facts.l2_bound
         # A promised bound is checked in float64, as clipping computes it; else a quick look does.
         length = (
-            float(torch.linalg.vector_norm(update))  # unlike a dot product, on one thread
+            _length(update)
             if facts.l2_bound is None
             else l2_norm(update) / (1 + LENIENCE)
         )
@@ -232,6 +235,13 @@ class PlainSum:
             if not 0 < weight < 2**53:
                 raise ValueError(f"{EXAMPLES} is {weight!r}, which is no weight")
         return update, weight, update.numel() * update.element_size()
+
+
+def _length(update: Tensor) -> float:
+    """A quick look at the norm: NaN or infinity where a coordinate is not finite."""
+    if update.numel() < PARALLEL:
+        return float(torch.linalg.vector_norm(update))  # unlike a dot product, on one thread
+    return math.sqrt(float(torch.dot(update, update)))
 
 
 def read_vector(reply: Message, name: str, size: int) -> Tensor:
