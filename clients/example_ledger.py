@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, RecordDict
 
-from umbel.privacy.accounting import COARSE, poisson, spent
-from umbel.privacy.calibrate import noise_multiplier
-from umbel.privacy.events import Charge
+from umbel.privacy.budget.accounting import COARSE, poisson, spent
+from umbel.privacy.budget.calibrate import noise_multiplier
+from umbel.privacy.budget.events import Charge
 
 RECORD = "umbel.example-ledger"
 

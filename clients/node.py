@@ -25,7 +25,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from umbel.clients.data import Node, Split
+from umbel.clients.data.examples import Node, Split
 from umbel.clients.pooling import (
     Questions,
     answer_pool,
@@ -49,7 +49,7 @@ from umbel.strategies.layout import (
     averaged_buffers,
     local_buffers,
 )
-from umbel.strategies.pooled import ASK, POOL
+from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.records import Manifest, from_array, to_array
 from umbel.strategies.stack import Stack
 

@@ -23,13 +23,13 @@ from umbel.clients.trainer import BundleTrainer, Job, Options, Trainer, Weights
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.layout import CONFIG, MODEL
-from umbel.strategies.pooled import MEMBERS, PUBLIC, QUESTION
+from umbel.strategies.private.pooled import MEMBERS, PUBLIC, QUESTION
 from umbel.strategies.records import from_array, to_array
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
-    from umbel.privacy.bundle import Bundle
-    from umbel.strategies.private_mean import PrivateMean
+    from umbel.privacy.bounds.bundle import Bundle
+    from umbel.strategies.private.private_mean import PrivateMean
 
 Questions: TypeAlias = "Sequence[PrivateMean] | Callable[[Options], Sequence[PrivateMean]]"
 """The private means of an app, or a function of the options that makes them."""

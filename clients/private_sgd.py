@@ -1,7 +1,7 @@
 """DP-SGD inside a node: each of its records is hidden, from everybody who sees its updates.
 
     each step   records by Poisson sampling, from the operating system's entropy
-                every record's gradient clipped to a norm, added up       (umbel.privacy.ghost)
+                every record's gradient clipped to a norm, added up   (umbel.privacy.bounds.ghost)
                 + Gaussian noise on a lattice, over the expected batch     (Abadi et al. 2016)
     each round  the node's own ledger is charged before training begins
 
@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from umbel.clients.example_ledger import ExampleLedger, Steps, noise_for
+from umbel.clients.pytorch.batches import Source, open_source, to_device, to_model
+from umbel.clients.pytorch.loop import make_optimizer
+from umbel.clients.pytorch.settings import TorchSettings, choose_device
+from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
-from umbel.clients.torch_batches import Source, open_source, to_device, to_model
-from umbel.clients.torch_loop import make_optimizer
-from umbel.clients.torch_settings import TorchSettings, choose_device
-from umbel.clients.torch_trainer import TorchTrainer
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
-from umbel.privacy.entropy import Entropy
-from umbel.privacy.ghost import PerExample
+from umbel.privacy.bounds.ghost import PerExample
+from umbel.privacy.noise.entropy import Entropy
 from umbel.strategies.errors import ConfigError, RunError
-from umbel.strategies.gaussian import noised
+from umbel.strategies.private.gaussian import noised
 
 MARGIN = 1 + 2.0**-16
 """Noise beyond z C: covers the rounding of clipped gradients and of their sum in float32."""

@@ -27,7 +27,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import hinge_loss, log_loss
 from torch import Tensor
 
-from umbel.clients.data import Examples
+from umbel.clients.data.examples import Examples
 from umbel.clients.seeding import seeded
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
 from umbel.strategies.errors import ConfigError

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umbel.clients.data import Examples
-from umbel.clients.features import Rows
+from umbel.clients.data.examples import Examples
+from umbel.clients.data.features import Rows
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Tree, Weights
-from umbel.privacy.bundle import UNIT_STEP, OuterProducts, UnitRows
+from umbel.privacy.bounds.bundle import UNIT_STEP, OuterProducts, UnitRows
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import checked
 
@@ -30,7 +30,7 @@ Prepare = Callable[[Tensor, Tree], Tensor]
 
 @dataclass(frozen=True)
 class SoftmaxTrainer:
-    """Trains softmax regression on the features of `umbel.clients.features.Featured`.
+    """Trains softmax regression on the features of `umbel.clients.data.features.Featured`.
 
     Attributes:
         width: of a feature vector, or a function of the options.

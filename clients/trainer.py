@@ -12,7 +12,7 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from umbel.privacy.bundle import Bundle
+    from umbel.privacy.bounds.bundle import Bundle
 
 Options = Mapping[str, bool | int | float | str]
 """The run's options, as in `[tool.flwr.app.config]` and `-c`."""

@@ -3,7 +3,7 @@
     ask -> gather -> charge -> decode -> what is public from now on
 
 On the embedded engine, where virtual nodes share a few processes, an app whose nodes have one
-example each is asked by process and not by node (`umbel.strategies.pooled`).
+example each is asked by process and not by node (`umbel.strategies.private.pooled`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from umbel.strategies.collect import Gather, Gathering
 from umbel.strategies.errors import RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL
-from umbel.strategies.pooled import ASK, MEMBERS, POOL, PUBLIC, QUESTION, gather_pools
+from umbel.strategies.private.pooled import ASK, MEMBERS, POOL, PUBLIC, QUESTION, gather_pools
 from umbel.strategies.records import to_array
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
-    from umbel.strategies.private_mean import PrivateMean
+    from umbel.strategies.private.private_mean import PrivateMean
 
 
 def processes_of(grid: Grid) -> int:

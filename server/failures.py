@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from umbel.server.progress import Progress
+from umbel.server.output.progress import Progress
 from umbel.strategies.collect import Rejected
 
 REASONS_TOLD = 5

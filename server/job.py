@@ -15,7 +15,7 @@ from umbel.strategies.records import Tree
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:  # its mathematics takes a second to import
-    from umbel.strategies.private_mean import PrivateMean
+    from umbel.strategies.private.private_mean import PrivateMean
 
 Evaluate = Callable[[Tree, Tree], Mapping[str, float]]
 """Central evaluation: parameters and buffers to metrics."""

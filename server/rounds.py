@@ -25,9 +25,9 @@ from umbel.server.failures import Failures
 from umbel.server.job import Evaluate as Evaluate
 from umbel.server.job import Job as Job
 from umbel.server.job import Outcome as Outcome
-from umbel.server.progress import Progress
+from umbel.server.output.progress import Progress
+from umbel.server.output.rundir import RunDirectory
 from umbel.server.roster import NodeRef
-from umbel.server.rundir import RunDirectory
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
 from umbel.strategies.errors import ConfigError, RunError

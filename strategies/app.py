@@ -166,9 +166,11 @@ def load(path: Path, reference: str, kind: type[T]) -> T:
 
 def _forget_other_apps(path: Path, wanted: str) -> None:
     """Drop modules that another app's folder has loaded under the names of this one's files."""
-    own = {wanted} | {file.stem for file in path.glob("*.py")} | {
-        folder.name for folder in path.iterdir() if folder.is_dir()
-    }
+    own = (
+        {wanted}
+        | {file.stem for file in path.glob("*.py")}
+        | {folder.name for folder in path.iterdir() if folder.is_dir()}
+    )
     own -= {*sys.stdlib_module_names, *_OURS}  # such names cannot be an app's, only a folder's
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)

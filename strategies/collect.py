@@ -14,8 +14,8 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from umbel.privacy.clipping import l2_norm
-from umbel.privacy.lattice import on_grid
+from umbel.privacy.bounds.clipping import l2_norm
+from umbel.privacy.noise.lattice import on_grid
 from umbel.strategies.fold import Fold
 from umbel.strategies.layer import Facts, Metrics
 from umbel.strategies.records import from_array
@@ -218,11 +218,7 @@ class PlainSum:
         facts = round_.facts
         longest = self.longest if facts.l2_bound is None else facts.l2_bound
         # A promised bound is checked in float64, as clipping computes it; else a quick look does.
-        length = (
-            _length(update)
-            if facts.l2_bound is None
-            else l2_norm(update) / (1 + LENIENCE)
-        )
+        length = _length(update) if facts.l2_bound is None else l2_norm(update) / (1 + LENIENCE)
         if not length <= longest:  # also true of NaN
             what = f"norm {length:.6g}" if math.isfinite(length) else "NaN or infinity"
             cure = "; lower learning-rate" if facts.l2_bound is None else ""

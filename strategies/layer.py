@@ -25,7 +25,7 @@ from torch import Tensor
 if TYPE_CHECKING:  # importing it takes a second, which a run without privacy need not wait
     from dp_accounting import DpEvent, NeighboringRelation
 
-    from umbel.privacy.bundle import Bundle
+    from umbel.privacy.bounds.bundle import Bundle
 
 Config = Mapping[str, bool | int | float | str | bytes]
 """What a layer tells the nodes: a flat record of scalars."""

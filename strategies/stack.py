@@ -24,7 +24,7 @@ from umbel.strategies.layer import (
 )
 
 if TYPE_CHECKING:
-    from umbel.privacy.bundle import Bundle
+    from umbel.privacy.bounds.bundle import Bundle
 
 States = tuple[Any, ...]
 """One state a layer, in the stack's order."""

@@ -15,8 +15,8 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from umbel.server.embedded.workers import Nursery
 from umbel.server.flower import Envelope
-from umbel.server.workers import Nursery
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, Sum
 from umbel.strategies.layer import Facts, Stateless
 from umbel.strategies.records import to_array
@@ -130,8 +130,8 @@ class SharedNursery(Nursery):
 WARM = """
 import importlib, json, os, signal, sys, traceback
 import umbel.federation, umbel.run, umbel.cli
-import umbel.privacy_commands, umbel.server.private_run, umbel.server.verify
-import umbel.strategies.private
+import umbel.privacy_commands, umbel.server.private.run, umbel.server.private.verify
+import umbel.strategies.private.private_stack
 
 
 def die_at(place, count, when):

@@ -86,7 +86,7 @@ def test_arrows_go_one_way(room: str) -> None:
     [
         ("privacy", "from umbel.strategies import layer"),
         ("strategies", "import umbel.server.rounds"),
-        ("transport", "from umbel.privacy.clipping import l2_norm"),
+        ("transport", "from umbel.privacy.bounds.clipping import l2_norm"),
         ("server", "def f():\n    from umbel.clients.node import NodeHalf"),
         ("clients", "importlib.import_module('umbel.server.rounds')"),
         ("clients", "importlib.import_module(f'umbel.server.{name}')"),

@@ -9,89 +9,89 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from umbel.clients.data import Examples as Examples
-    from umbel.clients.data import Node as Node
-    from umbel.clients.data import Split as Split
-    from umbel.clients.features import Featured as Featured
-    from umbel.clients.features import Recipe as Recipe
-    from umbel.clients.features import features_of as features_of
+    from umbel.clients.data.examples import Examples as Examples
+    from umbel.clients.data.examples import Node as Node
+    from umbel.clients.data.examples import Split as Split
+    from umbel.clients.data.features import Featured as Featured
+    from umbel.clients.data.features import Recipe as Recipe
+    from umbel.clients.data.features import features_of as features_of
+    from umbel.clients.data.partition import ByKey as ByKey
+    from umbel.clients.data.partition import BySize as BySize
+    from umbel.clients.data.partition import Dirichlet as Dirichlet
+    from umbel.clients.data.partition import Iid as Iid
+    from umbel.clients.data.partition import Shards as Shards
+    from umbel.clients.data.partitioned import Partitioned as Partitioned
+    from umbel.clients.data.scattering import Scattering as Scattering
     from umbel.clients.function_trainer import FunctionTrainer as FunctionTrainer
-    from umbel.clients.partition import ByKey as ByKey
-    from umbel.clients.partition import BySize as BySize
-    from umbel.clients.partition import Dirichlet as Dirichlet
-    from umbel.clients.partition import Iid as Iid
-    from umbel.clients.partition import Shards as Shards
-    from umbel.clients.partitioned import Partitioned as Partitioned
     from umbel.clients.private_sgd import PrivateSgd as PrivateSgd
-    from umbel.clients.scattering import Scattering as Scattering
+    from umbel.clients.pytorch.trainer import TorchTrainer as TorchTrainer
     from umbel.clients.sklearn_trainer import SklearnTrainer as SklearnTrainer
     from umbel.clients.softmax_trainer import SoftmaxTrainer as SoftmaxTrainer
-    from umbel.clients.torch_trainer import TorchTrainer as TorchTrainer
     from umbel.federation import Federation as Federation
     from umbel.run import run as run
-    from umbel.server.verify import verify as verify
-    from umbel.strategies.adaptive_clip import AdaptiveClip as AdaptiveClip
-    from umbel.strategies.banded_gaussian import BandedGaussian as BandedGaussian
-    from umbel.strategies.clip import Clip as Clip
+    from umbel.server.private.verify import verify as verify
     from umbel.strategies.collect import PlainSum as PlainSum
-    from umbel.strategies.distributed_skellam import (
+    from umbel.strategies.layer import Stateless as Stateless
+    from umbel.strategies.private.adaptive_clip import AdaptiveClip as AdaptiveClip
+    from umbel.strategies.private.banded_gaussian import BandedGaussian as BandedGaussian
+    from umbel.strategies.private.clip import Clip as Clip
+    from umbel.strategies.private.gaussian import Gaussian as Gaussian
+    from umbel.strategies.private.local_gaussian import LocalGaussian as LocalGaussian
+    from umbel.strategies.private.private_mean import PrivateMean as PrivateMean
+    from umbel.strategies.private.private_mean import private_histogram as private_histogram
+    from umbel.strategies.private.private_mean import private_second_moment as private_second_moment
+    from umbel.strategies.private.private_metrics import PrivateMetrics as PrivateMetrics
+    from umbel.strategies.private.tree_gaussian import TreeGaussian as TreeGaussian
+    from umbel.strategies.secure.distributed_skellam import (
         DistributedDiscreteGaussian as DistributedDiscreteGaussian,
     )
-    from umbel.strategies.distributed_skellam import DistributedSkellam as DistributedSkellam
-    from umbel.strategies.gaussian import Gaussian as Gaussian
-    from umbel.strategies.layer import Stateless as Stateless
-    from umbel.strategies.local_gaussian import LocalGaussian as LocalGaussian
-    from umbel.strategies.private_mean import PrivateMean as PrivateMean
-    from umbel.strategies.private_mean import private_histogram as private_histogram
-    from umbel.strategies.private_mean import private_second_moment as private_second_moment
-    from umbel.strategies.private_metrics import PrivateMetrics as PrivateMetrics
-    from umbel.strategies.quantize import Quantize as Quantize
-    from umbel.strategies.rotate import Rotate as Rotate
-    from umbel.strategies.secure_sum import SecureSum as SecureSum
+    from umbel.strategies.secure.distributed_skellam import DistributedSkellam as DistributedSkellam
+    from umbel.strategies.secure.quantize import Quantize as Quantize
+    from umbel.strategies.secure.rotate import Rotate as Rotate
+    from umbel.strategies.secure.secure_sum import SecureSum as SecureSum
+    from umbel.strategies.secure.weigh import Weigh as Weigh
     from umbel.strategies.stack import Stack as Stack
-    from umbel.strategies.tree_gaussian import TreeGaussian as TreeGaussian
-    from umbel.strategies.weigh import Weigh as Weigh
 
 _HOMES = {
-    "ByKey": "clients.partition",
-    "BySize": "clients.partition",
-    "Dirichlet": "clients.partition",
-    "Examples": "clients.data",
+    "ByKey": "clients.data.partition",
+    "BySize": "clients.data.partition",
+    "Dirichlet": "clients.data.partition",
+    "Examples": "clients.data.examples",
     "FunctionTrainer": "clients.function_trainer",
     "SklearnTrainer": "clients.sklearn_trainer",
-    "Featured": "clients.features",
+    "Featured": "clients.data.features",
     "Federation": "federation",
-    "Iid": "clients.partition",
-    "Node": "clients.data",
-    "Partitioned": "clients.partitioned",
+    "Iid": "clients.data.partition",
+    "Node": "clients.data.examples",
+    "Partitioned": "clients.data.partitioned",
     "PlainSum": "strategies.collect",
-    "PrivateMean": "strategies.private_mean",
+    "PrivateMean": "strategies.private.private_mean",
     "PrivateSgd": "clients.private_sgd",
-    "Recipe": "clients.features",
-    "Scattering": "clients.scattering",
-    "Shards": "clients.partition",
+    "Recipe": "clients.data.features",
+    "Scattering": "clients.data.scattering",
+    "Shards": "clients.data.partition",
     "SoftmaxTrainer": "clients.softmax_trainer",
-    "Split": "clients.data",
+    "Split": "clients.data.examples",
     "Stack": "strategies.stack",
     "Stateless": "strategies.layer",
-    "TorchTrainer": "clients.torch_trainer",
-    "features_of": "clients.features",
-    "private_histogram": "strategies.private_mean",
-    "private_second_moment": "strategies.private_mean",
-    "AdaptiveClip": "strategies.adaptive_clip",
-    "BandedGaussian": "strategies.banded_gaussian",
-    "Clip": "strategies.clip",
-    "DistributedDiscreteGaussian": "strategies.distributed_skellam",
-    "DistributedSkellam": "strategies.distributed_skellam",
-    "Gaussian": "strategies.gaussian",
-    "LocalGaussian": "strategies.local_gaussian",
-    "PrivateMetrics": "strategies.private_metrics",
-    "Quantize": "strategies.quantize",
-    "Rotate": "strategies.rotate",
-    "SecureSum": "strategies.secure_sum",
-    "TreeGaussian": "strategies.tree_gaussian",
-    "Weigh": "strategies.weigh",
-    "verify": "server.verify",
+    "TorchTrainer": "clients.pytorch.trainer",
+    "features_of": "clients.data.features",
+    "private_histogram": "strategies.private.private_mean",
+    "private_second_moment": "strategies.private.private_mean",
+    "AdaptiveClip": "strategies.private.adaptive_clip",
+    "BandedGaussian": "strategies.private.banded_gaussian",
+    "Clip": "strategies.private.clip",
+    "DistributedDiscreteGaussian": "strategies.secure.distributed_skellam",
+    "DistributedSkellam": "strategies.secure.distributed_skellam",
+    "Gaussian": "strategies.private.gaussian",
+    "LocalGaussian": "strategies.private.local_gaussian",
+    "PrivateMetrics": "strategies.private.private_metrics",
+    "Quantize": "strategies.secure.quantize",
+    "Rotate": "strategies.secure.rotate",
+    "SecureSum": "strategies.secure.secure_sum",
+    "TreeGaussian": "strategies.private.tree_gaussian",
+    "Weigh": "strategies.secure.weigh",
+    "verify": "server.private.verify",
     "run": "run",
 }
 

@@ -39,7 +39,7 @@ def speed(
     ] = False,
 ) -> None:
     """Speed and memory of the embedded engine, beside bare loops and Flower."""
-    from umbel.benchmarks.speed import Apps, main
+    from umbel.benchmarks.speed.suite import Apps, main
     from umbel.run import example
     from umbel.scaffold import new_app
 

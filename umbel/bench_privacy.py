@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from umbel.benchmarks.privacy import Report
+    from umbel.benchmarks.attack.suite import Report
 
 CHECK_FAILED = 3
 
@@ -67,7 +67,7 @@ def privacy(
     """Attack every defence, audit every claim; exit 3 where a claim does not hold."""
     from rich.console import Console
 
-    from umbel.benchmarks import privacy_report
+    from umbel.benchmarks.attack import report as privacy_report
     from umbel.strategies.errors import ConfigError
 
     if utility:
@@ -98,7 +98,7 @@ def _utility(
     app: Path | None, recipes: list[str], texts: str, repeats: int, out: Path | None, as_json: bool
 ) -> None:
     """Accuracy against epsilon, by whole private runs."""
-    from umbel.benchmarks import utility
+    from umbel.benchmarks.speed import utility
     from umbel.run import example, run
     from umbel.strategies.errors import ConfigError
 
@@ -132,16 +132,16 @@ def _measured(
     seed: int,
     workers: int | None,
 ) -> "Report":
-    from umbel.benchmarks import jobs, plans
-    from umbel.benchmarks.defences import FAULTS
-    from umbel.benchmarks.privacy import Report, Row, run
+    from umbel.benchmarks.attack import jobs, plans
+    from umbel.benchmarks.attack.defences import FAULTS
+    from umbel.benchmarks.attack.suite import Report, Row, run
     from umbel.federation import Federation
-    from umbel.server.rundir import machine, versions
+    from umbel.server.output.rundir import machine, versions
 
     canaries = 5000 if full else 1000
     fault = None if inject is None else _FAULTS[inject]
     if app is not None:
-        from umbel.benchmarks import own
+        from umbel.benchmarks.attack import own
 
         federation, options, nodes, name = opened(app, config)
         broken = None if fault is None else FAULTS[fault]

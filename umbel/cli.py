@@ -89,7 +89,7 @@ def run_command(
 ) -> None:
     """Train an app on this machine and write a report."""
     from umbel.run import Interrupted, run
-    from umbel.server.report import write_report
+    from umbel.server.output.report import write_report
     from umbel.strategies.errors import ConfigError
     from umbel.strategies.options import parse
 
@@ -115,7 +115,7 @@ def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
 ) -> None:
     """Draw a run: report.html and PNG plots, in its directory."""
-    from umbel.server.report import write_report
+    from umbel.server.output.report import write_report
 
     typer.echo(write_report(run))
 
@@ -129,7 +129,7 @@ def verify_command(
     as_json: AsJson = False,
 ) -> None:
     """Check a private run's certificate: every number again, from its ledger."""
-    from umbel.server.verify import verify
+    from umbel.server.private.verify import verify
 
     problems = verify(run, key=key)
     if as_json:

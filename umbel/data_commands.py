@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from umbel.clients import datasets
+from umbel.clients.data import datasets
 
 app = typer.Typer(name="data", help="List data sets and fetch them.", no_args_is_help=True)
 

@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from umbel.clients.data import Node, Split
+from umbel.clients.data.examples import Node, Split
 from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.trainer import Trainer, Weights
-from umbel.server.report import write_report
+from umbel.server.output.report import write_report
+from umbel.server.output.session import Session, current
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
-from umbel.server.session import Session, current
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
 from umbel.strategies.options import Options, RunOptions, Value, checked, override
-from umbel.strategies.privacy_options import PrivacyOptions
-from umbel.strategies.secure_options import SecureOptions
+from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
-    from umbel.strategies.private_mean import PrivateMean
+    from umbel.strategies.private.private_mean import PrivateMean
 
 MISSPELT = 0.85
 """So alike are an option that nobody knows and one that somebody does, if it was misspelt."""
@@ -113,12 +113,12 @@ class Federation:
         privacy = PrivacyOptions.read(options)
         secure = SecureOptions.read(options)
         if secure.secure:
-            from umbel.strategies.secure_stack import secure_stack
+            from umbel.strategies.secure.secure_stack import secure_stack
 
             return secure_stack(stack, secure, privacy)
         if not privacy.on:
             return stack
-        from umbel.strategies.private import private_stack
+        from umbel.strategies.private.private_stack import private_stack
 
         return private_stack(stack, privacy, RunOptions.read(options).rounds)
 
@@ -198,7 +198,7 @@ class FederationServerApp(ServerApp):
         job = federation.job(options, len(nodes))
         private = None
         if job.stack.private:
-            from umbel.server.private_run import PrivateRun
+            from umbel.server.private.run import PrivateRun
 
             private = PrivateRun(job, PrivacyOptions.read(options), len(nodes), session)
             job = private.job

@@ -30,11 +30,11 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from umbel.clients.membership import Membership, NodeSettings
-from umbel.clients.start import StartSettings, enrolled
-from umbel.server.enrolment import Enrolment
-from umbel.server.rundir import RunDirectory
-from umbel.server.service import ServerSettings, Service
+from umbel.clients.process.membership import Membership, NodeSettings
+from umbel.clients.process.start import StartSettings, enrolled
+from umbel.server.link.enrolment import Enrolment
+from umbel.server.link.service import ServerSettings, Service
+from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.options import Options, override

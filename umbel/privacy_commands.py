@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from umbel.privacy.accounting import curve, poisson, spent
-from umbel.privacy.calibrate import noise_multiplier as noise_for
-from umbel.privacy.events import ADD_OR_REMOVE, Charge, relation_name
+from umbel.privacy.budget.accounting import curve, poisson, spent
+from umbel.privacy.budget.calibrate import noise_multiplier as noise_for
+from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge, relation_name
 from umbel.strategies.errors import ConfigError
 
 app = typer.Typer(

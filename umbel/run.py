@@ -13,17 +13,17 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from umbel.federation import Federation, FederationServerApp
-from umbel.server import progress as showing
-from umbel.server.embedded import EmbeddedGrid
-from umbel.server.observer import ObservedGrid
-from umbel.server.progress import Progress
-from umbel.server.rundir import RunDirectory, machine, versions
-from umbel.server.session import session
-from umbel.server.workers import Nursery
+from umbel.server.embedded.grid import EmbeddedGrid
+from umbel.server.embedded.observer import ObservedGrid
+from umbel.server.embedded.workers import Nursery
+from umbel.server.output import progress as showing
+from umbel.server.output.progress import Progress
+from umbel.server.output.rundir import RunDirectory, machine, versions
+from umbel.server.output.session import session
 from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import Options, RunOptions, override
-from umbel.strategies.privacy_options import PrivacyOptions
+from umbel.strategies.private.options import PrivacyOptions
 
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
@@ -238,7 +238,7 @@ class _Notes(logging.Handler):
 
 def show_fetching(progress: Progress) -> None:
     """Say so when a data set has to be fetched first."""
-    logger = logging.getLogger("umbel.clients.datasets")
+    logger = logging.getLogger("umbel.clients.data.datasets")
     logger.setLevel(logging.INFO)
     logger.handlers = [_Notes(progress)]
 

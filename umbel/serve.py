@@ -15,16 +15,16 @@ from flwr.serverapp import ServerApp
 
 from umbel.federation import FederationServerApp
 from umbel.run import log_to
-from umbel.server import progress as showing
-from umbel.server.link import LinkGrid, ObservedLinkGrid, StoppedError
-from umbel.server.progress import Progress
-from umbel.server.rundir import RunDirectory, machine, versions
-from umbel.server.service import ServerSettings, Service, WatchedProgress
-from umbel.server.session import session
+from umbel.server.link.grid import LinkGrid, ObservedLinkGrid, StoppedError
+from umbel.server.link.service import ServerSettings, Service, WatchedProgress
+from umbel.server.output import progress as showing
+from umbel.server.output.progress import Progress
+from umbel.server.output.rundir import RunDirectory, machine, versions
+from umbel.server.output.session import session
 from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import Options, override
-from umbel.strategies.privacy_options import PrivacyOptions
+from umbel.strategies.private.options import PrivacyOptions
 
 log = logging.getLogger("umbel.server")
 
@@ -95,7 +95,7 @@ def serve(
 
 def submit(state: Path, changes: Options) -> None:
     """Ask a server that stays (`--serve`) for another run, with these options."""
-    from umbel.server.enrolment import Enrolment
+    from umbel.server.link.enrolment import Enrolment
 
     if not (state / "umbel.sqlite").exists():
         raise ConfigError(f"{state} is no coordinator's state; start one with: umbel server")

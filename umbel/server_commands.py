@@ -63,8 +63,8 @@ def server(
 ) -> None:
     """Coordinate a federation: wait for its nodes, run the app, end."""
     from umbel import __version__
-    from umbel.server.link import StoppedError
-    from umbel.server.service import ServerSettings
+    from umbel.server.link.grid import StoppedError
+    from umbel.server.link.service import ServerSettings
     from umbel.strategies.options import parse
 
     _log()
@@ -136,7 +136,7 @@ def client(
 ) -> None:
     """Be a node of a federation: stay connected, train when asked."""
     from umbel import __version__
-    from umbel.clients.start import StartSettings, start_node
+    from umbel.clients.process.start import StartSettings, start_node
     from umbel.strategies.options import parse
 
     _log()
@@ -176,7 +176,7 @@ def nodes_add(
     as_json: AsJson = False,
 ) -> None:
     """Invite a node: write a join file for it, or admit its own certificate."""
-    from umbel.server.enrolment import Enrolment
+    from umbel.server.link.enrolment import Enrolment
     from umbel.transport.certificates import open_authority
     from umbel.transport.join import write_join_file
 
@@ -207,7 +207,7 @@ def nodes_add(
 @nodes.command("list")
 def nodes_list(state: State, as_json: AsJson = False) -> None:
     """Show the nodes."""
-    from umbel.server.service import read_status
+    from umbel.server.link.service import read_status
 
     rows = read_status(state)["nodes"]
     if as_json:
@@ -222,7 +222,7 @@ def nodes_revoke(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the node.")], state: State
 ) -> None:
     """Shut a node out for good; a live connection is cut within a second or two."""
-    from umbel.server.enrolment import Enrolment
+    from umbel.server.link.enrolment import Enrolment
 
     enrolment = Enrolment(state)
     try:
@@ -234,7 +234,7 @@ def nodes_revoke(
 
 def status(state: State, as_json: AsJson = False) -> None:
     """Show where a federation stands."""
-    from umbel.server.service import read_status
+    from umbel.server.link.service import read_status
 
     found = read_status(state)
     if as_json:
@@ -309,7 +309,7 @@ def _ago(when: Any) -> str:
 
 
 def _show(result: dict[str, Any], *, as_json: bool) -> None:
-    from umbel.server.report import write_report
+    from umbel.server.output.report import write_report
     from umbel.summary import lines
 
     report = write_report(Path(result["run"]))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from umbel.benchmarks.audits import Audit
+    from umbel.benchmarks.attack.audits import Audit
     from umbel.federation import Federation
 
 
@@ -47,7 +47,7 @@ def assert_private(
         AssertionError: nothing is claimed, too much is, or the claim is refuted.
         ConfigError: there is no such app or run.
     """
-    from umbel.benchmarks.own import audit
+    from umbel.benchmarks.attack.own import audit
 
     federation, known, name, spent = _subject(run)
     given = {**known, **(options or {})}
@@ -76,7 +76,7 @@ def _subject(
 ) -> tuple[Any, dict[str, Any], str, float | None]:
     """The federation, its options, its name, and what a finished run has spent."""
     from umbel.bench_privacy import opened
-    from umbel.server.rundir import RunDirectory
+    from umbel.server.output.rundir import RunDirectory
 
     if not isinstance(run, Path | str):
         return run, {}, run.name, None

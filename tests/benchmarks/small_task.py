@@ -1,6 +1,6 @@
 """A task that the scenes play in seconds."""
 
-from umbel.benchmarks.scenes import Task
+from umbel.benchmarks.attack.scenes import Task
 
 TASK = Task(
     data="digits",

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 
-from umbel.benchmarks import audits
-from umbel.benchmarks.audits import Audit
-from umbel.benchmarks.defences import (
+from umbel.benchmarks.attack import audits
+from umbel.benchmarks.attack.audits import Audit
+from umbel.benchmarks.attack.defences import (
     FAULTS,
     Schedule,
     central,
@@ -16,9 +16,9 @@ from umbel.benchmarks.defences import (
     promised,
     unbounded_weights,
 )
-from umbel.benchmarks.jobs import audit_fault
+from umbel.benchmarks.attack.jobs import audit_fault
 from umbel.federation import Federation
-from umbel.privacy.accounting import epsilon
+from umbel.privacy.budget.accounting import epsilon
 from umbel.strategies.errors import ConfigError
 
 DELTA = 1e-5

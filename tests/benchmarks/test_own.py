@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from umbel.benchmarks import own
-from umbel.benchmarks.defences import quarter_noise
-from umbel.clients.partitioned import Partitioned
-from umbel.clients.torch_trainer import TorchTrainer
+from umbel.benchmarks.attack import own
+from umbel.benchmarks.attack.defences import quarter_noise
+from umbel.clients.data.partitioned import Partitioned
+from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.federation import Federation
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"

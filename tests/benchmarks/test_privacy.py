@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from tests.benchmarks.small_task import TASK
-from umbel.benchmarks import privacy, scenes
-from umbel.benchmarks.defences import Defence, example_rows, nothing, rows, secure_rows
-from umbel.benchmarks.jobs import jobs_of
-from umbel.benchmarks.plans import Plan
-from umbel.benchmarks.privacy import Report, run
+from umbel.benchmarks.attack import scenes
+from umbel.benchmarks.attack import suite as privacy
+from umbel.benchmarks.attack.defences import Defence, example_rows, nothing, rows, secure_rows
+from umbel.benchmarks.attack.jobs import jobs_of
+from umbel.benchmarks.attack.plans import Plan
+from umbel.benchmarks.attack.suite import Report, run
 from umbel.federation import Federation
 
 DEFENCES = [rows([8.0], 8.0)[0], rows([8.0], 8.0)[-1], *example_rows([8.0])]

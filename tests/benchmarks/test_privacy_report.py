@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from umbel.benchmarks import checks, privacy_report
-from umbel.benchmarks.audits import Audit
-from umbel.benchmarks.checks import Check
-from umbel.benchmarks.findings import Finding, Reconstruction, guaranteed, roc_findings
-from umbel.benchmarks.privacy import Report, Row
-from umbel.benchmarks.scenes import Measured
+from umbel.benchmarks.attack import checks
+from umbel.benchmarks.attack import report as privacy_report
+from umbel.benchmarks.attack.audits import Audit
+from umbel.benchmarks.attack.checks import Check
+from umbel.benchmarks.attack.findings import Finding, Reconstruction, guaranteed, roc_findings
+from umbel.benchmarks.attack.scenes import Measured
+from umbel.benchmarks.attack.suite import Report, Row
 
 RNG = np.random.default_rng(0)
 

@@ -7,12 +7,19 @@ from functools import partial
 import pytest
 
 from tests.benchmarks.small_task import TASK
-from umbel.benchmarks import scenes
-from umbel.benchmarks.defences import Defence, clipped, example_rows, nothing, summed, with_noise
-from umbel.benchmarks.findings import Finding
-from umbel.benchmarks.scenes import Task
+from umbel.benchmarks.attack import scenes
+from umbel.benchmarks.attack.defences import (
+    Defence,
+    clipped,
+    example_rows,
+    nothing,
+    summed,
+    with_noise,
+)
+from umbel.benchmarks.attack.findings import Finding
+from umbel.benchmarks.attack.scenes import Task
 from umbel.federation import Federation
-from umbel.privacy.audit import auc_ceiling
+from umbel.privacy.attacks.audit import auc_ceiling
 
 NONE = Defence("none", "", nothing)
 NOISY = Defence("noise", "", partial(with_noise, 1.0), cohort=2, unit="client", noise="server")

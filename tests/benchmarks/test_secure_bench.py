@@ -1,6 +1,6 @@
 """The benchmark of secure sums measures what it says, on a small cohort."""
 
-from umbel.benchmarks import secure
+from umbel.benchmarks.speed import secure
 
 
 def test_every_figure_is_there_and_the_primitives_beat_flower() -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from umbel.benchmarks import aggregation, bare, echo, messages, speed
 from umbel.benchmarks.figures import Figure, plot, rows
-from umbel.benchmarks.processes import proportional, tree, watch
-from umbel.benchmarks.training import Case
+from umbel.benchmarks.speed import aggregation, bare, echo, messages
+from umbel.benchmarks.speed import suite as speed
+from umbel.benchmarks.speed.processes import proportional, tree, watch
+from umbel.benchmarks.speed.training import Case
 from umbel.strategies.errors import ConfigError, RunError
 
 FIGURES = [

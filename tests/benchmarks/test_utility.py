@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from umbel.benchmarks import private_sgd, utility
+from umbel.benchmarks.speed import private_sgd, utility
 
 
 def _played(app: Path, *, options: dict[str, Any], nodes: int, out: Path) -> dict[str, Any]:

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from umbel.benchmarks.tasks import CanaryTrainer, Coins
-from umbel.benchmarks.views import Played, play
+from umbel.benchmarks.attack.tasks import CanaryTrainer, Coins
+from umbel.benchmarks.attack.views import Played, play
 from umbel.federation import Federation
-from umbel.strategies.clip import Clip
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.gaussian import Gaussian
-from umbel.strategies.quantize import Quantize
-from umbel.strategies.secure_sum import SecureSum
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.private.gaussian import Gaussian
+from umbel.strategies.secure.quantize import Quantize
+from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.stack import Stack
 
 NODES = 6

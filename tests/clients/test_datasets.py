@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from umbel.clients import datasets, fashion_mnist
-from umbel.clients.data import Examples
-from umbel.clients.datasets import CATALOGUE, DataSet
-from umbel.clients.fashion_mnist import FILES
+from umbel.clients.data import datasets, fashion_mnist
+from umbel.clients.data.datasets import CATALOGUE, DataSet
+from umbel.clients.data.examples import Examples
+from umbel.clients.data.fashion_mnist import FILES
 from umbel.strategies.errors import ConfigError
 
 
@@ -249,7 +249,7 @@ def test_files_come_over_the_web_after_a_dead_mirror(
 def test_processes_that_come_together_share_one_cache(cache: Path) -> None:
     folder = cache / "fashion-mnist"
     program = (
-        "from pathlib import Path; from umbel.clients.fashion_mnist import ensure;"
+        "from pathlib import Path; from umbel.clients.data.fashion_mnist import ensure;"
         f"print(ensure(Path({str(folder)!r}), lambda *_: None)['test-images'].sum())"
     )
     running = [

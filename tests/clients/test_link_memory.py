@@ -8,7 +8,7 @@ from flwr.app import MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.clients.memory import Memory
+from umbel.clients.process.memory import Memory
 
 
 def count(memory: Memory, step: str, run: int = 1) -> int:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from umbel.clients.membership import Membership, NodeSettings
-from umbel.clients.node_process import write_shared
-from umbel.clients.start import gpu_environment
-from umbel.clients.trainee import Answer, AppSettings, Trainee
+from umbel.clients.process.membership import Membership, NodeSettings
+from umbel.clients.process.node_process import write_shared
+from umbel.clients.process.start import gpu_environment
+from umbel.clients.process.trainee import Answer, AppSettings, Trainee
 from umbel.strategies.errors import ConfigError
 from umbel.transport.codec import decode, encode, size_of
 from umbel.transport.link_pb2 import Begin

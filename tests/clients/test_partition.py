@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel.clients import datasets
-from umbel.clients.partition import ByKey, BySize, Dirichlet, Iid, Partitioner, Shards
+from umbel.clients.data import datasets
+from umbel.clients.data.partition import ByKey, BySize, Dirichlet, Iid, Partitioner, Shards
 from umbel.strategies.errors import ConfigError
 
 EVERY: list[Partitioner] = [

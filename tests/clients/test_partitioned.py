@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from umbel.clients import datasets
-from umbel.clients.data import Examples, Node
-from umbel.clients.datasets import DataSet
-from umbel.clients.partition import ByKey, Dirichlet, Iid, Partitioner, Rows
-from umbel.clients.partitioned import Partitioned
+from umbel.clients.data import datasets
+from umbel.clients.data.datasets import DataSet
+from umbel.clients.data.examples import Examples, Node
+from umbel.clients.data.partition import ByKey, Dirichlet, Iid, Partitioner, Rows
+from umbel.clients.data.partitioned import Partitioned
 from umbel.clients.trainer import Options
 from umbel.strategies.errors import ConfigError
 

@@ -9,12 +9,12 @@ import torch
 from flwr.app import RecordDict
 from torch import nn
 
-from umbel.clients.data import Examples
+from umbel.clients.data.examples import Examples
 from umbel.clients.example_ledger import ExampleLedger, Steps
 from umbel.clients.private_sgd import PrivateSgd
-from umbel.clients.torch_trainer import TorchTrainer
+from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainer import Job, Options, Weights
-from umbel.privacy.accounting import epsilon as epsilon_of
+from umbel.privacy.budget.accounting import epsilon as epsilon_of
 from umbel.strategies.errors import ConfigError, RunError
 
 

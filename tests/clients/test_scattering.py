@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from umbel.clients.scattering import Scattering
+from umbel.clients.data.scattering import Scattering
 
 # What Kymatio 0.3.0 gives for `_waves()`; {(channel, row, column): value} by scales and order.
 KYMATIO = {

@@ -20,7 +20,7 @@ from sklearn.linear_model import (
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.svm import LinearSVC
 
-from umbel.clients.data import Examples
+from umbel.clients.data.examples import Examples
 from umbel.clients.sklearn_trainer import SklearnTrainer
 from umbel.clients.trainer import Job, Trained, Weights
 from umbel.strategies.errors import ConfigError

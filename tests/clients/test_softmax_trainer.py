@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from umbel.clients.data import Examples, Node
-from umbel.clients.datasets import DataSet
-from umbel.clients.features import PART, Featured, Recipe, Rows, features_of
+from umbel.clients.data.datasets import DataSet
+from umbel.clients.data.examples import Examples, Node
+from umbel.clients.data.features import PART, Featured, Recipe, Rows, features_of
 from umbel.clients.softmax_trainer import SoftmaxTrainer
 from umbel.clients.trainer import Job, Weights
-from umbel.privacy.bundle import UNIT_STEP
+from umbel.privacy.bounds.bundle import UNIT_STEP
 
 WIDTH, COUNT = 7, 2 * PART + 300
 OPTIONS = {"learning-rate": 2.0, "seed": 0}

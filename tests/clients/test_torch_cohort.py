@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from umbel.clients.data import Examples
-from umbel.clients.torch_trainer import TorchTrainer
+from umbel.clients.data.examples import Examples
+from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainer import CohortTrainer, Job, Trained, Weights
 from umbel.strategies.errors import ConfigError
 

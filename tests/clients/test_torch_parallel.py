@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from umbel.clients.data import Examples
-from umbel.clients.torch_loop import Share
-from umbel.clients.torch_trainer import TorchTrainer
+from umbel.clients.data.examples import Examples
+from umbel.clients.pytorch.loop import Share
+from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainer import Job, Weights
 from umbel.strategies.errors import ConfigError, RunError
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from umbel.clients.data import Examples
-from umbel.clients.torch_batches import plan
-from umbel.clients.torch_loop import PlainSgd
-from umbel.clients.torch_settings import TorchSettings
-from umbel.clients.torch_trainer import TorchTrainer
+from umbel.clients.data.examples import Examples
+from umbel.clients.pytorch.batches import plan
+from umbel.clients.pytorch.loop import PlainSgd
+from umbel.clients.pytorch.settings import TorchSettings
+from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainer import Job, Options, Trained, Weights
 from umbel.strategies.errors import ConfigError, RunError
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from umbel.clients.datasets import place
+from umbel.clients.data.datasets import place
 from umbel.run import example, run
-from umbel.server.progress import SilentProgress
-from umbel.server.verify import verify
+from umbel.server.output.progress import SilentProgress
+from umbel.server.private.verify import verify
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,11 @@ from dp_accounting import (
 )
 from dp_accounting.pld import privacy_loss_distribution as pld
 
-from umbel.privacy.accounting import COARSE, compose, curve, epsilon, poisson, spent
-from umbel.privacy.banded import BandedSchedule
-from umbel.privacy.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge, from_json, to_json
-from umbel.privacy.gaussian import gaussian_delta, gaussian_epsilon, gaussian_noise
-from umbel.privacy.trees import TreeSchedule, squared_sensitivity
+from umbel.privacy.budget.accounting import COARSE, compose, curve, epsilon, poisson, spent
+from umbel.privacy.budget.banded import BandedSchedule
+from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge, from_json, to_json
+from umbel.privacy.budget.trees import TreeSchedule, squared_sensitivity
+from umbel.privacy.noise.gaussian import gaussian_delta, gaussian_epsilon, gaussian_noise
 
 REFERENCE = [
     # noise multiplier, rate, rounds, delta, RDP, PLD

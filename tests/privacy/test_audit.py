@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from umbel.privacy.audit import (
+from umbel.privacy.attacks.audit import (
     Errors,
     Normal,
     advantage_ceiling,
@@ -25,7 +25,7 @@ from umbel.privacy.audit import (
     one_shot_estimate,
     true_positive_ceiling,
 )
-from umbel.privacy.gaussian import gaussian_delta, gaussian_epsilon, gaussian_noise
+from umbel.privacy.noise.gaussian import gaussian_delta, gaussian_epsilon, gaussian_noise
 
 DELTA = 1e-5
 

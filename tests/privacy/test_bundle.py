@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from umbel.privacy.bundle import UNIT_STEP, Bundle, Grams, OuterProducts, UnitRows, Vectors
-from umbel.privacy.clipping import clip, l2_norm
-from umbel.privacy.lattice import grid_step, on_grid
+from umbel.privacy.bounds.bundle import UNIT_STEP, Bundle, Grams, OuterProducts, UnitRows, Vectors
+from umbel.privacy.bounds.clipping import clip, l2_norm
+from umbel.privacy.noise.lattice import grid_step, on_grid
 
 KINDS = ["vectors", "outer", "grams"]
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from umbel.privacy.accounting import epsilon, poisson, spent
-from umbel.privacy.calibrate import calibrate, noise_multiplier
-from umbel.privacy.events import Charge
+from umbel.privacy.budget.accounting import epsilon, poisson, spent
+from umbel.privacy.budget.calibrate import calibrate, noise_multiplier
+from umbel.privacy.budget.events import Charge
 
 
 @pytest.mark.parametrize(

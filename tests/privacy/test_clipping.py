@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from umbel.privacy.clipping import clip, l2_norm
-from umbel.privacy.lattice import grid_step, on_grid, round_to_zero
+from umbel.privacy.bounds.clipping import clip, l2_norm
+from umbel.privacy.noise.lattice import grid_step, on_grid, round_to_zero
 
 updates = st.lists(
     st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from umbel.privacy.ghost import PerExample
+from umbel.privacy.bounds.ghost import PerExample
 
 
 def _losses(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.privacy import graph
+from umbel.privacy.masking import graph
 
 
 @given(st.integers(3, 60), st.integers(1, 12), st.binary(min_size=32, max_size=32))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.privacy import hadamard
+from umbel.privacy.masking import hadamard
 
 SEED = b"seed" * 8
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from umbel.privacy.inversion import (
+from umbel.privacy.attacks.inversion import (
     best_matches,
     cosine_inversion,
     dense_input,

@@ -5,7 +5,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel.privacy import keys
+from umbel.privacy.masking import keys
 
 FIELDS = st.lists(st.binary(max_size=6) | st.text(max_size=6) | st.integers(-(2**70), 2**70))
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from umbel.privacy.entropy import Entropy
-from umbel.privacy.lattice import LatticeGaussian, _table, _tilt
+from umbel.privacy.noise.entropy import Entropy
+from umbel.privacy.noise.lattice import LatticeGaussian, _table, _tilt
 
 ALARM = 1e-7
 

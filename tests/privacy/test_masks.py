@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.privacy import masks
+from umbel.privacy.masking import masks
 
 KEYS = st.binary(min_size=32, max_size=32)
 

@@ -8,15 +8,15 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from umbel.privacy.audit import Scores
-from umbel.privacy.membership import (
+from umbel.privacy.attacks.audit import Scores
+from umbel.privacy.attacks.membership import (
     lira,
     loss_threshold,
     rmia,
     scaled_confidence,
     true_class_probability,
 )
-from umbel.privacy.roc import auc
+from umbel.privacy.attacks.roc import auc
 
 
 def test_confidences_do_not_round_away() -> None:

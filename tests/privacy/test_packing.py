@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.privacy import masks, packing
+from umbel.privacy.masking import masks, packing
 
 BITS = st.integers(1, 62)
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from umbel.privacy.participation import (
+from umbel.privacy.attacks.participation import (
     cosine,
     likelihood_ratio,
     property_scores,
     sketch,
     source,
 )
-from umbel.privacy.roc import auc
+from umbel.privacy.attacks.roc import auc
 
 GENERATOR = torch.Generator().manual_seed(0)
 UPDATES = torch.randn(200, 500, generator=GENERATOR)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.privacy.roc import above_ceiling, attacked, auc, roc, true_positive_rate
+from umbel.privacy.attacks.roc import above_ceiling, attacked, auc, roc, true_positive_rate
 
 scores = st.lists(st.integers(-5, 5), min_size=1, max_size=30).map(
     lambda values: np.array(values, dtype=float)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.privacy import shamir
+from umbel.privacy.masking import shamir
 
 
 def test_the_modulus_is_prime_by_miller_and_rabin() -> None:

@@ -11,18 +11,18 @@ import pytest
 from dp_accounting import GaussianDpEvent, ZCDpEvent
 from scipy import special, stats
 
-from umbel.privacy.accounting import spent
-from umbel.privacy.discrete_gaussian import (
+from umbel.privacy.budget.accounting import spent
+from umbel.privacy.budget.events import REPLACE, ZERO_OUT, Charge, from_json, to_json
+from umbel.privacy.budget.renyi import renyi_epsilon
+from umbel.privacy.noise.discrete_gaussian import (
     concentrated_rho,
     discrete_gaussian_slack,
     discrete_gaussian_table,
     sample_discrete_gaussian,
 )
-from umbel.privacy.entropy import Entropy
-from umbel.privacy.events import REPLACE, ZERO_OUT, Charge, from_json, to_json
-from umbel.privacy.integer_table import IntegerTable
-from umbel.privacy.renyi import renyi_epsilon
-from umbel.privacy.skellam import (
+from umbel.privacy.noise.entropy import Entropy
+from umbel.privacy.noise.integer_table import IntegerTable
+from umbel.privacy.noise.skellam import (
     sample_skellam,
     skellam_event,
     skellam_slack,

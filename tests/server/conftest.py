@@ -18,10 +18,10 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from umbel.server.enrolment import Enrolment
-from umbel.server.hub import Hub
-from umbel.server.link import LinkGrid
-from umbel.server.listener import Doors, Listener
+from umbel.server.link.enrolment import Enrolment
+from umbel.server.link.grid import LinkGrid
+from umbel.server.link.hub import Hub
+from umbel.server.link.listener import Doors, Listener
 from umbel.transport.certificates import (
     Identity,
     make_request,

@@ -26,8 +26,8 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from tests.fakes import APPS, SharedNursery
-from umbel.server.embedded import EmbeddedGrid
-from umbel.server.executor import FIRST_NODE
+from umbel.server.embedded.executor import FIRST_NODE
+from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
 

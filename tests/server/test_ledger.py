@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from dp_accounting import GaussianDpEvent, NoOpDpEvent
 
-from umbel.privacy.accounting import poisson
-from umbel.privacy.events import ADD_OR_REMOVE, REPLACE, Charge
-from umbel.server.ledger import Ledger, entries
+from umbel.privacy.budget.accounting import poisson
+from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, Charge
+from umbel.server.private.ledger import Ledger, entries
 from umbel.strategies.errors import CheckError, ConfigError, RunError
 
 ROUND = Charge(poisson(2.0, 0.1), ADD_OR_REMOVE, 1e-12)

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from flwr.app import MetricRecord
 from umbel import Federation, FunctionTrainer
-from umbel.clients.data import Examples
+from umbel.clients.data.examples import Examples
 
 OPTIONS = {"pause": 0.0, "hang": False, "size": 4}
 

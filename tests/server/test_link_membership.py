@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from umbel.clients.membership import Membership
-from umbel.clients.start import StartSettings, enrolled
-from umbel.server.service import ServerSettings, identities, server_names
+from umbel.clients.process.membership import Membership
+from umbel.clients.process.start import StartSettings, enrolled
+from umbel.server.link.service import ServerSettings, identities, server_names
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.transport.certificates import (
     Identity,

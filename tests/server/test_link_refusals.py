@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from umbel.clients.membership import refusal
-from umbel.server.enrolment import Enrolment
-from umbel.server.hub import Hub
-from umbel.server.listener import Doors, Listener
+from umbel.clients.process.membership import refusal
+from umbel.server.link.enrolment import Enrolment
+from umbel.server.link.hub import Hub
+from umbel.server.link.listener import Doors, Listener
 from umbel.strategies.errors import ConfigError
 from umbel.transport.certificates import (
     Identity,

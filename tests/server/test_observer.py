@@ -7,8 +7,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from umbel.server.observer import ObservedGrid
-from umbel.server.rundir import RunDirectory
+from umbel.server.embedded.observer import ObservedGrid
+from umbel.server.output.rundir import RunDirectory
 
 
 def app() -> ClientApp:

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel.server.packing import LARGE, BlobCache, Packed, pack, receive, send, unpack
+from umbel.server.embedded.packing import LARGE, BlobCache, Packed, pack, receive, send, unpack
 
 
 def records(size: int = 5000) -> RecordDict:

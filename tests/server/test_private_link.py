@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.server.tiny_private_app import write_app
-from umbel.privacy.accounting import epsilon
-from umbel.server.verify import verify
+from umbel.privacy.budget.accounting import epsilon
+from umbel.server.private.verify import verify
 
 
 @pytest.mark.slow

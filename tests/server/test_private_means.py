@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import umbel.federation
-from umbel.privacy.accounting import spent
+from umbel.privacy.budget.accounting import spent
 from umbel.run import Interrupted, run
-from umbel.server.ledger import entries
-from umbel.server.progress import SilentProgress
-from umbel.server.rundir import RunDirectory
-from umbel.server.verify import charges_in, verify
+from umbel.server.output.progress import SilentProgress
+from umbel.server.output.rundir import RunDirectory
+from umbel.server.private.ledger import entries
+from umbel.server.private.verify import charges_in, verify
 
 TASK = """
 import numpy as np
@@ -26,8 +26,8 @@ from umbel import (
     Featured, Federation, PrivateMean, Recipe, SoftmaxTrainer, features_of, private_histogram,
     private_second_moment,
 )
-from umbel.clients.data import Examples
-from umbel.clients.datasets import DataSet
+from umbel.clients.data.examples import Examples
+from umbel.clients.data.datasets import DataSet
 
 NODES, WIDTH = 120, 6
 source = np.random.default_rng(0)

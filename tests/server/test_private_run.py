@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from tests.server.tiny_private_app import write_app
-from umbel.privacy.accounting import epsilon, spent
-from umbel.privacy.events import RELATIONS
+from umbel.privacy.budget.accounting import epsilon, spent
+from umbel.privacy.budget.events import RELATIONS
 from umbel.run import run
-from umbel.server.ledger import entries
-from umbel.server.progress import SilentProgress
-from umbel.server.rundir import RunDirectory
-from umbel.server.verify import charges_in, verify
+from umbel.server.output.progress import SilentProgress
+from umbel.server.output.rundir import RunDirectory
+from umbel.server.private.ledger import entries
+from umbel.server.private.verify import charges_in, verify
 from umbel.strategies.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel.server.progress import (
+from umbel.server.output.progress import (
     Pace,
     PlainProgress,
     Progress,
@@ -212,7 +212,7 @@ def test_ctrl_c_on_a_real_terminal_gives_the_cursor_back() -> None:
     """A child that draws on a pseudo-terminal is interrupted by the terminal itself."""
     code = (
         "import sys, time\n"
-        "from umbel.server.progress import choose\n"
+        "from umbel.server.output.progress import choose\n"
         "progress = choose(sys.stderr)\n"
         "progress.start('t', 5, 1)\n"
         "try:\n"

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from umbel.server.figures import Round, is_share, metric_text, plots_of, size_text
-from umbel.server.plots import BLUE, Line, clean, draw_lines, thin
-from umbel.server.report import Section, Table, write_report
-from umbel.server.rundir import RunDirectory
+from umbel.server.output.figures import Round, is_share, metric_text, plots_of, size_text
+from umbel.server.output.plots import BLUE, Line, clean, draw_lines, thin
+from umbel.server.output.report import Section, Table, write_report
+from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.errors import ConfigError
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png>$\\frac{1$"
@@ -305,7 +305,7 @@ def test_there_is_no_report_without_a_run(tmp_path: Path) -> None:
 
 
 def test_importing_the_report_does_not_import_matplotlib() -> None:
-    code = "import sys, umbel.server.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, umbel.server.output.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

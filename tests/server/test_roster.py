@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from tests.fakes import reply, request
-from umbel.server.embedded import EmbeddedGrid
+from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.flower import take_identity
 from umbel.server.roster import roster
 from umbel.strategies.errors import RunError

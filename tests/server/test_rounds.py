@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from tests.fakes import APPS, PlusOne, SharedNursery, Times
-from umbel.clients.data import Node
+from umbel.clients.data.examples import Node
 from umbel.clients.node import job_seed
 from umbel.federation import Federation
-from umbel.server.embedded import EmbeddedGrid
+from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.job import Outcome
-from umbel.server.progress import SilentProgress
+from umbel.server.output.progress import SilentProgress
+from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
-from umbel.server.rundir import RunDirectory
 from umbel.strategies.app import load
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.stack import Stack

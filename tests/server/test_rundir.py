@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.server.rundir import RunDirectory, machine, versions
+from umbel.server.output.rundir import RunDirectory, machine, versions
 from umbel.strategies.errors import ConfigError, RunError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -215,7 +215,7 @@ def test_nodes_and_other_json(tmp_path: Path) -> None:
 def test_rounds_survive_a_kill(tmp_path: Path) -> None:
     """A process that is killed without warning loses no round that it finished writing."""
     code = (
-        "import sys, pathlib, umbel.server.rundir as r\n"
+        "import sys, pathlib, umbel.server.output.rundir as r\n"
         "path = pathlib.Path(sys.argv[1])\n"
         "run = r.RunDirectory.create(None, 'k', {}, out=path)\n"
         "for n in range(1, 100_000_000):\n"

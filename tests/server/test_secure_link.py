@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from umbel.run import run
-from umbel.server.progress import SilentProgress
+from umbel.server.output.progress import SilentProgress
 
 APP = {
     "task.py": """
@@ -71,10 +71,10 @@ from pathlib import Path
 from flwr.simulation import run_simulation
 
 import umbel.federation as module
-from umbel.server.embedded import EmbeddedGrid
-from umbel.server.progress import SilentProgress
+from umbel.server.embedded.grid import EmbeddedGrid
+from umbel.server.output.progress import SilentProgress
 from umbel.server.rounds import Rounds
-from umbel.server.rundir import RunDirectory
+from umbel.server.output.rundir import RunDirectory
 from task import federation
 
 module.roster = functools.partial(module.roster, timeout=240)  # Ray may start slowly

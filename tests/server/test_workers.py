@@ -11,9 +11,9 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from tests.fakes import APPS, SharedNursery
-from umbel.server.embedded import EmbeddedGrid
-from umbel.server.executor import FIRST_NODE
-from umbel.server.workers import Nursery
+from umbel.server.embedded.executor import FIRST_NODE
+from umbel.server.embedded.grid import EmbeddedGrid
+from umbel.server.embedded.workers import Nursery
 from umbel.strategies.errors import ConfigError, RunError
 
 

@@ -11,22 +11,25 @@ import torch
 from flwr.app import RecordDict
 from scipy import stats
 
-from umbel.clients.data import Node
+from umbel.clients.data.examples import Node
 from umbel.clients.function_trainer import FunctionTrainer
 from umbel.federation import Federation
-from umbel.privacy.skellam import SkellamDpEvent
-from umbel.server.embedded import EmbeddedGrid
-from umbel.server.progress import SilentProgress
+from umbel.privacy.noise.skellam import SkellamDpEvent
+from umbel.server.embedded.grid import EmbeddedGrid
+from umbel.server.output.progress import SilentProgress
+from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
-from umbel.server.rundir import RunDirectory
-from umbel.strategies.clip import Clip
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.distributed_skellam import DistributedDiscreteGaussian, DistributedSkellam
 from umbel.strategies.errors import ConfigError, RunError, StackError
 from umbel.strategies.layer import Facts
-from umbel.strategies.quantize import Quantize
-from umbel.strategies.rotate import Rotate
-from umbel.strategies.secure_sum import SecureSum, modulus_bits
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.secure.distributed_skellam import (
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
+)
+from umbel.strategies.secure.quantize import Quantize
+from umbel.strategies.secure.rotate import Rotate
+from umbel.strategies.secure.secure_sum import SecureSum, modulus_bits
 from umbel.strategies.stack import Stack
 
 SIZE = 4096
@@ -178,7 +181,7 @@ def test_a_server_that_tells_too_small_a_bound_or_too_coarse_a_step_gets_nothing
 def test_epsilon_alone_with_secure_makes_the_whole_private_run(tmp_path: Path) -> None:
     """Options to certificate: the noise is calibrated, charged, and checked again by verify."""
     from umbel.run import run
-    from umbel.server.verify import verify
+    from umbel.server.private.verify import verify
 
     app = Path(__file__).parents[2] / "examples" / "clinics"
     options = {"secure": True, "epsilon": 6.0, "delta": 1e-3, "rounds": 3}

@@ -18,21 +18,21 @@ from flwr.app import RecordDict
 from scipy import stats
 
 from tests.strategies.test_private_layers import FIXED, Run
-from umbel.privacy.accounting import epsilon, spent
-from umbel.privacy.clipping import clip, l2_norm
-from umbel.privacy.events import Charge
-from umbel.privacy.gaussian import gaussian_delta
-from umbel.server.ledger import Ledger
-from umbel.server.private_plan import charge_for, claims_of
-from umbel.strategies.adaptive_clip import AdaptiveClip
-from umbel.strategies.clip import Clip
+from umbel.privacy.bounds.clipping import clip, l2_norm
+from umbel.privacy.budget.accounting import epsilon, spent
+from umbel.privacy.budget.events import Charge
+from umbel.privacy.noise.gaussian import gaussian_delta
+from umbel.server.private.ledger import Ledger
+from umbel.server.private.plan import charge_for, claims_of
 from umbel.strategies.cohort import Poisson
 from umbel.strategies.collect import PlainSum
 from umbel.strategies.errors import StackError
-from umbel.strategies.gaussian import MARGIN, Gaussian
 from umbel.strategies.layer import Facts
-from umbel.strategies.local_gaussian import LocalGaussian
-from umbel.strategies.private_metrics import PrivateMetrics
+from umbel.strategies.private.adaptive_clip import AdaptiveClip
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.private.gaussian import MARGIN, Gaussian
+from umbel.strategies.private.local_gaussian import LocalGaussian
+from umbel.strategies.private.private_metrics import PrivateMetrics
 from umbel.strategies.stack import Stack
 
 

@@ -15,21 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from umbel.privacy.clipping import l2_norm
-from umbel.privacy.lattice import grid_step, on_grid
-from umbel.strategies.adaptive_clip import AdaptiveClip
-from umbel.strategies.banded_gaussian import BandedGaussian
-from umbel.strategies.clip import Clip
+from umbel.privacy.bounds.clipping import l2_norm
+from umbel.privacy.noise.lattice import grid_step, on_grid
 from umbel.strategies.collect import PlainSum, Sum
 from umbel.strategies.errors import ConfigError, StackError
-from umbel.strategies.gaussian import MARGIN, Gaussian
 from umbel.strategies.layer import Facts, Round
-from umbel.strategies.local_gaussian import LocalGaussian
-from umbel.strategies.privacy_options import PrivacyOptions
-from umbel.strategies.private import private_stack
-from umbel.strategies.private_metrics import PrivateMetrics
+from umbel.strategies.private.adaptive_clip import AdaptiveClip
+from umbel.strategies.private.banded_gaussian import BandedGaussian
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.private.gaussian import MARGIN, Gaussian
+from umbel.strategies.private.local_gaussian import LocalGaussian
+from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.private.private_metrics import PrivateMetrics
+from umbel.strategies.private.private_stack import private_stack
+from umbel.strategies.private.tree_gaussian import TreeGaussian
 from umbel.strategies.stack import Stack
-from umbel.strategies.tree_gaussian import TreeGaussian
 
 SIZE = 6
 FIXED = PlainSum(weighting="fixed")

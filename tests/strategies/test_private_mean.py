@@ -8,11 +8,11 @@ from dp_accounting import GaussianDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
-from umbel.privacy.bundle import Grams
+from umbel.privacy.bounds.bundle import Grams
 from umbel.strategies.collect import Sum
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts, Round
-from umbel.strategies.private_mean import (
+from umbel.strategies.private.private_mean import (
     END,
     PrivateMean,
     private_histogram,

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from umbel.privacy import keys, shamir
-from umbel.privacy.session import Member, Roster, bitmap, pack_fields, unpack_fields
-from umbel.strategies.secure_checks import AbortedError
-from umbel.strategies.secure_message import REFUSED, Plain
-from umbel.strategies.secure_policy import Policy
-from umbel.strategies.secure_protocol import advertise, respond
-from umbel.strategies.secure_rehearsal import Rehearsal
+from umbel.privacy.masking import keys, shamir
+from umbel.privacy.masking.session import Member, Roster, bitmap, pack_fields, unpack_fields
+from umbel.strategies.secure.checks import AbortedError
+from umbel.strategies.secure.message import REFUSED, Plain
+from umbel.strategies.secure.policy import Policy
+from umbel.strategies.secure.protocol import advertise, respond
+from umbel.strategies.secure.rehearsal import Rehearsal
 
 NODES = (3, 14, 25, 36, 47, 58)
 VICTIM, OTHER = 25, 36

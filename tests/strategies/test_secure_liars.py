@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from umbel.privacy import keys, masks, packing
-from umbel.privacy.session import Member, Roster, vector_key
-from umbel.strategies.secure_checks import AbortedError
-from umbel.strategies.secure_message import Plain
-from umbel.strategies.secure_policy import Policy, RefusalError
-from umbel.strategies.secure_protocol import Self, advertise, serve
-from umbel.strategies.secure_rehearsal import Rehearsal
+from umbel.privacy.masking import keys, masks, packing
+from umbel.privacy.masking.session import Member, Roster, vector_key
+from umbel.strategies.secure.checks import AbortedError
+from umbel.strategies.secure.message import Plain
+from umbel.strategies.secure.policy import Policy, RefusalError
+from umbel.strategies.secure.protocol import Self, advertise, serve
+from umbel.strategies.secure.rehearsal import Rehearsal
 
 NODES = (3, 14, 25, 36, 47, 58)
 VICTIM, OTHER = 25, 36

@@ -6,10 +6,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from umbel.privacy import keys
-from umbel.privacy.session import Member
+from umbel.privacy.masking import keys
+from umbel.privacy.masking.session import Member
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.secure_policy import Policy, RefusalError, fingerprint
+from umbel.strategies.secure.policy import Policy, RefusalError, fingerprint
 from umbel.transport.certificates import (
     load_certificate,
     load_key,

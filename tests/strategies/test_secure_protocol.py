@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.privacy import graph, masks, packing
-from umbel.strategies.secure_checks import AbortedError
-from umbel.strategies.secure_message import Plain
-from umbel.strategies.secure_rehearsal import STAGES, Rehearsal
+from umbel.privacy.masking import graph, masks, packing
+from umbel.strategies.secure.checks import AbortedError
+from umbel.strategies.secure.message import Plain
+from umbel.strategies.secure.rehearsal import STAGES, Rehearsal
 
 
 def draw(count: int, size: int, bits: int, seed: int = 0) -> dict[int, masks.Words]:

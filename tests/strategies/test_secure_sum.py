@@ -10,20 +10,20 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from umbel.clients.data import Node
+from umbel.clients.data.examples import Node
 from umbel.clients.function_trainer import FunctionTrainer
 from umbel.federation import Federation
-from umbel.server.embedded import EmbeddedGrid
-from umbel.server.progress import SilentProgress
+from umbel.server.embedded.grid import EmbeddedGrid
+from umbel.server.output.progress import SilentProgress
+from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Outcome, Rounds
-from umbel.server.rundir import RunDirectory
-from umbel.strategies.clip import Clip
 from umbel.strategies.collect import PlainSum
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts
-from umbel.strategies.quantize import Quantize
-from umbel.strategies.rotate import Rotate
-from umbel.strategies.secure_sum import SECURE, SecureSum, modulus_bits, to_words
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.secure.quantize import Quantize
+from umbel.strategies.secure.rotate import Rotate
+from umbel.strategies.secure.secure_sum import SECURE, SecureSum, modulus_bits, to_words
 from umbel.strategies.stack import Stack
 
 SIZE = 50

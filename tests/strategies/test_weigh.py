@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from umbel.clients.data import Node
+from umbel.clients.data.examples import Node
 from umbel.clients.function_trainer import FunctionTrainer
 from umbel.federation import Federation
-from umbel.server.embedded import EmbeddedGrid
-from umbel.server.progress import SilentProgress
+from umbel.server.embedded.grid import EmbeddedGrid
+from umbel.server.output.progress import SilentProgress
+from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
-from umbel.server.rundir import RunDirectory
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts
-from umbel.strategies.weigh import Weigh
+from umbel.strategies.secure.weigh import Weigh
 
 EXAMPLES = (1, 10, 100, 1000, 40, 7)
 

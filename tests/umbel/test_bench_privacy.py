@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from umbel.bench_privacy import opened
-from umbel.benchmarks.plans import full, quick
+from umbel.benchmarks.attack.plans import full, quick
 from umbel.cli import main
 from umbel.run import example
 from umbel.strategies.errors import ConfigError

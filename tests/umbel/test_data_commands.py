@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from umbel.clients.datasets import CATALOGUE
+from umbel.clients.data.datasets import CATALOGUE
 from umbel.data_commands import app
 from umbel.strategies.errors import ConfigError
 

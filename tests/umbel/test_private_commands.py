@@ -9,25 +9,25 @@ import pytest
 
 from tests.fakes import WarmCommand
 from tests.server.tiny_private_app import write_app
-from umbel.privacy.accounting import spent
-from umbel.server.ledger import entries
-from umbel.server.rundir import RunDirectory
-from umbel.server.verify import charges_in, verify
+from umbel.privacy.budget.accounting import spent
+from umbel.server.output.rundir import RunDirectory
+from umbel.server.private.ledger import entries
+from umbel.server.private.verify import charges_in, verify
 
 INSTANTS = {
-    "before the budget is asked": ("umbel.server.budget:Budget.stop", 3, "before"),
-    "before the charge": ("umbel.server.budget:Budget.charge", 3, "before"),
-    "inside the charge": ("umbel.server.ledger:Ledger._append", 5, "after"),
-    "after the charge": ("umbel.server.budget:Budget.charge", 3, "after"),
+    "before the budget is asked": ("umbel.server.private.budget:Budget.stop", 3, "before"),
+    "before the charge": ("umbel.server.private.budget:Budget.charge", 3, "before"),
+    "inside the charge": ("umbel.server.private.ledger:Ledger._append", 5, "after"),
+    "after the charge": ("umbel.server.private.budget:Budget.charge", 3, "after"),
     "after the noise": ("umbel.strategies.stack:Stack.decode", 3, "after"),
     "after the round is written down": (
-        "umbel.server.rundir:RunDirectory.append_round",
+        "umbel.server.output.rundir:RunDirectory.append_round",
         4,
         "after",
     ),
     "before the checkpoint": ("umbel.server.checkpoint:save", 3, "before"),
     "after the checkpoint": ("umbel.server.checkpoint:save", 3, "after"),
-    "while the certificate is made": ("umbel.server.certificate:sha256", 1, "before"),
+    "while the certificate is made": ("umbel.server.private.certificate:sha256", 1, "before"),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.fakes import APPS, Ended, WarmCommand
-from umbel.server.rundir import RunDirectory
+from umbel.server.output.rundir import RunDirectory
 
 OPTIONS = {"rounds": 6, "optimizer": "fedadam", "server-learning-rate": 0.02}
 KEPT = ("round", "metrics", "train", "federated", "clients", "failed", "bytes_up", "bytes_down")
@@ -50,7 +50,7 @@ def resume(umbel: WarmCommand, where: Path, **more: Any) -> Ended:
     return umbel.run(cwd=where, resume=where / "run", **{"workers": 0, **more})
 
 
-CHECKPOINT, RUNDIR = "umbel.server.checkpoint", "umbel.server.rundir:RunDirectory"
+CHECKPOINT, RUNDIR = "umbel.server.checkpoint", "umbel.server.output.rundir:RunDirectory"
 DEATHS = {
     "before the first line": (f"{RUNDIR}.append_round", 1, "before"),
     "before the first checkpoint": (f"{CHECKPOINT}:save", 1, "before"),

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from umbel.benchmarks.defences import quarter_noise
-from umbel.benchmarks.tasks import CanaryTrainer, Coins
+from umbel.benchmarks.attack.defences import quarter_noise
+from umbel.benchmarks.attack.tasks import CanaryTrainer, Coins
 from umbel.federation import Federation
-from umbel.strategies.clip import Clip
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.gaussian import Gaussian
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.stack import Stack
 from umbel.testing import assert_private
 

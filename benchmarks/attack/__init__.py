@@ -1,0 +1,1 @@
+"""Privacy benchmarks: attacks and audits on the stack that runs."""

@@ -1,0 +1,326 @@
+"""What the link costs, on this machine, over loopback, with mutual TLS.
+
+    measure()     an empty round with 2 and 10 nodes; a large model to 2 nodes and back
+    memory()      what the coordinator needs beyond its app, for 2 and for more nodes
+    idle()        what 500 connected nodes cost that have nothing to do
+
+The coordinator runs in a process of its own and every node in two, as in a real federation.
+The app of the nodes returns what it got; that of the coordinator adds the replies up.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from cryptography.hazmat.primitives.serialization import Encoding
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+
+from umbel.clients.process.membership import open_channel
+from umbel.server.link.enrolment import Enrolment
+from umbel.server.link.grid import LinkGrid
+from umbel.server.link.hub import BEAT_S
+from umbel.server.link.service import ServerSettings, Service
+from umbel.strategies.app import open_app
+from umbel.strategies.errors import CheckError
+from umbel.transport.certificates import Identity, make_request, new_key, open_authority
+from umbel.transport.frames import PROTOCOL, SERVICE, from_wire, to_wire
+from umbel.transport.join import write_join_file
+from umbel.transport.link_pb2 import Beat, Frame, Hello
+
+SMALL, LARGE = 10, 10_000_000
+_PATIENCE_S = 180.0
+_APP = {
+    "pyproject.toml": """
+[project]
+name = "echo"
+version = "1"
+[tool.flwr.app]
+publisher = "umbel"
+[tool.flwr.app.components]
+serverapp = "server_app:app"
+clientapp = "client_app:app"
+[tool.flwr.app.config]
+rounds = 1
+""",
+    "server_app.py": "from flwr.serverapp import ServerApp\n\napp = ServerApp()\n",
+    "client_app.py": """
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    return Message(message.content, reply_to=message)
+""",
+}
+
+
+def measure(
+    *,
+    parameters: int = LARGE,
+    rounds: int = 200,
+    large_rounds: int = 9,
+    nodes: Sequence[int] = (2, 10),
+) -> dict[str, Any]:
+    """Median seconds of rounds.
+
+    Args:
+        parameters: of the large model, float32.
+        rounds: of ten floats.
+        large_rounds: of the large model, with the first number of nodes.
+        nodes: how many nodes, for the empty rounds.
+
+    Returns:
+        `empty_round_s` by number of nodes, `large_round_s`, `parameters`, and the spread.
+    """
+    found: dict[str, Any] = {"parameters": parameters, "empty_round_s": {}, "nodes": list(nodes)}
+    for number, count in enumerate(nodes):
+        jobs = [(SMALL, rounds)] + ([(parameters, large_rounds)] if number == 0 else [])
+        timed = _with_nodes(count, jobs)
+        found["empty_round_s"][str(count)] = statistics.median(timed[0]["seconds"])
+        if number == 0:
+            seconds = timed[1]["seconds"]
+            found["large_round_s"] = statistics.median(seconds)
+            found["large_round_range_s"] = [min(seconds), max(seconds)]
+    return found
+
+
+def memory(
+    *, parameters: int = LARGE, nodes: Sequence[int] = (2, 20), rounds: int = 3
+) -> dict[str, Any]:
+    """The coordinator's peak memory beyond its app, in models, by number of nodes."""
+    found: dict[str, Any] = {"parameters": parameters, "models": {}}
+    for count in nodes:
+        [timed] = _with_nodes(count, [(parameters, rounds)])
+        found["models"][str(count)] = timed["peak_bytes"] / (4 * parameters)
+    return found
+
+
+def idle(*, nodes: int = 500, seconds: float = 20.0) -> dict[str, Any]:
+    """Share of a core and memory of a coordinator with idle nodes, from one load process."""
+    with _folder() as folder:
+        state = folder / "state"
+        identities = _enrol_directly(state, nodes)
+        with _coordinator(folder, [("idle", nodes, seconds)]) as (process, port):
+            load = threading.Thread(
+                target=lambda: asyncio.run(_sit(f"127.0.0.1:{port}", identities, process)),
+                daemon=True,
+            )
+            load.start()
+            found = _read_result(process)
+            load.join(10)
+    result: dict[str, Any] = found[0]
+    return result
+
+
+# ---- the coordinator's process
+
+
+def _serve(folder: Path, jobs: Sequence[Sequence[Any]]) -> None:
+    """Entry point of the coordinator: prints its port, then one line of results."""
+    settings = ServerSettings(folder / "state", listen="127.0.0.1:0")
+    service = Service(settings, version="bench", app_digest=open_app(folder / "app").digest())
+    service.start()
+    print(service.listener.port, flush=True)
+    results = []
+    for job in jobs:
+        results.append(_sit_idle(service, *job[1:]) if job[0] == "idle" else _rounds(service, *job))
+    print(json.dumps(results), flush=True)
+    service.stop(for_good=True)
+
+
+def _rounds(service: Service, parameters: int, rounds: int, nodes: int) -> dict[str, Any]:
+    _wait(service, nodes)
+    grid = LinkGrid(service.hub, run_id=parameters)
+    model = Array(np.zeros(parameters, np.float32))
+    start = len(model.data) - 4 * parameters
+    total = np.empty(parameters, np.float32)
+    total[:] = 0
+    process = psutil.Process()
+    before, peak, over = process.memory_info().rss, [0], threading.Event()
+    watch = threading.Thread(target=_watch, args=(process, peak, over))
+    if parameters > 10_000:
+        watch.start()
+    seconds = []
+    for number in range(rounds):
+        began = time.perf_counter()
+        content = RecordDict({"m": ArrayRecord({"w": model})})
+        ids = grid.get_node_ids()
+        messages = [Message(content, each, "train", group_id=str(number)) for each in ids]
+        replies = 0
+        for reply in grid.stream(messages, _PATIENCE_S):
+            if reply.has_error():
+                raise CheckError(f"a node failed: {reply.error.reason}")
+            data = reply.content.array_records["m"]["w"].data
+            total += np.frombuffer(data, np.float32, offset=start)
+            replies += 1
+            del reply, data
+        seconds.append(time.perf_counter() - began)
+        if replies != nodes:
+            raise CheckError(f"{replies} of {nodes} nodes have replied")
+    over.set()
+    if watch.is_alive():
+        watch.join()
+    return {"seconds": seconds[1:], "peak_bytes": max(0, peak[0] - before)}
+
+
+def _wait(service: Service, nodes: int) -> None:
+    until = time.monotonic() + _PATIENCE_S
+
+    def check() -> None:
+        if time.monotonic() > until:
+            raise CheckError(f"{service.hub.connected()} of {nodes} nodes have come")
+
+    service.wait_for_nodes(nodes, lambda _: None, check)
+
+
+def _watch(process: psutil.Process, peak: list[int], over: threading.Event) -> None:
+    while not over.wait(0.002):
+        peak[0] = max(peak[0], process.memory_info().rss)
+
+
+def _sit_idle(service: Service, nodes: int, seconds: float) -> dict[str, Any]:
+    process = psutil.Process()
+    bare = process.memory_info().rss
+    _wait(service, nodes)
+    time.sleep(2)  # handshakes are over
+    before, began = process.cpu_times(), time.perf_counter()
+    time.sleep(seconds)
+    after, took = process.cpu_times(), time.perf_counter() - began
+    used = after.user + after.system - before.user - before.system
+    rss = process.memory_info().rss
+    return {
+        "nodes": service.hub.connected(),
+        "core_share": used / took,
+        "rss_bytes": rss,
+        "rss_bytes_beyond_start": rss - bare,
+        "beat_s": BEAT_S,
+    }
+
+
+# ---- the nodes' side
+
+
+def _with_nodes(count: int, jobs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with _folder() as folder, contextlib.ExitStack() as stack:
+        full = [(*job, count) for job in jobs]
+        authority = open_authority(folder / "state")
+        process, port = stack.enter_context(_coordinator(folder, full))
+        enrolment = Enrolment(folder / "state")
+        for number in range(count):
+            name = f"n{number}"
+            join = enrolment.add(name, authority, f"127.0.0.1:{port}")
+            write_join_file(folder / f"{name}.join", join)
+            command = [
+                *(sys.executable, "-c", "from umbel.cli import main; main()"),
+                *("client", "app", "--join", f"{name}.join", "--state", name),
+                *("--node-config", f"partition-id={number}", "--threads", "1"),
+            ]
+            node = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
+            stack.callback(node.wait)
+            stack.callback(node.terminate)
+        enrolment.close()
+        return _read_result(process)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="umbel-bench-") as name:
+        (Path(name) / "app").mkdir()
+        for file, text in _APP.items():
+            (Path(name) / "app" / file).write_text(text)
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _coordinator(
+    folder: Path, jobs: Sequence[Sequence[Any]]
+) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "umbel.benchmarks.speed.link",
+        str(folder),
+        json.dumps(jobs),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        if not line.strip().isdigit():
+            raise CheckError("the coordinator of the benchmark did not start")
+        yield process, int(line)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _read_result(process: "subprocess.Popen[str]") -> list[dict[str, Any]]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise CheckError("the coordinator of the benchmark has failed; its error is above")
+    found: list[dict[str, Any]] = json.loads(line)
+    return found
+
+
+def _enrol_directly(state: Path, nodes: int) -> list[Identity]:
+    """Certificates without the calls that would fetch them."""
+    authority, enrolment = open_authority(state), Enrolment(state)
+    identities = []
+    for number in range(nodes):
+        name, key = f"n{number}", new_key()
+        enrolment.add(name, authority, "127.0.0.1:1")
+        certificate = enrolment.issue(name, make_request(key, name), authority)
+        identities.append(Identity(certificate.public_bytes(Encoding.PEM), key, authority.pem))
+    enrolment.close()
+    return identities
+
+
+async def _sit(
+    address: str, identities: Sequence[Identity], process: "subprocess.Popen[str]"
+) -> None:
+    """Connect, and do nothing but beat, until the coordinator has ended."""
+
+    async def node(identity: Identity, wait: float) -> None:
+        await asyncio.sleep(wait)
+        async with open_channel(address, identity) as channel:
+            call = channel.stream_stream(
+                f"/{SERVICE}/Connect", request_serializer=to_wire, response_deserializer=from_wire
+            )()
+            hello = Hello(protocol=PROTOCOL, version="bench", instance=secrets.token_hex(8))
+            await call.write(Frame(hello=hello))
+            await call.read()
+            while process.poll() is None:
+                await asyncio.sleep(BEAT_S)
+                await call.write(Frame(beat=Beat(phase="idle")))
+                await call.read()
+
+    waiting = [asyncio.create_task(node(each, 0.01 * n)) for n, each in enumerate(identities)]
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("jobs")
+    arguments = parser.parse_args()
+    _serve(arguments.folder, json.loads(arguments.jobs))

@@ -1,0 +1,1 @@
+"""The node process of the link engine."""

@@ -1,0 +1,229 @@
+"""The process that runs a node's app: warm between messages, and stopped when it hangs.
+
+The connection lives in the parent, so heartbeats go on while the app computes, holds the GIL or
+hangs; the app lives in this child, so a trainer that hangs can be killed, and a crash of its
+native code costs one reply.
+
+    parent -> child   start: the app's folder, the node's configuration
+    child  -> parent  ready, or the sentence that says why not
+    parent -> child   do: an instruction; its content beside it, or in the shared file if large
+    child  -> parent  done: the reply, likewise; or the error
+
+Headers are JSON behind their length; contents are bytes of `umbel.transport.codec`.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message, Metadata, RecordDict
+
+from umbel.clients.process.memory import Memory
+from umbel.strategies.app import open_app
+from umbel.strategies.errors import ConfigError
+from umbel.transport.codec import Buffer, CodecError, decode, encode, size_of
+
+_HEAD = struct.Struct("<IQ")
+_LONGEST_HEADER = 1 << 20
+BESIDE = 64 << 10
+"""Contents up to this size travel beside their header, larger ones in a shared file."""
+SERVER_NODE = 1
+RAISED = 2
+"""Flower's code of an exception in a client app."""
+
+
+def shared_file() -> int:
+    """A file in memory that a child inherits; it has no name and vanishes with its users."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("umbel")
+    handle, name = tempfile.mkstemp()
+    Path(name).unlink()
+    return handle
+
+
+def write_shared(file: int, parts: Sequence[Buffer]) -> int:
+    """Write buffers to the beginning of a shared file; how many bytes."""
+    at = 0
+    for part in parts:
+        view = memoryview(part).cast("B")
+        while view:
+            written = os.pwrite(file, view[: 1 << 30], at)
+            at, view = at + written, view[written:]
+    return at
+
+
+def read_shared(file: int, size: int) -> memoryview:
+    """A view of the beginning of a shared file. Files only grow, so the view stays valid."""
+    return memoryview(mmap.mmap(file, size, prot=mmap.PROT_READ))[:size]
+
+
+def pack(header: Mapping[str, Any], beside: bytes = b"") -> bytes:
+    """A header and the bytes beside it."""
+    text = json.dumps(header).encode()
+    return _HEAD.pack(len(text), len(beside)) + text + beside
+
+
+def head_size() -> int:
+    """Bytes of what precedes a header."""
+    return _HEAD.size
+
+
+def lengths(head: bytes) -> tuple[int, int]:
+    """The lengths of a header and of what is beside it."""
+    text, beside = _HEAD.unpack(head)
+    if text > _LONGEST_HEADER or beside > BESIDE:
+        raise CodecError(f"a header of {text} bytes and {beside} beside it cannot be")
+    return text, beside
+
+
+class Worker:
+    """The child's side: one app, one message at a time."""
+
+    def __init__(self, pipe: socket.socket, outbound: int, inbound: Sequence[int]) -> None:
+        self._pipe, self._out, self._in = pipe, outbound, inbound
+        self._app: Any = None
+        self._config: dict[str, Any] = {}
+        self._run_config: tuple[bytes, dict[str, Any]] = (b"", {})
+        self._memory: Memory | None = None
+
+    def serve(self) -> None:
+        """Until the parent hangs up."""
+        while True:
+            head = self._receive(_HEAD.size)
+            if head is None:
+                return
+            text, beside = lengths(head)
+            body = self._receive(text + beside) or b""
+            header = json.loads(body[:text])
+            if header["op"] == "start":
+                self._start(header)
+            else:
+                self._do(header, body[text:])
+
+    def _receive(self, size: int) -> bytes | None:
+        data = bytearray()
+        while len(data) < size:
+            got = self._pipe.recv(size - len(data))
+            if not got:
+                return None
+            data += got
+        return bytes(data)
+
+    def _start(self, header: dict[str, Any]) -> None:
+        error = None
+        try:
+            self._memory = Memory(Path(header["memory"]))
+            folder = open_app(Path(header["app"]))
+            self._app = folder.client_app()
+            self._config = header["node_config"]
+            _take_threads(header["threads"])
+        except ConfigError as problem:
+            error = str(problem)
+        self._pipe.sendall(pack({"op": "ready", "error": error, "device": _device()}))
+
+    def _do(self, header: dict[str, Any], beside: bytes) -> None:
+        assert self._memory is not None
+        try:
+            data: Buffer = beside
+            if header["size"] > BESIDE:
+                data = read_shared(self._in[header["file"]], header["size"])
+            content = decode(data, checksum=True)
+            context = self._context(header)
+            with self._memory.step(header["run_id"], header["id"]) as state:
+                context.state = state
+                reply = self._app(_message(header, content), context)
+                if not isinstance(reply, Message):
+                    raise TypeError(f"the app returned a {type(reply).__name__}, not a Message")
+        except Exception as problem:
+            traceback.print_exc()
+            reason = f"{type(problem).__name__}: {problem}"
+            self._pipe.sendall(pack({"op": "failed", "id": header["id"], "reason": reason[:2000]}))
+            return
+        self._send(header["id"], reply)
+
+    def _context(self, header: dict[str, Any]) -> Context:
+        raw = bytes.fromhex(header["run_config"])
+        if raw != self._run_config[0]:
+            self._run_config = (raw, dict(decode(raw).config_records["c"]) if raw else {})
+        return Context(
+            run_id=header["run_id"],
+            node_id=header["node_id"],
+            node_config=dict(self._config),
+            state=RecordDict(),
+            run_config=dict(self._run_config[1]),
+        )
+
+    def _send(self, message_id: str, reply: Message) -> None:
+        if reply.has_error():
+            code, reason = reply.error.code, str(reply.error.reason)
+            said = {"op": "failed", "id": message_id, "reason": reason[:2000], "code": code}
+            self._pipe.sendall(pack(said))
+            return
+        parts = encode(reply.content)
+        size = size_of(parts)
+        header = {"op": "done", "id": message_id, "size": size}
+        if size <= BESIDE:
+            self._pipe.sendall(pack(header, b"".join(parts)))
+            return
+        write_shared(self._out, parts)
+        self._pipe.sendall(pack(header))
+
+
+def _message(header: Mapping[str, Any], content: RecordDict) -> Message:
+    metadata = Metadata(
+        run_id=header["run_id"],
+        message_id=header["id"],
+        src_node_id=SERVER_NODE,
+        dst_node_id=header["node_id"],
+        reply_to_message_id="",
+        group_id=header["group_id"],
+        created_at=time.time(),  # of this clock: the coordinator's may be another
+        ttl=header["ttl"],
+        message_type=header["message_type"],
+        src_task_id=1,
+    )
+    return Message(metadata=metadata, content=content)  # type: ignore[call-overload, no-any-return]
+
+
+def _take_threads(threads: int) -> None:
+    torch = sys.modules.get("torch")
+    if threads and torch is not None:
+        torch.set_num_threads(threads)
+
+
+def _device() -> str:
+    """What the app will probably train on, for people."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name(0))
+    return "cpu"
+
+
+def _die_with_parent() -> None:
+    """An orphan would train on for nobody, and write the node's memory beside its successor."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    """Entry point of the child: the numbers of its socket and of its shared files."""
+    _die_with_parent()
+    pipe, outbound, *inbound = (int(each) for each in sys.argv[1:])
+    # What an app prints must not reach the parent's standard output, which may be JSON.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    Worker(socket.socket(fileno=pipe), outbound, inbound).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The parent's handle on the process that runs a node's app."""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umbel.clients.process.node_process import (
+    BESIDE,
+    RAISED,
+    head_size,
+    lengths,
+    pack,
+    read_shared,
+    shared_file,
+)
+from umbel.strategies.errors import ConfigError, RunError
+from umbel.transport.codec import Buffer
+from umbel.transport.link_pb2 import Begin
+
+log = logging.getLogger("umbel.node")
+CRASHED = 3
+"""Flower's code of a client app that died."""
+_LOADING_S = 600.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of an instruction: a content's bytes, or an error."""
+
+    message_id: str
+    parts: Sequence[Buffer] = ()
+    error: tuple[int, str] | None = None
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """What a node runs.
+
+    Attributes:
+        app: the app's folder.
+        memory: the folder for what the app keeps.
+        node_config: of the node.
+        threads: of tensor operations; 0 leaves it to the libraries.
+        environment: variables for the process, such as CUDA_VISIBLE_DEVICES.
+    """
+
+    app: Path
+    memory: Path
+    node_config: Mapping[str, Any]
+    threads: int = 0
+    environment: Mapping[str, str] | None = None
+
+
+class Trainee:
+    """Starts the app's process, gives it instructions, and replaces it when it hangs or dies.
+
+    Attributes:
+        inbound: two shared files for large contents, so that one can arrive while the app is
+            busy with the other.
+        device: what the app trains on, for people.
+    """
+
+    def __init__(self, settings: AppSettings) -> None:
+        self._settings = settings
+        self.inbound = (shared_file(), shared_file())
+        self._outbound = shared_file()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self.device = ""
+
+    @property
+    def pid(self) -> int | None:
+        """The app's process."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the process and load the app.
+
+        Raises:
+            ConfigError: the app does not load.
+            RunError: the process died.
+        """
+        ours, theirs = socket.socketpair()
+        numbers = (theirs.fileno(), self._outbound, *self.inbound)
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "umbel.clients.process.node_process",
+            *map(str, numbers),
+        ]
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=numbers,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | dict(self._settings.environment or {}),
+            start_new_session=True,  # Ctrl-C is for the parent, which then ends the child
+        )
+        theirs.close()
+        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
+        start = {
+            "op": "start",
+            "app": str(self._settings.app),
+            "memory": str(self._settings.memory),
+            "node_config": dict(self._settings.node_config),
+            "threads": self._settings.threads,
+        }
+        self._writer.write(pack(start))
+        try:
+            said, _ = await asyncio.wait_for(self._hear(), _LOADING_S)
+        except (EOFError, OSError) as problem:
+            how = self._end()
+            raise RunError(f"the app's process ended while it loaded the app ({how})") from problem
+        if said["error"] is not None:
+            raise ConfigError(said["error"])
+        self.device = said["device"]
+
+    async def run(
+        self, begin: Begin, node_id: int, limit_s: float | None, *, file: int = 0
+    ) -> Answer:
+        """Let the app answer an instruction; its content is inside, or in `inbound[file]`.
+
+        A process that does not answer within `limit_s` is stopped, and replaced, like one that
+        died; the answer says so.
+        """
+        header = {
+            "op": "do",
+            "id": begin.id,
+            "size": begin.size,
+            "file": file,
+            "run_id": begin.run_id,
+            "node_id": node_id,
+            "group_id": begin.group_id,
+            "message_type": begin.message_type,
+            "ttl": begin.ttl,
+            "run_config": begin.run_config.hex(),
+        }
+        ready = False
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._ready()
+                ready = True
+                assert self._writer is not None
+                self._writer.write(pack(header, begin.inline if begin.size <= BESIDE else b""))
+                said, beside = await self._hear()
+        except TimeoutError:
+            if not ready:
+                return self._crashed(begin, "the app was not ready in time")
+            self.stop()
+            return self._crashed(begin, f"it was not done after {limit_s:.0f} s and was stopped")
+        except (EOFError, OSError):
+            return self._crashed(begin, f"the app's process died ({self._end()})")
+        except (ConfigError, RunError) as problem:
+            self.stop()
+            return Answer(begin.id, error=(CRASHED, str(problem)))
+        if said["op"] == "failed":
+            return Answer(begin.id, error=(said.get("code", RAISED), said["reason"]))
+        parts: list[Buffer] = [beside]
+        if said["size"] > BESIDE:
+            parts = [read_shared(self._outbound, said["size"])]
+        return Answer(begin.id, parts)
+
+    async def _ready(self) -> None:
+        """Wait until a process has loaded the app; one that is starting is left alone."""
+        if self._writer is None and self._starting is None:
+            self._starting = asyncio.create_task(self.start())
+        if self._starting is not None:
+            try:
+                await asyncio.shield(self._starting)
+            finally:
+                if self._starting.done():
+                    self._starting = None
+
+    def stop(self) -> None:
+        """Kill the process."""
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+        self._end()
+
+    def _crashed(self, begin: Begin, reason: str) -> Answer:
+        """Say so, and start the next process at once: it takes seconds."""
+        log.warning("%s", reason)
+        if self._starting is None:
+            self._starting = asyncio.create_task(self.start())
+            self._starting.add_done_callback(_look_at)
+        return Answer(begin.id, error=(CRASHED, reason))
+
+    def _end(self) -> str:
+        """How the process ended."""
+        status = None
+        if self._process is not None:
+            try:
+                status = self._process.wait(timeout=1)  # one that is dying says why
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                status = self._process.wait()
+        if self._writer is not None:
+            self._writer.close()
+        self._process = self._writer = self._reader = None
+        if status is None:
+            return "it was not there"
+        if status == -9:
+            return "killed, perhaps for lack of memory"
+        return f"signal {-status}" if status < 0 else f"exit status {status}"
+
+    async def _hear(self) -> tuple[dict[str, Any], bytes]:
+        assert self._reader is not None
+        try:
+            text, beside = lengths(await self._reader.readexactly(head_size()))
+            body = await self._reader.readexactly(text + beside)
+        except asyncio.IncompleteReadError as problem:
+            raise EOFError from problem
+        return json.loads(body[:text]), body[text:]
+
+
+def _look_at(starting: "asyncio.Task[None]") -> None:
+    """The failure of a start is reported by whoever needs the process next."""
+    if not starting.cancelled():
+        starting.exception()

@@ -1,0 +1,198 @@
+"""A trainer for any PyTorch model.
+
+    trainer = TorchTrainer(Net, loss="cross-entropy", batch_size=32, local_epochs=2)
+
+One module per process is built once and filled with each node's weights in turn. The same job
+gives the same bits in any process, whatever ran before in it (on the CPU, for a fixed number
+of threads): shuffles, dropout and augmentations are drawn from the job's seed, and the global
+generators are put back afterwards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from umbel.clients.pytorch import cohort as torch_cohort
+from umbel.clients.pytorch.batches import open_source, to_device, to_model
+from umbel.clients.pytorch.loop import (
+    MakeOptimizer,
+    Share,
+    Task,
+    autocast,
+    call,
+    fit,
+    make_optimizer,
+)
+from umbel.clients.pytorch.losses import BatchMetrics, Loss, Objective, Tally, objective
+from umbel.clients.pytorch.module import Model, Workbench, build, split, to_cpu
+from umbel.clients.pytorch.parallel import Team, rank_device, spread
+from umbel.clients.pytorch.settings import TorchSettings, choose_device
+from umbel.clients.seeding import seeded
+from umbel.clients.settings import options_of, read
+from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
+from umbel.strategies.errors import ConfigError
+
+EVALUATION_BATCH = 512
+
+COHORT = 32
+"""Nodes that are trained as one computation. Fixed, so that results do not depend on how many
+processes share a round."""
+
+
+@dataclass(frozen=True)
+class TorchTrainer(TorchSettings):
+    """Trains an `nn.Module` on a node's examples. The inherited fields are option defaults.
+
+    Attributes:
+        model: a module class, or a function that returns a module; with an argument, it is
+            given the run's options.
+        loss: "cross-entropy", "binary-cross-entropy" (of logits), "mse", or a function of
+            outputs and targets that returns the mean loss of a batch.
+        optimizer: a function of parameters and learning rate; SGD where it is left out.
+        metrics: a function of outputs and targets that returns means over a batch. Left out:
+            accuracy where targets are classes, rmse and r2 with "mse".
+        OPTIONS: every option that this trainer understands, with its default.
+    """
+
+    model: Model
+    loss: str | Loss = "cross-entropy"
+    optimizer: MakeOptimizer | None = None
+    metrics: BatchMetrics | None = None
+    OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
+    objective: Objective = field(init=False, repr=False, compare=False)
+    defaults: TorchSettings = field(init=False, repr=False, compare=False)
+    bench: Workbench = field(init=False, repr=False, compare=False)
+    team: Team = field(init=False, repr=False, compare=False, default_factory=Team)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, torch.nn.Module):
+            raise ConfigError(
+                f"TorchTrainer was given a {type(self.model).__name__} that exists already; give "
+                "it the class, or a function that makes the model: TorchTrainer(lambda: ...)"
+            )
+        object.__setattr__(self, "OPTIONS", options_of(self, TorchSettings))
+        object.__setattr__(self, "objective", objective(self.loss))
+        defaults = {name: getattr(self, name) for name in TorchSettings.__dataclass_fields__}
+        object.__setattr__(self, "defaults", TorchSettings(**defaults))
+        object.__setattr__(self, "bench", Workbench(self.model))
+
+    def settings(self, options: Options, learning_rate: float | None = None) -> TorchSettings:
+        """This trainer's settings with the options' changes; a round's learning rate wins.
+
+        Raises:
+            ConfigError: an option has the wrong type or is out of its range.
+        """
+        if learning_rate is not None:
+            options = {**options, "learning-rate": learning_rate}
+        settings = read(self.defaults, options)
+        settings.validate()
+        return settings
+
+    def initial(self, options: Options, seed: int) -> Weights:
+        """The first model: parameters drawn from `seed`, buffers as every node builds them."""
+        parameters, _ = split(build(self.model, options, seed))
+        piece = self.bench.piece(options, choose_device("cpu"))
+        buffers = {
+            name: to_cpu(piece.built.get(name, value)) for name, value in piece.buffers.items()
+        }
+        return Weights({name: to_cpu(p) for name, p in parameters.items()}, buffers)
+
+    def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
+        """Train on a node's examples; `weights` is not mutated.
+
+        Raises:
+            ConfigError: the options, the examples or the weights do not fit the model.
+            RunError: training diverged.
+        """
+        settings = self.settings(job.options, job.learning_rate)
+        world = settings.processes()
+        if world == 1:
+            return self.train_share(weights, examples, job, Share())
+        return self.team.train(
+            self.train_share, weights, examples, job, world=world, cuda=settings.on_gpus()
+        )
+
+    def train_share(self, weights: Weights, examples: Any, job: Job, share: Share) -> Trained:
+        """One process's share of a job (all of it where there is one process)."""
+        settings = self.settings(job.options, job.learning_rate)
+        if share.world > 1:
+            device = rank_device(share, settings.on_gpus())
+        else:
+            device = choose_device(settings.device)
+        source = open_source(examples, device)
+        piece = self.bench.piece(job.options, device)
+        piece.load(weights)
+        parameters = list(piece.parameters.values())
+        with seeded(job.seed + share.rank, device):
+            task = Task(
+                module=piece.module if share.world == 1 else spread(piece.module, device),
+                parameters=parameters,
+                objective=self.objective,
+                optimizer=make_optimizer(self.optimizer, parameters, settings),
+                settings=settings,
+                least=piece.least,
+                device=device,
+                seed=job.seed,
+                share=share,
+            )
+            loss = fit(task, source)
+        return Trained(piece.weights(weights), source.size, {"loss": loss})
+
+    def train_cohort(
+        self, weights: Sequence[Weights], examples: Sequence[Any], jobs: Sequence[Job]
+    ) -> list[Trained] | None:
+        """What `train` gives for each node, to float tolerance, as one batched computation.
+
+        None where that does not apply: see `umbel.clients.pytorch.cohort`.
+        """
+        first = jobs[0]
+        settings = self.settings(first.options, first.learning_rate)
+        alike = all(
+            job.learning_rate == first.learning_rate and job.options == first.options
+            for job in jobs
+        )
+        if not alike or self.optimizer is not None or settings.processes() > 1:
+            return None
+        device = choose_device(settings.device)
+        with seeded(first.seed, device):
+            piece = self.bench.piece(first.options, device)
+            return torch_cohort.train_cohort(
+                piece, self.objective, settings, weights, examples, jobs
+            )
+
+    def group_size(self, options: Options) -> int:
+        """How many nodes an engine should give to `train_cohort` at a time; 1 is no batching."""
+        settings = self.settings(options)
+        if self.optimizer is not None or settings.processes() > 1:
+            return 1
+        piece = self.bench.piece(options, choose_device(settings.device))
+        return COHORT if torch_cohort.worthwhile(piece, settings, COHORT) else 1
+
+    def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
+        """Loss and metrics on examples, in batches of 512; `weights` is not mutated."""
+        settings = self.settings(options)
+        device = choose_device(settings.device)
+        source = open_source(examples, device)
+        piece = self.bench.piece(options, device)
+        piece.load(weights)
+        piece.module.eval()
+        tally = Tally(self.objective, self.metrics)
+        # Not inference_mode: what a module caches here (a mask, rotations) is trained with later.
+        with seeded(0, device), torch.no_grad():
+            for start in range(0, source.size, EVALUATION_BATCH):
+                rows = torch.arange(start, min(start + EVALUATION_BATCH, source.size))
+                x, y = source.batch(None if len(rows) == source.size else rows)
+                targets = self.objective.prepare(to_device(y, device))
+                with autocast(settings.precision, device):
+                    outputs = call(piece.module, to_model(x, device, piece.real))
+                tally.add(_full(outputs), targets, len(rows))
+        return Evaluated(tally.examples, tally.result())
+
+
+def _full(outputs: Any) -> Any:
+    """Outputs of mixed precision, back in float32 for the loss and the metrics."""
+    if isinstance(outputs, torch.Tensor) and outputs.dtype in (torch.float16, torch.bfloat16):
+        return outputs.float()
+    return outputs

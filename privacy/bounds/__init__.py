@@ -1,0 +1,1 @@
+"""Bounding what one unit contributes."""

@@ -1,0 +1,1 @@
+"""The mathematics of secure sums: keys, masks, shares, graphs."""

@@ -1,0 +1,1 @@
+"""The embedded engine: virtual nodes on this machine."""

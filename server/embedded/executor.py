@@ -1,0 +1,156 @@
+"""Runs a `ClientApp` for virtual nodes, in this process or in a worker."""
+
+import contextlib
+import functools
+import io
+import pickle
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from threadpoolctl import ThreadpoolController
+
+from umbel.server.embedded.packing import Packed, unpack
+from umbel.server.flower import RAISED, Envelope
+
+
+@dataclass(frozen=True)
+class Task:
+    """One message to one virtual node.
+
+    Attributes:
+        envelope: the message without its content.
+        content: of the message, packed once for all nodes that get the same.
+        state: the node's pickled state; None where it has none.
+    """
+
+    envelope: Envelope
+    content: Packed
+    state: bytes | None
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a task.
+
+    Attributes:
+        reply: the node's message, or an error in its place.
+        state: the node's pickled state; None where it has none.
+        failure: the traceback of an exception in the app, for the log.
+    """
+
+    reply: Message
+    state: bytes | None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A client app and what every virtual node of a run shares.
+
+    Attributes:
+        app: the app; if it has `train_many`, groups of training messages go through that.
+        run_config: the run's options.
+        nodes: how many virtual nodes there are.
+        threads: of a node's tensor operations; fixed, so that results do not depend on where a
+            node runs.
+    """
+
+    app: ClientApp
+    run_config: Mapping[str, Any]
+    nodes: int
+    threads: int = 1
+    _empty: bytes = field(default=pickle.dumps(RecordDict(), protocol=5), repr=False)
+
+    def run(self, tasks: Sequence[Task]) -> list[Done]:
+        """Run tasks in order; exceptions of the app become error replies."""
+        return self.together(tasks) or self.one_by_one(tasks)
+
+    def one_by_one(self, tasks: Sequence[Task]) -> list[Done]:
+        """Run tasks in order, each by itself."""
+        with self._threads():
+            return [self._one(task) for task in tasks]
+
+    def together(self, tasks: Sequence[Task]) -> list[Done] | None:
+        """Run tasks as one; None where the app cannot, or rather would not, do that."""
+        many = getattr(self.app, "train_many", None)
+        if many is None or len(tasks) < 2:
+            return None
+        with self._threads():
+            contexts = [self._context(task) for task in tasks]
+            try:
+                replies = many([self._message(task) for task in tasks], contexts)
+            except (Exception, SystemExit):
+                return None  # one bad node must not fail its group: each will stand alone
+            return replies and [
+                Done(reply, self._saved(context, task))
+                for reply, context, task in zip(replies, contexts, tasks, strict=True)
+            ]
+
+    def _one(self, task: Task) -> Done:
+        context = self._context(task)
+        try:
+            reply = self.app(self._message(task), context)
+            if not isinstance(reply, Message):
+                raise TypeError(f"the app returned a {type(reply).__name__} in place of a Message")
+        except (Exception, SystemExit) as error:  # an app that calls exit() ends no other node
+            reason = f"{type(error).__name__}: {error}"
+            failure = "".join(traceback.format_exception(error))
+            return Done(task.envelope.error(RAISED, reason), task.state, failure)
+        return Done(reply, self._saved(context, task))
+
+    def _message(self, task: Task) -> Message:
+        return task.envelope.message(unpack(task.content))
+
+    def _context(self, task: Task) -> Context:
+        node_id = task.envelope.node_id
+        return Context(
+            run_id=task.envelope.run_id,
+            node_id=node_id,
+            node_config={"partition-id": node_id - FIRST_NODE, "num-partitions": self.nodes},
+            state=pickle.loads(task.state or self._empty),
+            run_config=dict(self.run_config),
+        )
+
+    def _saved(self, context: Context, task: Task) -> bytes | None:
+        if not context.state and task.state is None:
+            return None
+        return pickle.dumps(context.state, protocol=5)
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """One number of threads wherever a node runs: results must not depend on where."""
+        torch = sys.modules.get("torch")
+        with self._libraries.limit(limits=self.threads):
+            if torch is None:
+                yield
+                return
+            before = torch.get_num_threads()
+            torch.set_num_threads(self.threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
+
+    @functools.cached_property
+    def _libraries(self) -> ThreadpoolController:
+        """BLAS and OpenMP as the app has loaded them; looking for them takes a millisecond."""
+        return ThreadpoolController()
+
+
+FIRST_NODE = 1001
+"""Id of the virtual node that holds partition 0; below are Flower's reserved ids."""
+
+
+@contextlib.contextmanager
+def output_to(log: io.TextIOBase | None) -> Iterator[None]:
+    """Send what an app prints to the run's log, so that it does not tear the progress bar."""
+    if log is None:
+        yield
+        return
+    with contextlib.redirect_stdout(log):
+        yield

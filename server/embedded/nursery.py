@@ -1,0 +1,105 @@
+"""The process that worker processes are forked from.
+
+It has imported what every worker needs and has never run a tensor operation, so forks are quick
+(milliseconds), safe (one thread) and share the memory of the libraries. Asked over a socket, it
+forks a worker and hands it the other end of a second socket.
+
+    engine -> nursery   one byte and a socket        a worker, please
+    nursery -> engine   its process id
+    engine -> worker    the app, then groups of tasks
+    worker -> engine    ready, then groups of results; none for a group that is better split
+"""
+
+import contextlib
+import importlib
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+_PID = struct.Struct("<q")
+
+
+def serve(control: socket.socket, preload: list[str]) -> None:
+    """Fork a worker for each request until the engine closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the workers
+    for name in preload:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    while True:
+        _, handles, _, _ = socket.recv_fds(control, 1, 1)
+        if not handles:
+            return
+        child = os.fork()
+        if child == 0:
+            control.close()
+            status = 1
+            try:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                work(socket.socket(fileno=handles[0]))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        os.close(handles[0])
+        control.sendall(_PID.pack(child))
+
+
+def work(pipe: socket.socket) -> None:
+    """A worker: load the app, then run groups of tasks until the engine hangs up."""
+    import torch  # here and not above: the nursery's preloading decides when this is imported
+
+    from umbel.server.embedded.executor import Executor, Task
+    from umbel.server.embedded.packing import BlobCache, Packed, pack, receive, send, unpack
+    from umbel.server.embedded.shelf import Shelf, reuse_memory
+    from umbel.strategies.app import open_app
+
+    try:
+        _, shelves, _, _ = socket.recv_fds(pipe, 1, 2)
+        inbound, outbound = map(Shelf, shelves) if shelves else (None, None)
+        reuse_memory()
+        start: dict[str, Any] = unpack(receive(pipe))
+        _redirect(start["log"])
+        torch.set_num_threads(start["threads"])
+        try:
+            app = open_app(start["path"]).client_app()
+        except Exception as error:
+            send(pipe, pack({"error": str(error)}))
+            return
+        executor = Executor(app, start["run_config"], start["nodes"], start["threads"])
+        send(pipe, pack({"error": None}))
+        cache = BlobCache()
+        while True:
+            parcel = receive(pipe, inbound)
+            numbers, text = pickle.loads(parcel.text)
+            blobs = cache.join(numbers, parcel.blobs)
+            tasks: list[Task] = unpack(Packed(text, tuple(blobs)))
+            done = executor.one_by_one(tasks) if len(tasks) == 1 else executor.together(tasks)
+            send(pipe, pack(done), outbound)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _redirect(log: Path | None) -> None:
+    """Append what the app prints to the run's log."""
+    if log is None:
+        return
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -1,0 +1,118 @@
+"""Engines for apps that keep their own rounds: they write down what they see.
+
+A federation's own loop knows its rounds. Any other Flower app only sends messages, so rounds
+are read off them: the number that Flower's strategies put into each message, or else one a
+training trip.
+"""
+
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any, Protocol, cast
+
+from flwr.app import Message
+
+from umbel.server.embedded.grid import EmbeddedGrid
+from umbel.server.output.rundir import RunDirectory
+from umbel.strategies.collect import EXAMPLES, MeanMetrics
+
+
+class NamesNodes(Protocol):
+    """What the notes need of a grid."""
+
+    def name_of(self, node_id: int) -> str:
+        """A node's name, for people."""
+        ...
+
+
+class Notes:
+    """Mixed into a grid: keeps a line for each round of whatever app runs on it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lines: dict[int, dict[str, Any]] = {}
+        self._sums: dict[tuple[int, str], MeanMetrics] = {}
+        self._watch = threading.Lock()
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        messages = list(messages)
+        began = time.perf_counter()
+        grid: Any = super()
+        replies: list[Message] = grid.send_and_receive(messages, timeout=timeout)
+        with self._watch:
+            self._note(messages, replies, time.perf_counter() - began)
+        return replies
+
+    def finish(self, run: RunDirectory) -> dict[str, Any]:
+        """Write the rounds down; what the app's result says of them."""
+        metrics: dict[str, float] = {}
+        for number, line in sorted(self._lines.items()):
+            line["seconds"] = sum(line["phases"].values())
+            train = self._sums.get((number, "train"))
+            evaluate = self._sums.get((number, "evaluate"))
+            line["train"] = train.result() if train else {}
+            line["metrics"] = evaluate.result() if evaluate else {}
+            metrics = line["metrics"] or metrics
+            run.append_round(line)
+        return {"rounds": len(self._lines), "metrics": metrics, "stopped": "rounds"}
+
+    def _note(self, messages: list[Message], replies: list[Message], seconds: float) -> None:
+        if not messages:
+            return
+        kind = messages[0].metadata.message_type.partition(".")[0]
+        if kind not in ("train", "evaluate"):
+            return
+        number = self._round_of(messages[0], kind)
+        line = self._lines.setdefault(
+            number,
+            {
+                "round": number,
+                "phases": {},
+                "clients": 0,
+                "failed": [],
+                "bytes_down": 0,
+                "bytes_up": 0,
+            },
+        )
+        line["phases"][kind] = line["phases"].get(kind, 0.0) + seconds
+        line["bytes_down"] += sum(_size(message) for message in messages)
+        sums = self._sums.setdefault((number, kind), MeanMetrics())
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                line["failed"].append(
+                    {"node": cast(NamesNodes, self).name_of(node), "reason": reply.error.reason}
+                )
+                continue
+            line["clients"] += kind == "train"
+            line["bytes_up"] += _size(reply)
+            values = {
+                name: float(value)
+                for record in reply.content.metric_records.values()
+                for name, value in record.items()
+                if isinstance(value, int | float)
+            }
+            sums.add(node, values, values.get(EXAMPLES, 1.0) or 1.0)
+
+    def _round_of(self, message: Message, kind: str) -> int:
+        for record in message.content.config_records.values():
+            said = record.get("server-round")
+            if isinstance(said, int):
+                return said
+        number = message.metadata.group_id.partition(".")[0]
+        if number.isdigit():
+            return int(number)
+        return len(self._lines) + (kind == "train" or not self._lines)
+
+
+class ObservedGrid(Notes, EmbeddedGrid):
+    """An embedded grid that takes notes."""
+
+
+def _size(message: Message) -> int:
+    if message.has_error():
+        return 0
+    arrays = message.content.array_records.values()
+    return sum(len(array.data) for record in arrays for array in record.values())

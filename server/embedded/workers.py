@@ -1,0 +1,258 @@
+"""A pool of worker processes: started from a nursery, fed groups of tasks, replaced when dead."""
+
+import os
+import pickle
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from umbel.server.embedded.executor import Done, Task
+from umbel.server.embedded.packing import BlobCache, Packed, pack, receive, send, unpack
+from umbel.server.embedded.shelf import Shelf, reuse_memory
+from umbel.server.flower import CRASHED
+from umbel.strategies.errors import ConfigError, RunError
+
+PRELOAD = ("torch", "flwr.clientapp", "umbel.server.embedded.executor", "umbel.strategies.app")
+"""What the nursery imports once for all workers."""
+
+STILLBORN = 3
+"""Processes in a row that may die while they load the app; one may be somebody's mistake."""
+
+
+class Nursery:
+    """Handle of the process that forks workers; make it early, its imports take a second."""
+
+    def __init__(self, threads: int = 1, preload: Sequence[str] = ()) -> None:
+        ours, theirs = socket.socketpair()
+        limits = dict.fromkeys(
+            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)
+        )
+        # is_available() must not initialise CUDA in a process that forks
+        environment = os.environ | limits | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        module = ["-P", "-m", "umbel.server.embedded.nursery"]
+        command = [sys.executable, *module, str(theirs.fileno()), *PRELOAD, *preload]
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+        self._control = ours
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """A new worker: its process id and our end of its socket.
+
+        Raises:
+            RunError: the nursery has died.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            socket.send_fds(self._control, [b"w"], [theirs.fileno()])
+            answer = self._control.recv(8, socket.MSG_WAITALL)
+        except OSError:
+            answer = b""
+        theirs.close()
+        if len(answer) != 8:
+            ours.close()
+            raise RunError("worker processes cannot be started: the process they come from died")
+        return struct.unpack("<q", answer)[0], ours
+
+    def close(self) -> None:
+        """End the nursery; its workers end when their sockets close."""
+        self._control.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@dataclass
+class _Worker:
+    pid: int
+    pipe: socket.socket
+    outbound: Shelf | None
+    inbound: Shelf | None
+    ready: bool = False
+    busy: Sequence[Task] = ()
+    cache: BlobCache = field(default_factory=BlobCache)
+
+
+class Workers:
+    """Runs groups of tasks on `count` processes, one group a process at a time.
+
+    Args:
+        nursery: where the processes come from; closed with the pool.
+        count: how many processes.
+        app: the app's folder.
+        run_config: the run's options.
+        nodes: how many virtual nodes there are.
+        threads: of a node's tensor operations.
+        log: where the app's own output goes.
+    """
+
+    def __init__(
+        self,
+        nursery: Nursery,
+        count: int,
+        app: Path,
+        *,
+        run_config: Mapping[str, Any],
+        nodes: int,
+        threads: int = 1,
+        log: Path | None = None,
+    ) -> None:
+        self._nursery = nursery
+        self._start = pack(
+            {
+                "path": app,
+                "run_config": dict(run_config),
+                "nodes": nodes,
+                "threads": threads,
+                "log": log,
+            }
+        )
+        self._stillborn = 0
+        reuse_memory()
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._workers = [self._hire() for _ in range(count)]
+
+    @property
+    def idle(self) -> bool:
+        """Whether a process is waiting for work."""
+        return any(worker.ready and not worker.busy for worker in self._workers)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any process is at work or still loading the app."""
+        return any(worker.busy or not worker.ready for worker in self._workers)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes."""
+        return [worker.pid for worker in self._workers]
+
+    def give(self, tasks: Sequence[Task]) -> None:
+        """Send a group to an idle process."""
+        worker = next(w for w in self._workers if w.ready and not w.busy)
+        worker.busy = tasks
+        whole = pack(list(tasks))
+        numbers, new = worker.cache.split(whole.blobs)
+        parcel = Packed(pickle.dumps((numbers, whole.text), protocol=5), tuple(new))
+        try:
+            send(worker.pipe, parcel, worker.outbound)
+        except OSError:  # it died; wait() finds out and reports its tasks
+            with suppress(OSError):
+                worker.pipe.shutdown(socket.SHUT_RDWR)
+
+    def wait(self, timeout: float | None) -> list[tuple[Task, Done | None]]:
+        """Wait until a process has something to say or `wake` is called; finished tasks.
+
+        None comes with tasks of a group that the app does not run as one.
+
+        Raises:
+            ConfigError: the app does not import in the workers.
+        """
+        finished: list[tuple[Task, Done | None]] = []
+        for key, _ in self._selector.select(timeout):
+            if key.fileobj is self._wake_read:
+                self._wake_read.recv(4096)
+                continue
+            finished += self._hear(key.data)
+        return finished
+
+    def wake(self) -> None:
+        """Make a `wait` in another thread return."""
+        self._wake_write.send(b"!")
+
+    def abandon(self, message_ids: set[str]) -> list[Task]:
+        """Kill the processes that work on these messages only, and replace them; their tasks."""
+        tasks: list[Task] = []
+        for worker in list(self._workers):
+            if worker.busy and {task.envelope.message_id for task in worker.busy} <= message_ids:
+                tasks += self._replace(worker)
+        return tasks
+
+    def close(self) -> None:
+        """Kill all processes. What they were doing is lost."""
+        for worker in self._workers:
+            self._dismiss(worker)
+        self._workers = []
+        self._selector.close()
+        self._wake_read.close()
+        self._wake_write.close()
+        self._nursery.close()
+
+    def _hear(self, worker: _Worker) -> Sequence[tuple[Task, Done | None]]:
+        try:
+            said = unpack(receive(worker.pipe, worker.inbound))
+        except (EOFError, OSError):
+            return self._mourn(worker)
+        if not worker.ready:
+            if said["error"] is not None:
+                raise ConfigError(said["error"])
+            worker.ready = True
+            self._stillborn = 0
+            return []
+        tasks, worker.busy = worker.busy, ()
+        return list(zip(tasks, said or [None] * len(tasks), strict=True))
+
+    def _mourn(self, worker: _Worker) -> list[tuple[Task, Done | None]]:
+        """Replace a dead process; its task becomes an error reply, the node's state stays.
+
+        Of a group, nobody knows which node it was: each is to be tried by itself.
+        """
+        if not worker.ready:
+            self._stillborn += 1
+            if self._stillborn > STILLBORN:
+                raise RunError(
+                    f"worker process {worker.pid} died before it had loaded the app, as "
+                    f"{STILLBORN} had before; see the run's log.txt, or try --workers 0"
+                )
+        tasks = self._replace(worker)
+        if len(tasks) > 1:
+            return [(task, None) for task in tasks]
+        reason = f"its worker process {worker.pid} died; another has taken its place"
+        return [(task, Done(task.envelope.error(CRASHED, reason), task.state)) for task in tasks]
+
+    def _replace(self, worker: _Worker) -> Sequence[Task]:
+        self._dismiss(worker)
+        self._workers[self._workers.index(worker)] = self._hire()
+        return worker.busy
+
+    def _hire(self) -> _Worker:
+        pid, pipe = self._nursery.fork()
+        worker = _Worker(pid, pipe, _shelf(), _shelf())
+        self._selector.register(pipe, selectors.EVENT_READ, worker)
+        shelves = [shelf.handle for shelf in (worker.outbound, worker.inbound) if shelf]
+        socket.send_fds(pipe, [b"s"], shelves)
+        send(pipe, self._start)
+        return worker
+
+    def _dismiss(self, worker: _Worker) -> None:
+        self._selector.unregister(worker.pipe)
+        worker.pipe.close()
+        for shelf in (worker.outbound, worker.inbound):
+            if shelf is not None:
+                shelf.close()
+        try:
+            os.kill(worker.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+def _shelf() -> Shelf | None:
+    """A new shelf; where there are none, large bytes go through the pipe."""
+    try:
+        return Shelf()
+    except OSError:
+        return None

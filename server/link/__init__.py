@@ -1,0 +1,1 @@
+"""The link engine: real nodes, over gRPC and mutual TLS."""

@@ -1,0 +1,240 @@
+"""The link engine as a Flower `Grid`: real nodes, in streams, with nothing that polls."""
+
+import logging
+import queue
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from math import ceil
+from typing import Any
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from umbel.server.embedded.observer import Notes
+from umbel.server.flower import CRASHED, NodeInfo, Run, empty_run, give_id, take_identity
+from umbel.server.link.hub import Hub, Instruction, Reply
+from umbel.server.roster import NodeRef
+from umbel.strategies.errors import ConfigError
+from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
+from umbel.transport.frames import INLINE, LARGEST_CONTENT
+from umbel.transport.link_pb2 import Begin
+
+log = logging.getLogger("umbel.link")
+_LOOK_UP_S = 0.5  # a waiting thread wakes up this often, so that a signal can interrupt it
+
+
+class StoppedError(KeyboardInterrupt):
+    """The server was told to end; like Ctrl-C, no app should take it for a failure."""
+
+
+class LinkGrid(Grid):
+    """A grid whose nodes are processes elsewhere.
+
+    Message ids are made of the run, the round, the kind of message, the node, and a count: a
+    server that was killed and repeats a round asks under the same ids, so a node that has the
+    answer already sends it again in place of training twice.
+
+    Args:
+        hub: of connections.
+        run_id: of the run.
+        run_config: the run's options, for the nodes' `Context.run_config`.
+        enough: the share of a round's training replies that is waited for; the rest are
+            stragglers, whose cohort was chosen larger for them.
+        largest: bytes of the largest reply that is taken.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        *,
+        run_id: int = 1,
+        run_config: Mapping[str, Any] | None = None,
+        enough: float = 1.0,
+        largest: int = LARGEST_CONTENT,
+    ) -> None:
+        if not 0 < enough <= 1:
+            raise ConfigError(f"enough is {enough}; it is a share of replies, above 0, at most 1")
+        take_identity(run_id)
+        self.hub = hub
+        self._run = empty_run(run_id)
+        self._config = b"".join(encode(RecordDict({"c": ConfigRecord(dict(run_config or {}))})))
+        self._enough = enough
+        self._limits = Limits(total=largest)
+        self._asked: Counter[str] = Counter()
+        self._open: dict[str, Message] = {}
+        self._inbox: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        self._ready: dict[str, Message] = {}
+        self.stopping = False
+        self.phase = "waiting"
+
+    # ---- what Flower asks of a grid
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+        take_identity(run.run_id)
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        return [node.node_id for node in self.roster()]
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node.node_id, name=node.name) for node in self.roster()]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return self._push(messages, self._inbox, None)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies to these messages that are here; it does not wait."""
+        while not self._inbox.empty():
+            reply = self._message(self._inbox.get())
+            if reply is not None:
+                self._ready[reply.metadata.reply_to_message_id] = reply
+        return [self._ready.pop(each) for each in list(message_ids) if each in self._ready]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        return list(self.stream(messages, timeout))
+
+    # ---- what only engines of Umbel have
+
+    def roster(self) -> list[NodeRef]:
+        """The members of the federation, by partition and name."""
+        nodes = [
+            NodeRef(line.node.node_id, line.node.name, line.hello.partition)
+            for line in self.hub.members()
+        ]
+        return sorted(nodes, key=lambda node: (node.partition, node.name))
+
+    def stream(
+        self, messages: Iterable[Message], timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send, and yield the replies as they arrive.
+
+        After `timeout` seconds the iterator ends, and the nodes stop what they were doing for
+        it. A node that is lost on the way answers with an error.
+
+        Raises:
+            StoppedError: the server is being stopped.
+        """
+        messages = list(messages)
+        inbox: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        training = bool(messages) and all(m.metadata.message_type == "train" for m in messages)
+        self.phase = messages[0].metadata.message_type if messages else self.phase
+        waiting = set(self._push(messages, inbox, deadline))
+        may_miss = len(waiting) - ceil(self._enough * len(waiting)) if training else 0
+        try:
+            while len(waiting) > may_miss:
+                reply = self._next(inbox, deadline)
+                if reply is None:
+                    break
+                waiting.discard(reply.instruction.message_id)
+                message = self._message(reply)
+                del reply
+                if message is not None:
+                    yield message
+        finally:
+            for message_id in waiting:
+                self._open.pop(message_id, None)
+            if waiting:
+                self._name_stragglers(waiting)
+                self.hub.cancel(waiting)
+
+    def _next(self, inbox: "queue.SimpleQueue[Reply]", deadline: float | None) -> Reply | None:
+        while not self.stopping:
+            left = _LOOK_UP_S if deadline is None else deadline - time.monotonic()
+            try:
+                return inbox.get(timeout=min(_LOOK_UP_S, max(0.0, left)))
+            except queue.Empty:
+                if deadline is not None and left <= 0:
+                    return None
+        raise StoppedError
+
+    def _push(
+        self,
+        messages: Iterable[Message],
+        inbox: "queue.SimpleQueue[Reply]",
+        deadline: float | None,
+    ) -> list[str]:
+        encoded: dict[int, tuple[RecordDict, list[Buffer], int]] = {}
+        instructions = []
+        for message in messages:
+            content = message.content
+            if id(content) not in encoded:  # one content for many nodes is encoded once
+                parts = encode(content)
+                encoded[id(content)] = (content, parts, zlib.crc32(parts[0]))
+            _, parts, digest = encoded[id(content)]
+            message_id = self._identify(message)
+            begin = Begin(
+                id=message_id,
+                size=size_of(parts),
+                inline=b"".join(parts) if size_of(parts) <= INLINE else b"",
+                run_id=self._run.run_id,
+                group_id=message.metadata.group_id,
+                message_type=message.metadata.message_type,
+                ttl=message.metadata.ttl,
+                run_config=self._config,
+                digest=digest,
+            )
+            node_id = message.metadata.dst_node_id
+            instructions.append(Instruction(message_id, node_id, begin, parts, deadline, inbox))
+            self._open[message_id] = message
+        self.hub.submit(instructions)
+        return [instruction.message_id for instruction in instructions]
+
+    def _identify(self, message: Message) -> str:
+        data = message.metadata
+        key = f"{self._run.run_id}/{data.group_id}/{data.message_type}/{data.dst_node_id}"
+        self._asked[key] += 1
+        message_id = f"{key}/{self._asked[key]}"
+        give_id(message, message_id)
+        return message_id
+
+    def _message(self, reply: Reply) -> Message | None:
+        """The reply as Flower's message; None if it is no longer waited for."""
+        asked = self._open.pop(reply.instruction.message_id, None)
+        if asked is None:
+            self.hub.release(reply)
+            return None
+        if reply.error is not None:
+            message = Message(Error(*reply.error), reply_to=asked)
+        else:
+            try:
+                content = decode(reply.parts, limits=self._limits, checksum=True)
+                message = Message(content, reply_to=asked)
+            except CodecError as problem:
+                reason = f"its reply cannot be read: {problem}"
+                log.warning("node %s: %s", self.name_of(asked.metadata.dst_node_id), reason)
+                message = Message(Error(CRASHED, reason), reply_to=asked)
+        self.hub.release(reply)
+        give_id(message, f"{reply.instruction.message_id}/reply")
+        return message
+
+    def _name_stragglers(self, message_ids: set[str]) -> None:
+        names = sorted(self.name_of(int(each.rsplit("/", 2)[1])) for each in message_ids)
+        log.warning("not waited for any longer: %s", ", ".join(names))
+
+    def name_of(self, node_id: int) -> str:
+        """A node's name, for people."""
+        line = self.hub.lines.get(node_id)
+        return line.node.name if line is not None else str(node_id)
+
+
+class ObservedLinkGrid(Notes, LinkGrid):
+    """A link grid that takes notes, for apps that keep their own rounds."""

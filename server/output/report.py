@@ -1,0 +1,320 @@
+"""A run as one page that a person can look at, keep, mail and print.
+
+`report.html` needs nothing beside itself: no network, no script; its drawings are part of it.
+It says what the run directory holds and nothing else: what is missing is left out.
+"""
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from umbel.server.evaluation import direction
+from umbel.server.output.figures import Round, metric_text, plots_of, size_text
+from umbel.server.output.plots import Plot
+from umbel.server.output.progress import count, duration, headline, number
+from umbel.server.output.rundir import RunDirectory
+
+_STOPPED = {
+    "rounds": "It ran all the rounds that were asked for.",
+    "early-stop": "It stopped early, because the model had ceased to get better.",
+    "budget": "It stopped because another round would have exceeded the privacy budget.",
+    "interrupted": "It was interrupted and can be continued with --resume.",
+}
+_KNOWN = {"app", "options", "versions", "machine", "model", "command"}
+_FAILING_NODES = 20
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column names; `heads` may be empty.
+
+    Attributes:
+        heads: one name a column.
+        rows: cells as text, each row as long as `heads` where there are heads.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part that another room adds to the report, between the plots and the configuration.
+
+    Attributes:
+        title: its heading.
+        text: plain text; an empty line begins a new paragraph.
+        tables: drawn below the text.
+        plots: drawn below the tables; their PNGs are written too.
+    """
+
+    title: str
+    text: str = ""
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = field(default=())
+
+
+def write_report(run: Path, sections: Sequence[Section] = ()) -> Path:
+    """Write `report.html` and its PNGs into a run directory.
+
+    Args:
+        run: the run's directory; the run may still be going on.
+        sections: further parts of the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ConfigError: there is no run at `run`, or its files are damaged.
+        RunError: the directory cannot be written.
+    """
+    directory = RunDirectory.open(run)
+    config, result = directory.config(), directory.result()
+    rounds = [Round.of(line) for line in directory.rounds()]
+    plots = plots_of(rounds, directory.nodes())
+    page = (
+        _environment()
+        .from_string(_template())
+        .render(
+            title=_title(config),
+            lead=_lead(config, result, rounds),
+            figures=_key_figures(config, result, rounds),
+            summary=_summary(result.get("summary")),
+            plots=plots,
+            sections=sections,
+            options=_pairs(config.get("options")),
+            failures=_failures(rounds),
+            about=_about(config, directory),
+        )
+    )
+    for plot in [*plots, *(plot for section in sections for plot in section.plots)]:
+        directory.write_bytes(f"{plot.name}.png", plot.png)
+    return directory.write_bytes("report.html", page.encode("utf-8", "replace"))
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["drawing"] = lambda plot: Markup(plot.svg)  # ours, and escaped by it
+    return environment
+
+
+def _template() -> str:
+    return (
+        resources.files("umbel.server.output").joinpath("report.html").read_text(encoding="utf-8")
+    )
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    return str(config.get("app") or "Federated run")
+
+
+def _lead(
+    config: Mapping[str, Any], result: Mapping[str, Any], rounds: Sequence[Round]
+) -> list[str]:
+    """What was trained, and with what result, in plain sentences."""
+    done = _rounds_done(result, rounds)
+    where = f" on {count(config['nodes'], 'node')}" if isinstance(config.get("nodes"), int) else ""
+    if done:
+        sentences = [f"This model was trained for {count(done, 'round')}{where}."]
+    else:
+        sentences = [f"This run has not finished a round{where} yet."]
+    sentences += _outcome(result, rounds)
+    stopped = result.get("stopped")
+    if stopped is not None:
+        sentences.append(_STOPPED.get(str(stopped), f"It stopped: {stopped}."))
+    elif done:
+        sentences.append("It has not ended: this page shows the rounds so far.")
+    return [*sentences, _privacy(result, rounds)]
+
+
+def _outcome(result: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
+    final = _final_metrics(result, rounds)
+    name = headline(final)
+    if name is None:
+        return []
+    for bad in (name, "loss"):
+        if not math.isfinite(final.get(bad, 0.0)):
+            text = metric_text(bad, final[bad])
+            return [f"Its {bad} is {text}, which means that training diverged."]
+    text = "It ended with" if "stopped" in result else "So far it has reached"
+    text = f"{text} {_phrase(name, final[name])}"
+    if name != "loss" and "loss" in final:
+        text += f" and {_phrase('loss', final['loss'])}"
+    text += ", measured by the coordinator on its own data."
+    values = [(one.metrics[name], one.number) for one in rounds if one.has(name)]
+    better = direction(name)
+    if better and values:
+        best, at = max(values, key=lambda value: better * value[0])
+        if better * best > better * final[name] and metric_text(name, best) != metric_text(
+            name, final[name]
+        ):
+            text += f" The best was {metric_text(name, best)}, after round {at:,}."
+    return [text]
+
+
+def _privacy(result: Mapping[str, Any], rounds: Sequence[Round]) -> str:
+    epsilon, delta = _epsilon(result, rounds), result.get("delta")
+    if epsilon is None:
+        return "It was trained without differential privacy."
+    if not math.isfinite(epsilon):
+        return "Its epsilon is infinite: no privacy is claimed."
+    spent = f"Its differential privacy cost is epsilon = {number(epsilon)}"
+    return f"{spent} at delta = {delta:g}." if isinstance(delta, int | float) else f"{spent}."
+
+
+def _key_figures(
+    config: Mapping[str, Any], result: Mapping[str, Any], rounds: Sequence[Round]
+) -> list[tuple[str, str]]:
+    """Name and value of what one looks for first."""
+    final = _final_metrics(result, rounds)
+    first = headline(final)
+    names = [name for name in (first, "loss") if name is not None and name in final]
+    figures = [(name, metric_text(name, final[name])) for name in dict.fromkeys(names)]
+    fair = next((one.federated for one in reversed(rounds) if one.federated), {})
+    if first in fair and "worst_decile" in fair[first]:
+        worst = metric_text(first, fair[first]["worst_decile"])
+        figures.append((f"{first}, worst tenth of nodes", worst))
+    figures.append(("rounds", f"{_rounds_done(result, rounds):,}"))
+    if isinstance(config.get("nodes"), int):
+        figures.append(("nodes", f"{config['nodes']:,}"))
+    trained = [one for one in rounds if one.number > 0]
+    replies = [one.clients for one in trained if one.clients is not None]
+    if replies:
+        figures.append(("replies a round", number(sum(replies) / len(replies))))
+    seconds = Round.of(result).seconds or sum(one.seconds or 0 for one in trained)
+    if seconds:
+        figures.append(("time", duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"))
+    traffic = sum((one.bytes_down or 0) + (one.bytes_up or 0) for one in trained)
+    if traffic:
+        figures.append(("sent and received", size_text(traffic)))
+    model = config.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("parameters"), int):
+        figures.append(("model parameters", f"{model['parameters']:,}"))
+    epsilon = _epsilon(result, rounds)
+    if epsilon is not None:
+        figures.append(("epsilon", "infinite" if math.isinf(epsilon) else number(epsilon)))
+    failed = sum(len(one.failed) for one in rounds)
+    return [*figures, ("failed messages", f"{failed:,}")] if failed else figures
+
+
+def _rounds_done(result: Mapping[str, Any], rounds: Sequence[Round]) -> int:
+    said = result.get("rounds")
+    return said if isinstance(said, int) else sum(one.number > 0 for one in rounds)
+
+
+def _final_metrics(result: Mapping[str, Any], rounds: Sequence[Round]) -> dict[str, float]:
+    last = next((one.metrics for one in reversed(rounds) if one.metrics), {})
+    return Round.of(result).metrics or last  # a result has a round's keys, of the whole run
+
+
+def _epsilon(result: Mapping[str, Any], rounds: Sequence[Round]) -> float | None:
+    spent = [one.epsilon for one in [*rounds, Round.of(result)] if one.epsilon is not None]
+    return spent[-1] if spent else None
+
+
+def _phrase(name: str, value: float) -> str:
+    text = metric_text(name, value)
+    return f"{text} {name}" if text.endswith("%") else f"{name} {text}"
+
+
+def _summary(value: object) -> tuple[str, list[Table]]:
+    """An app's own summary: its text, and its tables."""
+    if isinstance(value, str):
+        return value.strip("\n"), []
+    if isinstance(value, Mapping) and value and all(_is_row(v) for v in value.values()):
+        return "", [_grid(value.items())]
+    if isinstance(value, list) and value and all(_is_row(v) for v in value):
+        return "", [_grid((None, row) for row in value)]
+    if isinstance(value, Mapping):
+        nested = {str(key): part for key, part in value.items() if _is_row(part) and part}
+        plain = {key: part for key, part in value.items() if str(key) not in nested}
+        tables = [_pairs(plain)] if plain else []
+        return "", tables + [_pairs(part) for part in nested.values()]
+    return ("", []) if value is None else (_cell(value), [])
+
+
+def _is_row(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _grid(rows: Iterable[tuple[object, Mapping[str, Any]]]) -> Table:
+    rows = list(rows)
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    named = any(key is not None for key, _ in rows)
+    heads = [*([""] if named else []), *map(str, columns)]
+    cells = [
+        [*([str(key)] if named else []), *(_cell(row.get(name, "")) for name in columns)]
+        for key, row in rows
+    ]
+    return Table(heads, cells)
+
+
+def _pairs(value: object) -> Table:
+    items = value.items() if isinstance(value, Mapping) else ()
+    return Table((), [(str(key), _cell(part)) for key, part in items])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value) if isinstance(value, int) else json.dumps(value, default=str)
+
+
+def _about(config: Mapping[str, Any], directory: RunDirectory) -> list[tuple[str, Table]]:
+    """What one needs to repeat the run, besides the options."""
+    command = config.get("command")
+    text = shlex.join(map(str, command)) if isinstance(command, list) else command
+    run = {"directory": str(directory.path.resolve()), **({"command": text} if text else {})}
+    run |= {key.replace("_", " "): value for key, value in config.items() if key not in _KNOWN}
+    model = config.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("bytes"), int):
+        run["model size"] = size_text(model["bytes"])
+    parts = [
+        ("Run", _pairs(run)),
+        ("Machine", _pairs(_machine(config.get("machine")))),
+        ("Versions", _pairs(config.get("versions"))),
+    ]
+    return [(title, table) for title, table in parts if table.rows]
+
+
+def _machine(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {}
+    names = {"cpus": "processors", "memory_gb": "memory (GB)", "gpu": "GPU"}
+    return {names.get(str(key), str(key)): part for key, part in value.items()}
+
+
+def _failures(rounds: Sequence[Round]) -> tuple[Table, int]:
+    """Failures by node, worst first, and how many nodes the table leaves out."""
+    reasons: dict[str, Counter[str]] = {}
+    when: dict[str, list[int]] = {}
+    for one in rounds:
+        for node, reason in one.failed:
+            reasons.setdefault(node, Counter())[reason] += 1
+            when.setdefault(node, []).append(one.number)
+    worst = sorted(reasons, key=lambda node: (-reasons[node].total(), node))
+    rows = []
+    for node in worst[:_FAILING_NODES]:
+        first, last = min(when[node]), max(when[node])
+        span = f"{first:,}" if first == last else f"{first:,} to {last:,}"
+        why = "; ".join(
+            f"{reason} ({times:,} ×)" if times > 1 else reason
+            for reason, times in reasons[node].most_common(3)
+        )
+        rows.append((node, f"{reasons[node].total():,}", span, why))
+    return Table(("node", "failures", "rounds", "reason"), rows), max(0, len(worst) - len(rows))

@@ -1,0 +1,78 @@
+"""What an engine gives to the server app that it runs: where to write, where to show."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from umbel.server.output import progress
+from umbel.server.output.progress import Progress
+from umbel.server.output.rundir import RunDirectory, machine, versions
+
+
+@dataclass
+class Session:
+    """One run of one server app.
+
+    Attributes:
+        run: the run directory.
+        progress: where a person watches.
+        own: no engine of Umbel's will finish this run; the app must do it.
+        result: what a federation's app reports when it ends; empty for other apps.
+    """
+
+    run: RunDirectory
+    progress: Progress
+    own: bool = False
+    began: float = field(default_factory=time.monotonic)
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self, parameters: int, bytes_each: int) -> None:
+        """Write the model's size into the run's configuration."""
+        model = {"parameters": parameters, "bytes": parameters * bytes_each}
+        self.run.write_config({**self.run.config(), "model": model})
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the result and write it down."""
+        result = {
+            "run": str(self.run.path),
+            "epsilon": None,
+            "delta": None,
+            "epsilon_against": None,
+            "seconds": round(time.monotonic() - self.began, 3),
+            **self.result,
+        }
+        self.run.write_result(result)
+        return self.run.result()  # plain values, whatever numbers an app has put into it
+
+
+_current: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+@contextlib.contextmanager
+def session(run: RunDirectory, shown: Progress) -> Iterator[Session]:
+    """The session that `current` finds while a server app runs."""
+    opened = Session(run, shown)
+    token = _current.set(opened)
+    try:
+        yield opened
+    finally:
+        _current.reset(token)
+
+
+def current(name: str, options: dict[str, Any]) -> Session:
+    """The engine's session; under Flower's own engines a new one, in `runs/`."""
+    found = _current.get()
+    if found is not None:
+        return found
+    config = {
+        "app": name,
+        "options": options,
+        "engine": "flower",
+        "versions": versions(),
+        "machine": machine(),
+    }
+    return Session(RunDirectory.create(None, name, config), progress.choose(sys.stderr), own=True)

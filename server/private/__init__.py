@@ -1,0 +1,1 @@
+"""Private runs: plan, budget, ledger, certificate."""

@@ -1,0 +1,356 @@
+"""Before the first round of a private run: how much noise, which cohorts, what it will cost.
+
+    options, population, ledger -> layers with their noise, the cohort, and a budget that watches
+
+What is decided here is said aloud before anything runs, and written into the ledger.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dp_accounting import (
+    DpEvent,
+    GaussianDpEvent,
+    NonPrivateDpEvent,
+    NoOpDpEvent,
+    PoissonSampledDpEvent,
+    SampledWithoutReplacementDpEvent,
+    TruncatedSubsampledGaussianDpEvent,
+)
+
+from umbel.privacy.budget.accounting import spent
+from umbel.privacy.budget.calibrate import calibrate
+from umbel.privacy.budget.events import REPLACE, Charge, relation_name
+from umbel.server.output.rundir import RunDirectory
+from umbel.server.private.ledger import Ledger
+from umbel.strategies.cohort import Cohort, FixedSize, Poisson, cohort_named
+from umbel.strategies.errors import ConfigError, StackError
+from umbel.strategies.layer import Claim, Facts
+from umbel.strategies.options import RunOptions
+from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.private.private_mean import PrivateMean
+from umbel.strategies.stack import Stack
+
+SAFETY = 1 - 1e-7
+"""The noise is chosen for a hair less than the budget, so that the last round is not refused for
+the last bit of a sum."""
+LEFT = 0.01
+"""With less than this part of the budget left, noise would drown whatever is learned."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A private run that has been thought through.
+
+    Attributes:
+        stack: with all noise decided.
+        options: the run's, with the cohort that the accounting assumes.
+        privacy: the privacy options.
+        cohort: of every round.
+        nodes: size of the population.
+        facts: of an update before the stack.
+        noise_multiplier: of the central noise; None where nodes make their own.
+        against: the adversary that the budget is about.
+        questions: private means that are asked beside training.
+    """
+
+    stack: Stack
+    options: RunOptions
+    privacy: PrivacyOptions
+    cohort: Cohort
+    nodes: int
+    facts: Facts
+    noise_multiplier: float | None
+    against: str
+    questions: tuple[PrivateMean, ...] = ()
+
+    def claims(self, number: int) -> list[Claim]:
+        """What round `number` costs, before sampling."""
+        return claims_of(self.stack, self.facts, number)
+
+    def charge(self, claim: Claim, *, again: bool = False) -> Charge:
+        """What a claim costs under this plan's cohorts."""
+        return charge_for(claim, self.cohort, self.nodes, again=again)
+
+    def description(self) -> dict[str, Any]:
+        """The mechanism's parameters, for the ledger and the certificate."""
+        claim = self.claims(1)[0]
+        return {
+            "stack": str(self.stack),
+            "layers": [_parameters(layer) for layer in self.stack.layers],
+            "noise_multiplier": self.noise_multiplier,
+            "questions": [_question(question) for question in self.questions],
+            "rounds": self.options.rounds,
+            "nodes": self.nodes,
+            "cohort": self.cohort.name,
+            "expected_cohort": self.cohort.expected(self.nodes),
+            "cohort_cap": getattr(self.cohort, "cap", None),
+            "separation": claim.separation,
+            "unit": claim.unit,
+            "relation": relation_name(self.charge(claim).relation),
+            "target_epsilon": self.privacy.epsilon,
+            "delta": self.privacy.delta,
+            "against": self.against,
+            "insecure": self.privacy.seed is not None or _insecure(self.stack),
+        }
+
+
+def make_plan(
+    stack: Stack,
+    options: RunOptions,
+    privacy: PrivacyOptions,
+    *,
+    nodes: int,
+    size: int,
+    ledger: Ledger,
+    run: str,
+    questions: Sequence[PrivateMean] = (),
+) -> Plan:
+    """Decide noise and cohorts of a private run.
+
+    Args:
+        stack: private, perhaps without its central noise.
+        options: of the run.
+        privacy: of the run.
+        nodes: the population.
+        size: coordinates of an update.
+        ledger: of the population.
+        run: the run's name; a run that goes on keeps the noise that it began with.
+        questions: private means that the same budget pays for.
+
+    Raises:
+        ConfigError: no noise meets the budget, or the cohort does not fit the population.
+        StackError: layers that do not fit together.
+    """
+    options = _without_leaks(options)
+    separation = max((getattr(layer, "separation", 1) for layer in stack.layers), default=1)
+    options = _cohort_options(options, privacy, nodes, separation)
+    cohort = cohort_named(options.cohort, options.cohort_size, options.cohort_cap)
+    facts = Facts(
+        size=size,
+        expected_replies=cohort.expected(nodes),
+        max_replies=cohort.most(nodes),
+    )
+    waiting = [layer for layer in stack.layers if getattr(layer, "noise_multiplier", 1.0) is None]
+    multiplier: float | None = None
+    if waiting:
+        multiplier = _noise_of(ledger, run)
+        if multiplier is None:
+            multiplier = _calibrated(
+                stack, options, privacy, cohort, nodes, facts, ledger, questions
+            )
+        stack = with_noise(stack, multiplier)
+    elif privacy.mechanism != "local":
+        found = [getattr(layer, "noise_multiplier", None) for layer in stack.layers]
+        multiplier = next((value for value in found if value is not None), None)
+    claims = claims_of(stack, facts, 1)
+    if not claims:
+        raise StackError("the stack makes no privacy claim; put Gaussian or LocalGaussian into it")
+    against = "model-user" if any(c.against == "model-user" for c in claims) else "server"
+    return Plan(
+        stack, options, privacy, cohort, nodes, facts, multiplier, against, tuple(questions)
+    )
+
+
+def claims_of(stack: Stack, facts: Facts, number: int) -> list[Claim]:
+    """The claims of round `number`, on the facts at the bottom of the stack."""
+    states = [
+        {**state, "step": number - 1} if isinstance(state, dict) and "step" in state else state
+        for state in stack.init(facts.size)
+    ]
+    return stack.claims(stack.check(facts.but(round=number), tuple(states)))
+
+
+def with_noise(stack: Stack, noise_multiplier: float) -> Stack:
+    """The stack with this noise in every layer that waits for its noise."""
+    layers: list[Any] = list(stack.layers)
+    for i, layer in enumerate(layers):
+        if getattr(layer, "noise_multiplier", 1.0) is None:
+            layers[i] = layer.with_noise(noise_multiplier)
+    return replace(stack, layers=tuple(layers))
+
+
+def charges_of(
+    stack: Stack, cohort: Cohort, nodes: int, facts: Facts, rounds: int, first: int = 1
+) -> Counter[Charge]:
+    """Everything that rounds `first` to `rounds` will be charged."""
+    charges: Counter[Charge] = Counter()
+    for number in range(first, rounds + 1):
+        claims = claims_of(stack, facts, number)
+        alike = all(claim.again is None for claim in claims)
+        for claim in claims:
+            charges[charge_for(claim, cohort, nodes)] += rounds + 1 - number if alike else 1
+        if alike:  # only noise that is shared between rounds costs unlike amounts
+            break
+    return charges
+
+
+def charge_for(claim: Claim, cohort: Cohort, nodes: int, *, again: bool = False) -> Charge:
+    """A claim as the accountant is charged for it: with the sampling that really happens."""
+    event = claim.again if again and claim.again is not None else claim.event
+    if not claim.sampled or isinstance(event, NonPrivateDpEvent | NoOpDpEvent):
+        return Charge(event, claim.relation, claim.slack)
+    if not isinstance(event, GaussianDpEvent):
+        raise StackError(f"{type(event).__name__} has no accounting under a sampled cohort")
+    if isinstance(cohort, Poisson):
+        return Charge(_poisson(event, cohort, nodes), claim.relation, claim.slack)
+    if isinstance(cohort, FixedSize) and cohort.size < nodes:
+        sampled = SampledWithoutReplacementDpEvent(nodes, cohort.size, event)
+        return Charge(sampled, REPLACE, claim.slack)
+    return Charge(event, claim.relation, claim.slack)
+
+
+def _poisson(event: GaussianDpEvent, cohort: Poisson, nodes: int) -> DpEvent:
+    rate = cohort.expected(nodes) / nodes
+    if cohort.cap is not None and cohort.cap < nodes:
+        return TruncatedSubsampledGaussianDpEvent(nodes, rate, cohort.cap, event.noise_multiplier)
+    return event if rate >= 1 else PoissonSampledDpEvent(rate, event)
+
+
+def _calibrated(
+    stack: Stack,
+    options: RunOptions,
+    privacy: PrivacyOptions,
+    cohort: Cohort,
+    nodes: int,
+    facts: Facts,
+    ledger: Ledger,
+    questions: Sequence[PrivateMean],
+) -> float:
+    # A seeded run gets the noise that it would have if it were private.
+    sound = replace(stack, layers=tuple(_without_seed(layer) for layer in stack.layers))
+    asked = Counter(
+        charge_for(c, cohort, nodes) for q in questions for c in _without_seed(q).claims()
+    )
+
+    def planned(multiplier: float) -> Counter[Charge]:
+        noisy = with_noise(sound, multiplier)
+        return charges_of(noisy, cohort, nodes, facts, options.rounds) + asked
+
+    before = ledger.spent("model-user")
+    gone = spent(before, privacy.delta).epsilon
+    if gone > privacy.epsilon * (1 - LEFT):
+        raise ConfigError(
+            f"the budget is spent: releases about {ledger.population!r} have cost epsilon "
+            f"{gone:.4g} of {privacy.epsilon:g}; raise epsilon, or name another population for "
+            "other people"
+        )
+    try:
+        return calibrate(planned, privacy.epsilon * SAFETY, privacy.delta, before=before)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _noise_of(ledger: Ledger, run: str) -> float | None:
+    """The noise that a run which goes on began with."""
+    for body in ledger.runs(run):
+        value = body.get("noise_multiplier")
+        if value is not None:
+            return float(value)
+    return None
+
+
+def _cohort_options(
+    options: RunOptions, privacy: PrivacyOptions, nodes: int, separation: int
+) -> RunOptions:
+    """The cohort that `sampling` and the mechanism ask for."""
+    expected = options.cohort_size or float(nodes)
+    if not expected <= nodes:
+        raise ConfigError(
+            f"cohort-size is {expected:g}, but the population has {nodes} nodes; lower it to "
+            f"{nodes} or less"
+        )
+    if separation > 1:
+        most = nodes // separation
+        if most < 1:
+            raise ConfigError(
+                f"separation is {separation}, but there are only {nodes} nodes; a round needs "
+                "one that has rested so long, so lower separation"
+            )
+        size = min(math.ceil(expected), most)
+        return replace(options, cohort="fixed", cohort_size=float(size), cohort_cap=0)
+    if privacy.sampling == "poisson":
+        return replace(options, cohort="poisson", cohort_size=expected)
+    if privacy.sampling == "all":
+        return replace(options, cohort="all", cohort_size=0.0, cohort_cap=0)
+    return replace(options, cohort="fixed", cohort_size=expected, cohort_cap=0)
+
+
+def _without_leaks(options: RunOptions) -> RunOptions:
+    """Options under which nothing of the nodes' data leaves beside the noised sum."""
+    if options.buffers != "local":
+        raise ConfigError(
+            f"buffers={options.buffers} would send running statistics without noise; use "
+            "buffers=local, or a model with group normalisation"
+        )
+    return replace(options, federated_every=-1)
+
+
+def _parameters(layer: Any) -> dict[str, Any]:
+    fields = getattr(layer, "__dataclass_fields__", {})
+    values = {name: getattr(layer, name) for name in fields if name not in ("name", "private")}
+    plain = {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if isinstance(value, bool | int | float | str | dict | None)
+    }
+    return {"layer": layer.name, **plain}
+
+
+def _question(question: PrivateMean) -> dict[str, Any]:
+    return {
+        "name": question.name,
+        "after": question.after,
+        "coordinates": question.size,
+        "norm": question.norm,
+        "noise_multiplier": question.noise_multiplier,
+    }
+
+
+def _without_seed(part: Any) -> Any:
+    seeded = getattr(part, "insecure_seed", None) is not None
+    return replace(part, insecure_seed=None) if seeded else part
+
+
+def _insecure(stack: Stack) -> bool:
+    return any(getattr(layer, "insecure_seed", None) is not None for layer in stack.layers)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's ledger is, and whose it is.
+
+    Attributes:
+        path: of the ledger.
+        population: its name.
+        alone: the population is that of this run only.
+    """
+
+    path: Path
+    population: str
+    alone: bool
+
+
+def place_of(privacy: PrivacyOptions, run: RunDirectory) -> Place:
+    """Where the ledger of this run's population is.
+
+    That of real nodes is kept in the coordinator's state folder, another engine's beside the run
+    directories, so the next run there continues it. Simulated nodes without a name are new people
+    in every run; real nodes are the same people.
+    """
+    simulated = run.config().get("engine") == "embedded"
+    name = privacy.population or ("" if simulated else "default")
+    if not name and not privacy.ledger:
+        return Place(run.ledger_path, f"the nodes of {run.path.name}", alone=True)
+    name = name or "default"
+    if not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
+        raise ConfigError(
+            f"population is {name!r}; use letters, digits, dots, dashes and underscores"
+        )
+    folder = run.config().get("populations") or run.path.parent / "populations"
+    default = Path(folder) / f"{name}.sqlite"
+    return Place(Path(privacy.ledger) if privacy.ledger else default, name, alone=False)

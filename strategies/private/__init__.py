@@ -1,0 +1,1 @@
+"""Layers that promise differential privacy, and the stacks made of them."""

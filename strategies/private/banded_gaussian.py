@@ -1,0 +1,128 @@
+"""BandedGaussian: BandMF, noise whose later rounds take back part of the earlier ones'.
+
+    node -> server   bounded updates; a node comes at most once in `separation` rounds
+    server           v(t) = c0 x(t) + c1 x(t-1) + ... + Gaussian noise on the lattice: released
+                     update u(t) = (v(t) - c1 u(t-1) - ...) / c0, made of released values only
+    server -> all    models
+
+x(t) are the rounds' sums and c0, c1, ... the `bands` diagonals of the factor
+(`umbel.privacy.budget.banded`; Choquette-Choo et al. 2023). Needs no secret sampling: the server
+leaves out nodes that came less than `separation` rounds ago, separation is at least the number of
+bands, and each participation is one Gaussian release.
+
+The state holds sums without noise, as the coordinator of a central mechanism does: guard its
+checkpoints like the data.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from flwr.app import RecordDict
+from torch import Tensor
+
+from umbel.privacy.budget.banded import BandedSchedule
+from umbel.strategies.errors import StackError
+from umbel.strategies.layer import Claim, Config, Facts, Metrics, Round
+from umbel.strategies.private.gaussian import (
+    check_multiplier,
+    deviation_of,
+    entropy,
+    need_equal_weights,
+    noised,
+)
+from umbel.strategies.private.tree_gaussian import correlated_claim, need_fixed_bound
+
+State = dict[str, Any]
+"""`step`, the fixed `bound`, and for each of the last rounds the tensors `sum.t` and `out.t`."""
+
+
+@dataclass(frozen=True)
+class BandedGaussian:
+    """Gaussian noise correlated over rounds by a banded factor.
+
+    Args:
+        bands: diagonals of the factor; 1 is independent noise.
+        separation: rounds between two participations of a node, the server sees to it; at
+            least `bands`.
+        noise_multiplier: standard deviation of the fresh noise over the bound; None until a
+            budget has been turned into noise.
+        insecure_seed: for tests only; the claim is then that nothing is private.
+
+    Raises:
+        StackError: an argument is out of range.
+    """
+
+    bands: int
+    separation: int
+    noise_multiplier: float | None = None
+    insecure_seed: int | None = None
+    name: str = "banded-gaussian"
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        check_multiplier(self.noise_multiplier)
+        try:
+            BandedSchedule(self.bands, self.separation)
+        except ValueError as error:
+            raise StackError(str(error)) from error
+
+    @cached_property
+    def schedule(self) -> BandedSchedule:
+        """The factor."""
+        return BandedSchedule(self.bands, self.separation)
+
+    def with_noise(self, noise_multiplier: float) -> "BandedGaussian":
+        """This layer with its noise decided."""
+        return replace(self, noise_multiplier=noise_multiplier)
+
+    def init(self, size: int) -> State:  # noqa: ARG002
+        return {"step": 0, "bound": 0.0}
+
+    def check(self, facts: Facts, state: State) -> Facts:
+        need_fixed_bound(facts, state, self.name)
+        # A round that was aborted released nothing: what counts is this layer's own step.
+        return facts.but(round=state["step"] + 1)
+
+    def publish(self, state: State) -> Config:  # noqa: ARG002
+        return {}
+
+    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+        return update, {}
+
+    def decode(
+        self,
+        total: Tensor,
+        metrics: Metrics,  # noqa: ARG002
+        state: State,
+        rnd: Round,
+    ) -> tuple[Tensor, State, Metrics]:
+        diagonals = self.schedule.diagonals
+        step = state["step"] + 1
+        total = total.to(torch.float64)
+        past = range(1, min(self.bands, step))
+        row = diagonals[0] * total
+        for lag in past:
+            row = row + diagonals[lag] * state[f"sum.{step - lag}"]
+        deviation = deviation_of(self.noise_multiplier, rnd.facts, self.name)
+        update = noised(row, deviation, entropy(self.insecure_seed, rnd.number))
+        for lag in past:
+            update = update - diagonals[lag] * state[f"out.{step - lag}"]
+        update = update / diagonals[0]
+        oldest = step - self.bands + 2
+        kept = {
+            key: value
+            for key, value in state.items()
+            if isinstance(value, Tensor) and int(key.partition(".")[2]) >= oldest
+        }
+        after = {**kept, "step": step, "bound": rnd.facts.l2_bound}
+        if self.bands > 1:
+            after |= {f"sum.{step}": total, f"out.{step}": update}
+        return update, after, {"noise": deviation}
+
+    def claim(self, facts: Facts) -> Claim | None:
+        deviation_of(self.noise_multiplier, facts, self.name)
+        need_equal_weights(facts, self.name)
+        growth = self.schedule.growth(facts.round)
+        return correlated_claim(self, growth, 1.0, facts)

@@ -1,0 +1,75 @@
+"""Clip: no update is longer than a norm.
+
+    server -> node   norm
+    node             update, scaled down to the norm, rounded toward zero to the norm's grid
+    node -> server   the clipped update
+    server           rejects, by name, an update that is longer or off the grid
+
+The grid is a power of two near norm / 2**17. On it sums are exact, so a round's sum does not
+depend on the order of arrival, and rounding toward zero never makes an update longer. The server
+measures every update again as it arrives: the bound holds for nodes that do not clip, too.
+
+This layer alone is a robustness measure; it claims no privacy.
+"""
+
+from dataclasses import dataclass
+
+from flwr.app import RecordDict
+from torch import Tensor
+
+from umbel.privacy.bounds.bundle import Bundle
+from umbel.privacy.bounds.clipping import clip
+from umbel.privacy.noise.lattice import grid_step, round_to_zero
+from umbel.privacy.validate import positive
+from umbel.strategies.errors import StackError
+from umbel.strategies.layer import Config, Facts, Metrics, Stateless
+
+
+@dataclass(frozen=True)
+class Clip(Stateless):
+    """Clips updates to a fixed L2 norm.
+
+    Args:
+        norm: the bound, in the update's own unit (model parameters).
+
+    Raises:
+        StackError: the norm is not a finite number above 0.
+
+    Metrics: `norm`, an update's length before clipping; `clipped`, 1 if it was longer.
+    """
+
+    norm: float
+    name: str = "clip"
+
+    def __post_init__(self) -> None:
+        try:
+            positive(clipping_norm=self.norm)
+        except ValueError as error:
+            raise StackError(str(error)) from error
+
+    def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
+        return bounded(facts, self.norm)
+
+    def publish(self, state: None) -> Config:  # noqa: ARG002
+        return {"norm": self.norm}
+
+    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+        norm = float(config["norm"])
+        result = clip(update, norm)
+        metrics = {"norm": result.length, "clipped": float(result.was_clipped)}
+        return round_to_zero(result.update, grid_step(norm)), metrics
+
+    def encode_many(self, bundle: Bundle, config: Config) -> Bundle:
+        """Several nodes' updates at once, each as in `encode`."""
+        return bundle.clipped(float(config["norm"]))
+
+
+def bounded(facts: Facts, norm: float) -> Facts:
+    """The facts after clipping to `norm` and rounding to its grid.
+
+    Raises:
+        StackError: the updates are integers already.
+    """
+    if facts.modulus is not None:
+        raise StackError("clipping needs real numbers; put Clip before the layer that quantises")
+    return facts.but(l2_bound=norm, grid=grid_step(norm))

@@ -1,0 +1,99 @@
+"""PrivateMetrics: what nodes measured, as sums under the same noise as the update.
+
+    node             update + one coordinate a metric: value / limit, cut to [-1, 1],
+                     times share x B / sqrt(number of metrics)
+    node -> server   the longer update, no longer than B sqrt(1 + share^2); no metrics beside it
+    server           (noise is added to all coordinates by a layer below)
+                     sums of the metrics, with noise; over the expected cohort, their means
+
+A loss, an accuracy, a number of examples or a flag such as "was clipped" says something about
+the node that sent it. Under a private stack nothing of it travels beside the update; this layer
+puts the metrics that are wanted inside, where the one noise covers them and the one charge pays
+for them. Works under a secure sum as well, because it is part of the vector.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import RecordDict
+from torch import Tensor
+
+from umbel.privacy.noise.lattice import grid_step, round_to_zero
+from umbel.privacy.validate import inside_unit, positive
+from umbel.strategies.errors import StackError
+from umbel.strategies.layer import Config, Facts, Metrics, Round, Stateless
+from umbel.strategies.private.gaussian import need_bound
+
+
+@dataclass(frozen=True)
+class PrivateMetrics(Stateless):
+    """Releases metrics of the nodes under the update's own noise.
+
+    Args:
+        limits: from a metric's name to the largest absolute value that counts; larger ones are
+            cut. What is not listed is dropped.
+        share: length of all metrics' coordinates together over the update's bound; larger is
+            more exact metrics and more noise on the update (half a per cent at 0.1).
+
+    Raises:
+        StackError: no metric, or a limit or the share is out of range.
+
+    Metrics: each by its name, as a mean over the expected cohort; noised.
+    """
+
+    limits: Mapping[str, float] = field(default_factory=dict)
+    share: float = 0.1
+    name: str = "private-metrics"
+
+    def __post_init__(self) -> None:
+        if not self.limits:
+            raise StackError("private-metrics needs a metric and its limit, such as {'loss': 5.0}")
+        try:
+            inside_unit(share=self.share)
+            for name, limit in self.limits.items():
+                positive(**{f"limit of {name}": limit})
+        except ValueError as error:
+            raise StackError(str(error)) from error
+
+    def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
+        bound = need_bound(facts, self.name)
+        joint = bound * math.sqrt(1 + self.share**2)
+        return facts.but(size=facts.size + len(self.limits), l2_bound=joint)
+
+    def publish(self, state: None) -> Config:  # noqa: ARG002
+        return {}
+
+    def attach(self, update: Tensor, metrics: Metrics, config: Config) -> Tensor:
+        """The update and, behind it, the metrics; one that was not measured counts as 0."""
+        bound = float(config["bound"])
+        parts = []
+        for name, limit in self.limits.items():
+            value = float(metrics.get(name, 0.0))
+            part = 0.0 if math.isnan(value) else max(-1.0, min(1.0, value / limit))
+            parts.append(part * self._unit(bound))
+        values = round_to_zero(torch.tensor(parts, dtype=torch.float64), grid_step(bound))
+        return torch.cat([update, values.to(update.dtype)])
+
+    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+        return update, {}
+
+    def decode(
+        self,
+        total: Tensor,
+        metrics: Metrics,  # noqa: ARG002
+        state: None,
+        rnd: Round,
+    ) -> tuple[Tensor, None, Metrics]:
+        assert rnd.entering is not None
+        bound = need_bound(rnd.entering, self.name)
+        sums = (total[-len(self.limits) :] / (self._unit(bound) * rnd.cohort)).tolist()
+        said = {
+            name: value * limit
+            for value, (name, limit) in zip(sums, self.limits.items(), strict=True)
+        }
+        return total[: -len(self.limits)], state, said
+
+    def _unit(self, bound: float) -> float:
+        return self.share * bound / math.sqrt(len(self.limits))

@@ -1,0 +1,163 @@
+"""TreeGaussian: DP-FTRL by tree aggregation, for fleets that cannot be sampled.
+
+    node -> server   bounded updates; a node comes at most once in `separation` rounds
+    server           round t: the sum of the last 2^l rounds, 2^l the largest power of two that
+                     divides t, plus Gaussian noise on the lattice: this is released
+    server -> all    models, made of released sums only
+
+Needs no secret sampling: the server leaves out nodes that came less than `separation` rounds
+ago, and each round is charged what it adds to the whole tree's sensitivity
+(`umbel.privacy.budget.trees`; Kairouz et al. 2021). The noise of the model after t rounds is that
+of at most log2(t) + 1 sums, not of t.
+
+The state holds sums without noise, as the coordinator of a central mechanism does: guard its
+checkpoints like the data.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, NoOpDpEvent
+from flwr.app import RecordDict
+from torch import Tensor
+
+from umbel.privacy.budget.events import ZERO_OUT
+from umbel.privacy.budget.trees import TreeSchedule, level
+from umbel.strategies.errors import StackError
+from umbel.strategies.layer import Claim, Config, Facts, Metrics, Round
+from umbel.strategies.private.gaussian import (
+    check_multiplier,
+    deviation_of,
+    entropy,
+    need_bound,
+    need_equal_weights,
+    noised,
+    slack_of,
+)
+
+State = dict[str, Any]
+"""`step`, the fixed `bound`, and for each open level l the tensors `sum.l` and `out.l`."""
+
+
+@dataclass(frozen=True)
+class TreeGaussian:
+    """Tree-aggregated Gaussian noise.
+
+    Args:
+        separation: rounds between two participations of a node, the server sees to it.
+        noise_multiplier: standard deviation of each tree node's noise over the bound; None until
+            a budget has been turned into noise.
+        insecure_seed: for tests only; the claim is then that nothing is private.
+
+    Raises:
+        StackError: an argument is out of range.
+    """
+
+    separation: int
+    noise_multiplier: float | None = None
+    insecure_seed: int | None = None
+    name: str = "tree-gaussian"
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        check_multiplier(self.noise_multiplier)
+        try:
+            TreeSchedule(self.separation)
+        except ValueError as error:
+            raise StackError(str(error)) from error
+
+    def with_noise(self, noise_multiplier: float) -> "TreeGaussian":
+        """This layer with its noise decided."""
+        return replace(self, noise_multiplier=noise_multiplier)
+
+    def init(self, size: int) -> State:  # noqa: ARG002
+        return {"step": 0, "bound": 0.0}
+
+    def check(self, facts: Facts, state: State) -> Facts:
+        need_fixed_bound(facts, state, self.name)
+        # A round that was aborted released nothing: what counts is this layer's own step.
+        return facts.but(round=state["step"] + 1)
+
+    def publish(self, state: State) -> Config:  # noqa: ARG002
+        return {}
+
+    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+        return update, {}
+
+    def decode(
+        self,
+        total: Tensor,
+        metrics: Metrics,  # noqa: ARG002
+        state: State,
+        rnd: Round,
+    ) -> tuple[Tensor, State, Metrics]:
+        step = state["step"] + 1
+        here = level(step)
+        node = total.to(torch.float64)
+        for below in range(here):
+            node = node + state[f"sum.{below}"]
+        deviation = deviation_of(self.noise_multiplier, rnd.facts, self.name)
+        released = noised(node, deviation, entropy(self.insecure_seed, rnd.number))
+        change = released
+        for below in range(here):
+            change = change - state[f"out.{below}"]
+        kept = {
+            key: value
+            for key, value in state.items()
+            if isinstance(value, Tensor) and int(key.partition(".")[2]) > here
+        }
+        after = {
+            **kept,
+            f"sum.{here}": node,
+            f"out.{here}": released,
+            "step": step,
+            "bound": rnd.facts.l2_bound,
+        }
+        return change, after, {"noise": deviation}
+
+    def claim(self, facts: Facts) -> Claim | None:
+        deviation_of(self.noise_multiplier, facts, self.name)
+        need_equal_weights(facts, self.name)
+        assert self.noise_multiplier is not None
+        step = facts.round
+        inside = -(-(2 ** level(step)) // self.separation)
+        growth = TreeSchedule(self.separation).growth(step)
+        return correlated_claim(self, growth, inside, facts)
+
+
+def correlated_claim(layer: Any, growth: float, inside: float, facts: Facts) -> Claim:
+    """What one round of a mechanism over rounds costs: its growth; alone, when it is repeated.
+
+    Args:
+        layer: has noise_multiplier, separation, insecure_seed.
+        growth: of the squared sensitivity in this round.
+        inside: how often a unit can be in what this round releases.
+        facts: at the bottom of the stack.
+    """
+    z = layer.noise_multiplier
+    event: DpEvent = GaussianDpEvent(z / math.sqrt(growth)) if growth > 0 else NoOpDpEvent()
+    again: DpEvent = GaussianDpEvent(z / inside)
+    if layer.insecure_seed is not None:
+        event = again = NonPrivateDpEvent()
+    return Claim(
+        event,
+        unit="client",
+        relation=ZERO_OUT,
+        against="model-user",
+        sampled=False,
+        again=again,
+        slack=slack_of(facts),
+        separation=layer.separation,
+    )
+
+
+def need_fixed_bound(facts: Facts, state: State, name: str) -> None:
+    """Raises StackError where the bound is missing, or moves while rounds share their noise."""
+    bound = need_bound(facts, name)
+    if state["bound"] not in (0.0, bound):
+        raise StackError(
+            f"{name} needs one bound for all rounds, but it went from {state['bound']:g} to "
+            f"{bound:g}; put Clip before it in place of AdaptiveClip"
+        )

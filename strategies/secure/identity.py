@@ -1,0 +1,142 @@
+"""Who a node is to the others, where its session lives, and whom it has met.
+
+An identity file (PEM: certificate, key, the authority's certificate, as the link keeps it) makes
+the node sign with its enrolled key and check everybody's certificate. Its process then also keeps
+the session in memory only: never on disk, gone with the process, and out of reach of a server
+that asks for an earlier step again. Without one (virtual nodes, Flower's SuperNodes) the node
+makes a key on first use and keeps it, like the session, in Flower's `Context.state`; identities
+of others are pinned on first use.
+"""
+
+import os
+import re
+from collections.abc import MutableMapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from flwr.app import ConfigRecord, Context
+
+from umbel.privacy.masking import keys
+from umbel.strategies.errors import ConfigError
+from umbel.strategies.secure.message import Plain, blob
+from umbel.strategies.secure.node import IDENTITY
+from umbel.strategies.secure.policy import POLICY, Policy
+from umbel.strategies.secure.protocol import Self
+
+_KEPT = "umbel.secure"
+"""The node's own record of its key and of the identities that it has met."""
+_SESSION = "umbel.secure.session"
+_PIN = 8 + 16  # a node's id, and half of the SHA-256 of its identity
+_TICKETS = 64  # sessions that a replay is recognised against
+
+
+def whoami(context: Context) -> Self:
+    """The node of a context.
+
+    Raises:
+        ConfigError: its policy or identity file cannot be used.
+    """
+    policy = _policy(str(context.node_config.get(POLICY, "")))
+    pinned = _kept(context).get("pins", b"")
+    pins = {}
+    if isinstance(pinned, bytes):
+        for at in range(0, len(pinned), _PIN):
+            pins[int.from_bytes(pinned[at : at + 8])] = pinned[at + 8 : at + _PIN]
+    file = str(context.node_config.get(IDENTITY, ""))
+    if not file:
+        return Self(context.node_id, keys.signing_key(_own_key(context)), b"", policy, pins)
+    key, certificate, authority = _identity(file, _stamps(file))
+    if policy.authority is None and authority:
+        policy = replace(policy, authority=authority)
+    return Self(context.node_id, key, certificate, policy, pins)
+
+
+def remember(me: Self, context: Context) -> None:
+    """Keep the identities that the node has met."""
+    pins = b"".join(node.to_bytes(8) + print_ for node, print_ in sorted(me.pins.items()))
+    context.state[_KEPT] = ConfigRecord({**_kept(context), "pins": pins})
+
+
+def is_new(ticket: bytes, context: Context) -> bool:
+    """Whether this node has not advertised for a ticket before; it is remembered."""
+    seen = _kept(context).get("tickets", b"")
+    seen = seen if isinstance(seen, bytes) else b""
+    if any(seen[at : at + 32] == ticket for at in range(0, len(seen), 32)):
+        return False
+    seen = (seen + ticket)[-32 * _TICKETS :]
+    context.state[_KEPT] = ConfigRecord({**_kept(context), "tickets": seen})
+    return True
+
+
+_PRIVATE = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.+?-----END [A-Z ]+-----", re.DOTALL)
+
+
+class Sessions:
+    """Where the sessions of a process's nodes are between two messages."""
+
+    def __init__(self) -> None:
+        self._here: MutableMapping[tuple[int, int], Plain] = {}
+
+    def take(self, context: Context) -> Plain:
+        """The node's session; it is not kept any longer."""
+        if IDENTITY in context.node_config:
+            return self._here.pop((context.run_id, context.node_id), {})
+        record = context.state.config_records.get(_SESSION)
+        if record is None:
+            return {}
+        del context.state[_SESSION]
+        return {k: v for k, v in record.items() if isinstance(v, int | str | bytes)}
+
+    def keep(self, memory: Plain, context: Context) -> None:
+        """Keep the session until the node's next message."""
+        if not memory:
+            return
+        if IDENTITY in context.node_config:
+            self._here = {(context.run_id, context.node_id): memory}
+        else:
+            context.state[_SESSION] = ConfigRecord({**memory})
+
+
+def _kept(context: Context) -> Plain:
+    record = context.state.config_records.get(_KEPT)
+    return {} if record is None else {k: v for k, v in record.items() if isinstance(v, bytes)}
+
+
+def _own_key(context: Context) -> bytes:
+    kept = _kept(context)
+    if "key" not in kept:
+        kept["key"] = keys.new_signing_key()
+        context.state[_KEPT] = ConfigRecord({**kept})
+    return blob(kept, "key", 32)
+
+
+@lru_cache(maxsize=16)
+def _policy(path: str) -> Policy:
+    return Policy.load(Path(path)) if path else Policy()
+
+
+def _stamps(paths: str) -> tuple[int, ...]:
+    try:
+        return tuple(Path(each).stat().st_mtime_ns for each in paths.split(os.pathsep))
+    except OSError as error:
+        raise ConfigError(f"the identity file {paths} cannot be used: {error}") from error
+
+
+@lru_cache(maxsize=16)
+def _identity(path: str, stamps: tuple[int, ...]) -> tuple[keys.SigningKey, bytes, bytes]:  # noqa: ARG001
+    """Key, certificate and authority of an identity file; read anew once a key is renewed."""
+    try:
+        pem = b"\n".join(Path(each).read_bytes() for each in path.split(os.pathsep))
+        certificates = x509.load_pem_x509_certificates(pem)
+        found = _PRIVATE.search(pem)
+        key = serialization.load_pem_private_key(found.group() if found else b"", None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the identity file {path} cannot be used: {error}") from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"the key in {path} must be P-256 or Ed25519, so that it can sign")
+    der = [one.public_bytes(serialization.Encoding.DER) for one in certificates]
+    return key, der[0], der[-1] if len(der) > 1 else b""

@@ -1,0 +1,63 @@
+"""Rotate: spread every update evenly over its coordinates before it is quantised.
+
+    node             update, signs, Hadamard transform; filled up with zeros to its size
+    node -> server   (what the next layer makes of it)
+    server           the sum, transformed back and cut to its size
+
+The signs follow from the round's number and are public: the rotation hides nothing, it makes the
+sum's coordinates small, so that the modulus can be.
+"""
+
+import math
+from dataclasses import dataclass
+
+from flwr.app import RecordDict
+from torch import Tensor
+
+from umbel.privacy.bounds.clipping import clip, l2_norm
+from umbel.privacy.masking import keys
+from umbel.privacy.masking.hadamard import padded, rotate, rotate_back
+from umbel.strategies.errors import StackError
+from umbel.strategies.layer import Config, Facts, Metrics, Round, Stateless
+
+
+@dataclass(frozen=True)
+class Rotate(Stateless):
+    """A randomised Hadamard transform; never raises a norm.
+
+    Raises:
+        StackError: the updates have no bound, or are whole numbers already.
+    """
+
+    name: str = "rotate"
+
+    def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
+        if facts.l2_bound is None:
+            raise StackError("rotate needs bounded updates; put Clip before it")
+        if facts.modulus is not None or facts.noise:
+            raise StackError("rotate needs real numbers; put it before Quantize and before noise")
+        size = padded(facts.size)
+        return facts.but(size=size, grid=None, spread=facts.l2_bound / math.sqrt(size))
+
+    def tell(self, facts: Facts, state: None) -> Config:  # noqa: ARG002
+        return {"round": facts.round}
+
+    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+        rotated = rotate(update, _seed(int(config["round"])))
+        length = l2_norm(update)
+        # Rounding in the transform must not lengthen what a bound was promised for.
+        return (clip(rotated, length).update if length else rotated), {}
+
+    def decode(
+        self,
+        total: Tensor,
+        metrics: Metrics,  # noqa: ARG002
+        state: None,
+        rnd: Round,
+    ) -> tuple[Tensor, None, Metrics]:
+        assert rnd.entering is not None
+        return rotate_back(total, _seed(rnd.number), rnd.entering.size), state, {}
+
+
+def _seed(number: int) -> bytes:
+    return keys.digest("rotation", number)

@@ -1,0 +1,392 @@
+"""SecureSum: the server learns the sum of the updates and nothing else.
+
+    server -> node   train      model, configuration, terms of the session
+    node             the update through the stack's layers, onto the grid; kept back
+    node -> server   advertise  two fresh public keys, signed; no update, no metric, no count
+    server -> node   share      everybody's keys
+    node -> server              sealed shares of the node's two secrets
+    server -> node   mask       the shares sealed for it; who is left
+    node -> server              the update plus masks that cancel in the sum, bit-packed
+    server -> node   agree      whose updates arrived
+    node -> server              its signature over that
+    server -> node   unmask     everybody's signatures
+    node -> server              one share of each neighbour's secret
+
+`secure_protocol.py` has the steps; here they become messages. Training happens on the first trip,
+so that slow and failing nodes are out before anything depends on them.
+
+The model's and the configuration's hashes are in the session: nodes that were told different
+things do not sum. The sum is exact: integers modulo 2^B, with B large enough for the updates'
+bound and the noise. The page docs/security.md says what this protects, and what not.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from umbel.privacy.masking import keys, masks
+from umbel.privacy.masking.session import MALICIOUS_FROM, Mode, Terms
+from umbel.strategies.collect import (
+    UPDATE,
+    ClientFn,
+    Gather,
+    Gathering,
+    Rejected,
+    Sum,
+)
+from umbel.strategies.errors import StackError
+from umbel.strategies.layer import Facts
+from umbel.strategies.layout import CONFIG, MODEL
+from umbel.strategies.records import from_array
+from umbel.strategies.secure.checks import AbortedError
+from umbel.strategies.secure.identity import Sessions, is_new, remember, whoami
+from umbel.strategies.secure.message import REFUSED, Plain, blob, number, text
+from umbel.strategies.secure.policy import RefusalError
+from umbel.strategies.secure.protocol import Released, advertise, respond, serve
+
+SECURE = "umbel.secure"
+"""Name of the ConfigRecord of this protocol in every message."""
+
+STAGES = ("share", "mask", "agree", "unmask")
+_ACTION = "umbel_secure_"
+
+FEW = 20
+"""Below this many nodes a run is told that its exact sums say much about each."""
+
+TAILS = 6.0
+"""Standard deviations of the noise, and of a rotated sum, that the modulus has room for."""
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """Sums updates under masks; the server sees the sum only.
+
+    Args:
+        mode: `malicious` needs two thirds of the nodes to stay and at least six to begin;
+            `semi-honest` needs half; `auto` is malicious wherever at least nine nodes can come.
+        min_cohort: no sum is made of fewer nodes; nodes hold the server to it.
+        weighting: `equal` over the nodes that are in the sum, or `fixed`: the expected cohort as
+            denominator, which a bounded sensitivity needs.
+
+    Raises:
+        StackError: a value out of range, or updates that are no bounded multiples of a grid.
+
+    Edge cases: a round that ends with too few nodes gives an empty sum, `aborted` says why, and
+    `revealed` whether shares had been asked for. Nodes' metrics and counts never travel beside
+    the update; see `Weigh` for those that are wanted inside it.
+    """
+
+    mode: Literal["auto", "malicious", "semi-honest"] = "auto"
+    min_cohort: int = 3
+    weighting: Literal["equal", "fixed"] = "equal"
+    name: str = "secure-sum"
+    _sessions: Sessions = field(default_factory=Sessions, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "malicious", "semi-honest"):
+            raise StackError(f"mode is {self.mode!r}; it can be auto, malicious or semi-honest")
+        if self.min_cohort < 2:
+            raise StackError(
+                f"min-cohort is {self.min_cohort}; a sum of one is that one's update, so take at "
+                "least 2, and rather 10"
+            )
+
+    def check(self, facts: Facts) -> Facts:
+        if facts.l2_bound is None:
+            raise StackError("secure-sum needs bounded updates; put Clip before it")
+        if facts.grid is None:
+            raise StackError("secure-sum adds whole numbers; put Quantize before it")
+        floor = max(self.min_cohort, facts.min_replies)
+        if facts.max_replies and facts.max_replies < max(floor, 2):
+            raise StackError(
+                f"secure-sum is to make no sum of fewer than {floor} nodes, but at most "
+                f"{facts.max_replies} can come; lower min-cohort or take more nodes"
+            )
+        if self.mode == "malicious" and 0 < facts.max_replies < MALICIOUS_FROM:
+            raise StackError(
+                f"mode=malicious needs {MALICIOUS_FROM} nodes and at most {facts.max_replies} can "
+                "come; take mode=semi-honest, which trusts the server to follow the protocol"
+            )
+        return facts.but(
+            server_sees="sum",
+            weight_bound=1.0,
+            public_denominator=self.weighting == "fixed",
+            min_replies=floor,
+        )
+
+    def advice(self, cohort: float, private: bool) -> list[str]:
+        """What is said before a run starts."""
+        lines = [
+            "secure sum: the server learns the sum of the nodes' updates and nothing else; "
+            "designed after Bonawitz et al. 2017 and Bell et al. 2020, not independently audited"
+        ]
+        if not private and cohort < FEW:
+            lines.append(
+                f"a cohort of {cohort:g} is small: few updates can be told from their sum; "
+                "take more nodes a round, or a budget such as epsilon=8"
+            )
+        return lines
+
+    def answers(self) -> Mapping[str, ClientFn]:
+        return {_ACTION + stage: partial(self._answer, stage) for stage in STAGES}
+
+    # ---- the server's half
+
+    def gather(self, requests: Sequence[Message], round_: Gathering) -> Gather:
+        if round_.buffers:
+            raise StackError(
+                "buffers=mean sends running statistics in the clear beside a secure sum; use "
+                "buffers=local, or group normalisation"
+            )
+        key = keys.KeyPair.generate()
+        terms = self._terms(requests, round_, key.public)
+        step = _grid(round_.facts)
+        first = _with_terms(requests, terms, step)
+        trips = serve(terms, [message.metadata.dst_node_id for message in requests], key)
+        try:
+            next(trips)
+            replies = yield first
+            traffic = [0]
+            for stage in STAGES:
+                asked = trips.send(_plain(replies, traffic))
+                replies = yield [
+                    Message(
+                        RecordDict({SECURE: ConfigRecord({**content})}),
+                        node,
+                        f"query.{_ACTION}{stage}",
+                        group_id=_group(terms),
+                    )
+                    for node, content in asked.items()
+                ]
+            trips.send(_plain(replies, traffic))
+        except AbortedError as aborted:
+            return Sum(
+                torch.zeros(round_.size, dtype=torch.float64),
+                weight=0.0,
+                replies=0,
+                denominator=0.0,
+                rejected=tuple(Rejected(node, why) for node, why in aborted.dropped),
+                aborted=str(aborted),
+                revealed=aborted.revealed,
+            )
+        except StopIteration as stop:
+            return self._sum(stop.value, step, terms.bits, round_, traffic[0])
+        raise AssertionError("unreachable: the protocol ended with neither a sum nor an abort")
+
+    def _terms(self, requests: Sequence[Message], round_: Gathering, key: bytes) -> Terms:
+        count = len(requests)
+        mode: Mode = "semi-honest"
+        if self.mode == "malicious" or (self.mode == "auto" and count >= MALICIOUS_FROM * 3 // 2):
+            mode = "malicious"
+        told = requests[0].content if requests else RecordDict()
+        step = _grid(round_.facts)
+        return Terms(
+            run=round_.run_id,
+            round=round_.number,
+            nonce=os.urandom(16),
+            model=model_digest(told),
+            parameters=told_digest(told, step),
+            bits=modulus_bits(round_.facts, max(count, 1)),
+            size=round_.size,
+            mode=mode,
+            min_cohort=max(self.min_cohort, round_.facts.min_replies),
+            server=key,
+        )
+
+    def _sum(
+        self, released: Released, step: float, bits: int, round_: Gathering, bytes_up: int
+    ) -> Sum:
+        replies = len(released.included)
+        total = torch.from_numpy(masks.lift(released.total, bits).astype(np.float64) * step)
+        return Sum(
+            total=total,
+            weight=float(replies),
+            replies=replies,
+            denominator=round_.cohort if self.weighting == "fixed" else float(replies),
+            rejected=tuple(Rejected(node, why) for node, why in released.dropped),
+            bytes_up=bytes_up,
+            about={
+                "mode": released.roster.mode,
+                "identities": released.trust,
+                "bits": bits,
+                "nodes": replies,
+                "neighbours": released.roster.degree.neighbours,
+                "quorum": released.roster.quorum,
+            },
+        )
+
+    # ---- the node's half
+
+    def seal(self, content: RecordDict, request: Message, context: Context) -> RecordDict:
+        """In place of the update: fresh keys. A request without terms gets no update at all."""
+        self._sessions.take(context)  # whatever was left of an earlier session is gone
+        try:
+            asked = _record(request.content)
+            if not asked:
+                raise RefusalError("message", "the server wants an update without a secure sum")
+            terms, step = self._offered(asked, request)
+            me = whoami(context)
+            if not is_new(terms.ticket, context):
+                raise RefusalError("replay", "this node has been part of this session before")
+            vector = from_array(content.array_records[UPDATE][UPDATE])
+            values = to_words(vector, step, terms.bits)
+            told = dict(request.content.config_records[CONFIG])
+            memory, reply = advertise(me, terms, values, told)
+        except RefusalError as refusal:
+            return RecordDict({SECURE: ConfigRecord({REFUSED: str(refusal)})})
+        self._sessions.keep(memory, context)
+        return RecordDict({SECURE: ConfigRecord({**reply})})
+
+    def _offered(self, asked: Plain, request: Message) -> tuple[Terms, float]:
+        """The terms, with the hashes of what this node itself received."""
+        mode: Mode = "malicious" if text(asked, "mode") == "malicious" else "semi-honest"
+        step = math.ldexp(1.0, number(asked, "step"))
+        terms = Terms(
+            run=number(asked, "run"),
+            round=number(asked, "round"),
+            nonce=blob(asked, "nonce", 16),
+            model=model_digest(request.content),
+            parameters=told_digest(request.content, step),
+            bits=number(asked, "bits"),
+            size=number(asked, "size"),
+            mode=mode,
+            min_cohort=number(asked, "min-cohort"),
+            server=blob(asked, "server", keys.PUBLIC_BYTES),
+        )
+        return terms, step
+
+    def _answer(self, stage: str, message: Message, context: Context) -> Message:
+        memory = self._sessions.take(context)
+        me = whoami(context)
+        known = len(me.pins)
+        memory, reply = respond(me, stage, memory, _record(message.content))
+        self._sessions.keep(memory, context)
+        if len(me.pins) > known:
+            remember(me, context)
+        return Message(RecordDict({SECURE: ConfigRecord({**reply})}), reply_to=message)
+
+
+def modulus_bits(facts: Facts, count: int) -> int:
+    """The bits B for which a sum of `count` updates is exact modulo 2^B.
+
+    Without rotation a coordinate of an update is at most its bound, which no sum exceeds. After
+    a rotation a coordinate of the sum is sub-Gaussian with standard deviation count x spread, and
+    so is the nodes' noise; room is left for `TAILS` of them, at either side (Kairouz et al. 2021,
+    section 4): a coordinate wraps around with probability below 2e-9, which costs accuracy and
+    never privacy.
+
+    Raises:
+        StackError: no word is long enough.
+    """
+    bound, step = facts.l2_bound, _grid(facts)
+    assert bound is not None
+    sure = count * bound + TAILS * facts.noise
+    if facts.spread is not None:
+        wide = math.hypot(count * facts.spread, facts.noise, math.sqrt(count) * step / 2)
+        sure = min(sure, TAILS * wide)
+    bits = max(8, math.ceil(math.log2(2 * (sure / step + 1))))
+    if bits > masks.MAX_BITS:
+        raise StackError(
+            f"sums of {count} updates of norm {bound:g} on a grid of {step:g} need {bits} bits; "
+            f"more than {masks.MAX_BITS} there are not, so quantise with fewer levels"
+        )
+    return bits
+
+
+def to_words(vector: torch.Tensor, step: float, bits: int) -> masks.Words:
+    """An update on the grid as integers modulo 2^bits, shape (size,)."""
+    whole = vector.numpy().astype(np.float64) / step
+    if not bool(np.isfinite(whole).all()) or bool((whole != np.rint(whole)).any()):
+        raise RefusalError("message", f"my update is not on the grid of {step:g}")
+    if whole.size and float(np.abs(whole).max()) >= 2.0 ** (bits - 1):
+        raise RefusalError("modulus", f"my update does not fit into {bits} bits")
+    return masks.reduce(whole.astype(np.int64).astype(masks.word(bits)), bits)
+
+
+def model_digest(content: RecordDict) -> bytes:
+    """SHA-256 of the arrays that a node was sent: names, shapes, types and every bit."""
+    fields: list[bytes | str | int] = []
+    for name, array in sorted(content.array_records.get(MODEL, {}).items()):
+        tensor = from_array(array)
+        fields += [name, str(tensor.dtype), str(tuple(tensor.shape))]
+        fields.append(keys.sha256(tensor.contiguous().numpy().tobytes()))
+    return keys.digest("model", *fields)
+
+
+def told_digest(content: RecordDict, step: float) -> bytes:
+    """SHA-256 of everything else that a node was told: the layers' and the round's settings."""
+    told: Mapping[str, Any] = content.config_records.get(CONFIG, {})
+    fields: list[bytes | str | int] = [step.hex()]
+    for name, value in sorted(told.items()):
+        fields += [name, type(value).__name__]
+        fields.append(value if isinstance(value, bytes | str | int) else repr(value))
+    return keys.digest("told", *fields)
+
+
+def _grid(facts: Facts) -> float:
+    if facts.grid is None:
+        raise StackError("secure-sum adds whole numbers; put Quantize before it")
+    return facts.grid
+
+
+def _with_terms(requests: Sequence[Message], terms: Terms, step: float) -> list[Message]:
+    """The requests with the terms beside what they hold; one content stays one content."""
+    offer = ConfigRecord(
+        {
+            "run": terms.run,
+            "round": terms.round,
+            "nonce": terms.nonce,
+            "bits": terms.bits,
+            "size": terms.size,
+            "mode": terms.mode,
+            "min-cohort": terms.min_cohort,
+            "server": terms.server,
+            "step": math.frexp(step)[1] - 1,
+        }
+    )
+    contents: dict[int, RecordDict] = {}
+    changed = []
+    for message in requests:
+        content = message.content
+        if id(content) not in contents:
+            contents[id(content)] = RecordDict({**content, SECURE: offer})
+        changed.append(
+            Message(
+                contents[id(content)],
+                message.metadata.dst_node_id,
+                message.metadata.message_type,
+                group_id=_group(terms),
+            )
+        )
+    return changed
+
+
+def _group(terms: Terms) -> str:
+    """The messages of one session; a round that is tried again gets no answer of the last try."""
+    return f"{terms.round}.{terms.nonce[:8].hex()}"
+
+
+def _record(content: RecordDict) -> Plain:
+    record = content.config_records.get(SECURE)
+    if record is None:
+        return {}
+    return {k: v for k, v in record.items() if isinstance(v, int | str | bytes)}
+
+
+def _plain(replies: Iterator[Message], traffic: list[int]) -> Iterator[tuple[int, Plain]]:
+    """Flower's messages as the protocol's; an error is a refusal."""
+    for message in replies:
+        node = message.metadata.src_node_id
+        if message.has_error():
+            yield node, {REFUSED: message.error.reason or f"error code {message.error.code}"}
+            continue
+        content = _record(message.content)
+        traffic[0] += sum(len(v) for v in content.values() if isinstance(v, bytes | str))
+        yield node, content
