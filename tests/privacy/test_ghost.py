@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -110,8 +110,9 @@ def _one_by_one(module: nn.Module, x: Tensor, y: Tensor, norm: float) -> dict[st
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=5, deadline=None)
-@given(seed=st.integers(0, 1000), count=st.integers(1, 70), norm=st.floats(0.05, 5.0))
+@settings(max_examples=4, deadline=None)
+@example(seed=1, count=66, norm=0.3)  # more than convolutions take at a time
+@given(seed=st.integers(0, 1000), count=st.integers(1, 12), norm=st.floats(0.05, 5.0))
 def test_the_sum_is_that_of_gradients_taken_one_by_one(
     name: str, seed: int, count: int, norm: float
 ) -> None:
