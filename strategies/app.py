@@ -138,17 +138,14 @@ def _nodes(file: Path, project: Mapping[str, Any]) -> int | None:
 def load(path: Path, reference: str, kind: type[T]) -> T:
     """Import `module:attribute` from an app's folder.
 
-    The folder goes to the front of `sys.path`, where Flower puts it too. Modules of the same
-    name that came from elsewhere (another app's `task`) are forgotten first.
+    The folder goes to the front of `sys.path`, where Flower puts it too, in the place of other
+    apps'. Modules of the same name that came from elsewhere (another app's `task`) are forgotten.
 
     Raises:
         ConfigError: the module does not import, or has no such attribute of that kind.
     """
     module_name, _, attribute = reference.partition(":")
-    folder = str(path)
-    if folder in sys.path:
-        sys.path.remove(folder)
-    sys.path.insert(0, folder)
+    sys.path[:] = [str(path), *(entry for entry in sys.path if not _is_app(Path(entry), path))]
     _forget_other_apps(path, module_name.partition(".")[0])
     try:
         found: Any = importlib.import_module(module_name)
@@ -162,6 +159,12 @@ def load(path: Path, reference: str, kind: type[T]) -> T:
             f"{module_name}.py: app = ..."
         )
     return found
+
+
+def _is_app(folder: Path, path: Path) -> bool:
+    """Whether an entry of `sys.path` is an app's folder, this one or another."""
+    file = folder / "pyproject.toml"
+    return folder == path or (file.is_file() and b"tool.flwr.app" in file.read_bytes())
 
 
 def _forget_other_apps(path: Path, wanted: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 32
+BLOCK = 128
 """Terms that are added in the vector's own precision before they go into the float64 total."""
 
 

@@ -165,7 +165,8 @@ def test_modules_import_one_by_one_without_warnings() -> None:
     for package in sorted(LISTED):
         if package.startswith("umbel.examples"):
             continue
-        folder = ROOT / next(FOLDERS[n] for n in FOLDERS if n == package)
+        home = package if package in FOLDERS else package.rpartition(".")[0]
+        folder = ROOT / FOLDERS[home] / package.removeprefix(home).lstrip(".")
         for file in sorted(folder.glob("*.py")):
             if file.stem != "__init__":
                 importlib.import_module(f"{package}.{file.stem}")

@@ -49,7 +49,7 @@ def test_options_without_an_app_are_refused(
 def test_an_app_is_opened_with_its_options() -> None:
     federation, options, nodes, name = opened(example(), ["rounds=2"])
     assert (options["rounds"], nodes, name) == (2, 100, "fashion")
-    assert federation.name == "fashion"
+    assert callable(federation.data)
 
 
 def test_an_unknown_option_is_refused() -> None:
