@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 
 from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, output_to
 from umbel.server.embedded.packing import Packed, pack
 from umbel.server.embedded.workers import Nursery, Workers
-from umbel.server.flower import Envelope, NodeInfo, Run, empty_run, give_id, take_identity
+from umbel.server.flower import Envelope, give_id, take_identity
+from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
@@ -53,7 +53,7 @@ class NodeStates:
             self.changed.add(node_id)
 
 
-class EmbeddedGrid(Grid):
+class EmbeddedGrid(OwnGrid):
     """A Flower grid whose nodes live on this machine.
 
     Args:
@@ -92,7 +92,7 @@ class EmbeddedGrid(Grid):
         take_identity(run_id)
         config = dict(run_config or {})
         self.states = NodeStates()
-        self._run = empty_run(run_id)
+        super().__init__(run_id)
         self._nodes = nodes
         self._group_size = max(1, group_size)
         self._log = log.open("a", encoding="utf-8") if log else None
@@ -148,29 +148,8 @@ class EmbeddedGrid(Grid):
 
     # ---- what Flower asks of a grid
 
-    def set_run(self, run: Run) -> None:
-        self._run = run
-        take_identity(run.run_id)
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> list[int]:
         return list(range(FIRST_NODE, FIRST_NODE + self._nodes))
-
-    def get_nodes(self) -> list[NodeInfo]:
-        return [NodeInfo(node_id=node_id) for node_id in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         messages = list(messages)  # a generator of the app's must not run under the lock

@@ -10,11 +10,11 @@ from math import ceil
 from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.serverapp import Grid
 
 from umbel.server.embedded.observer import Notes
-from umbel.server.flower import CRASHED, NodeInfo, Run, empty_run, give_id, take_identity
+from umbel.server.flower import CRASHED, give_id, take_identity
 from umbel.server.link.hub import Hub, Instruction, Reply
+from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
 from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
@@ -29,7 +29,7 @@ class StoppedError(KeyboardInterrupt):
     """The server was told to end; like Ctrl-C, no app should take it for a failure."""
 
 
-class LinkGrid(Grid):
+class LinkGrid(OwnGrid):
     """A grid whose nodes are processes elsewhere.
 
     Message ids are made of the run, the round, the kind of message, the node, and a count: a
@@ -58,7 +58,7 @@ class LinkGrid(Grid):
             raise ConfigError(f"enough is {enough}; it is a share of replies, above 0, at most 1")
         take_identity(run_id)
         self.hub = hub
-        self._run = empty_run(run_id)
+        super().__init__(run_id)
         self._config = b"".join(encode(RecordDict({"c": ConfigRecord(dict(run_config or {}))})))
         self._enough = enough
         self._limits = Limits(total=largest)
@@ -70,30 +70,6 @@ class LinkGrid(Grid):
         self.phase = "waiting"
 
     # ---- what Flower asks of a grid
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-        take_identity(run.run_id)
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> list[int]:
-        return [node.node_id for node in self.roster()]
-
-    def get_nodes(self) -> list[NodeInfo]:
-        return [NodeInfo(node_id=node.node_id, name=node.name) for node in self.roster()]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         return self._push(messages, self._inbox, None)

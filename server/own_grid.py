@@ -1,0 +1,48 @@
+"""What Umbel's own engines share as Flower grids."""
+
+from abc import abstractmethod
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from umbel.server.flower import NodeInfo, Run, empty_run, take_identity
+from umbel.server.roster import NodeRef
+
+
+class OwnGrid(Grid):
+    """A grid that knows its nodes by name; a subclass says how messages travel.
+
+    Args:
+        run_id: of the run, for messages and contexts.
+    """
+
+    def __init__(self, run_id: int) -> None:
+        self._run = empty_run(run_id)
+
+    @abstractmethod
+    def roster(self) -> list[NodeRef]:
+        """All nodes, by partition."""
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+        take_identity(run.run_id)
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        return [node.node_id for node in self.roster()]
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node.node_id, name=node.name) for node in self.roster()]
