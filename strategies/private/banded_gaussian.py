@@ -19,12 +19,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.privacy.budget.banded import BandedSchedule
 from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Config, Facts, Metrics, Round
+from umbel.strategies.layer import Claim, Facts, Metrics, Round
 from umbel.strategies.private.gaussian import (
     check_multiplier,
     deviation_of,
@@ -32,14 +31,14 @@ from umbel.strategies.private.gaussian import (
     need_equal_weights,
     noised,
 )
-from umbel.strategies.private.tree_gaussian import correlated_claim, need_fixed_bound
+from umbel.strategies.private.tree_gaussian import SteppedNoise, correlated_claim
 
 State = dict[str, Any]
 """`step`, the fixed `bound`, and for each of the last rounds the tensors `sum.t` and `out.t`."""
 
 
 @dataclass(frozen=True)
-class BandedGaussian:
+class BandedGaussian(SteppedNoise):
     """Gaussian noise correlated over rounds by a banded factor.
 
     Args:
@@ -76,20 +75,6 @@ class BandedGaussian:
     def with_noise(self, noise_multiplier: float) -> "BandedGaussian":
         """This layer with its noise decided."""
         return replace(self, noise_multiplier=noise_multiplier)
-
-    def init(self, size: int) -> State:  # noqa: ARG002
-        return {"step": 0, "bound": 0.0}
-
-    def check(self, facts: Facts, state: State) -> Facts:
-        need_fixed_bound(facts, state, self.name)
-        # A round that was aborted released nothing: what counts is this layer's own step.
-        return facts.but(round=state["step"] + 1)
-
-    def publish(self, state: State) -> Config:  # noqa: ARG002
-        return {}
-
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        return update, {}
 
     def decode(
         self,

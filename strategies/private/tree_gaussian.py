@@ -41,8 +41,28 @@ State = dict[str, Any]
 """`step`, the fixed `bound`, and for each open level l the tensors `sum.l` and `out.l`."""
 
 
+class SteppedNoise:
+    """What layers of correlated noise share: they count their own steps, and nodes do nothing."""
+
+    name: str
+
+    def init(self, size: int) -> State:  # noqa: ARG002
+        return {"step": 0, "bound": 0.0}
+
+    def check(self, facts: Facts, state: State) -> Facts:
+        need_fixed_bound(facts, state, self.name)
+        # A round that was aborted released nothing: what counts is this layer's own step.
+        return facts.but(round=state["step"] + 1)
+
+    def publish(self, state: State) -> Config:  # noqa: ARG002
+        return {}
+
+    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+        return update, {}
+
+
 @dataclass(frozen=True)
-class TreeGaussian:
+class TreeGaussian(SteppedNoise):
     """Tree-aggregated Gaussian noise.
 
     Args:
@@ -71,20 +91,6 @@ class TreeGaussian:
     def with_noise(self, noise_multiplier: float) -> "TreeGaussian":
         """This layer with its noise decided."""
         return replace(self, noise_multiplier=noise_multiplier)
-
-    def init(self, size: int) -> State:  # noqa: ARG002
-        return {"step": 0, "bound": 0.0}
-
-    def check(self, facts: Facts, state: State) -> Facts:
-        need_fixed_bound(facts, state, self.name)
-        # A round that was aborted released nothing: what counts is this layer's own step.
-        return facts.but(round=state["step"] + 1)
-
-    def publish(self, state: State) -> Config:  # noqa: ARG002
-        return {}
-
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        return update, {}
 
     def decode(
         self,
