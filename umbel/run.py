@@ -13,8 +13,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from umbel.federation import Federation, FederationServerApp
-from umbel.server.embedded.grid import EmbeddedGrid
-from umbel.server.embedded.observer import ObservedGrid
+from umbel.server.embedded.grid import EmbeddedGrid, ObservedGrid
 from umbel.server.embedded.workers import Nursery
 from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress

@@ -25,6 +25,7 @@ from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, out
 from umbel.server.embedded.packing import Packed, pack
 from umbel.server.embedded.workers import Nursery, Workers
 from umbel.server.flower import Envelope, give_id, take_identity
+from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.strategies.app import open_app
@@ -342,6 +343,10 @@ class EmbeddedGrid(OwnGrid):
         for node_id, state in states.items():
             pickle.loads(state)  # a damaged state must fail here, not in the middle of a round
             self.states.by_node[node_id] = state
+
+
+class ObservedGrid(Notes, EmbeddedGrid):
+    """An embedded grid that takes notes, for apps that keep their own rounds."""
 
 
 def _nothing(_: int) -> None:

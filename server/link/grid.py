@@ -11,9 +11,9 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from umbel.server.embedded.observer import Notes
 from umbel.server.flower import CRASHED, give_id, take_identity
 from umbel.server.link.hub import Hub, Instruction, Reply
+from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError

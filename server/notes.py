@@ -1,4 +1,4 @@
-"""Engines for apps that keep their own rounds: they write down what they see.
+"""Grids under apps that keep their own rounds: they write down what they see.
 
 A federation's own loop knows its rounds. Any other Flower app only sends messages, so rounds
 are read off them: the number that Flower's strategies put into each message, or else one a
@@ -12,7 +12,6 @@ from typing import Any, Protocol, cast
 
 from flwr.app import Message
 
-from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.collect import EXAMPLES, MeanMetrics
 
@@ -105,10 +104,6 @@ class Notes:
         if number.isdigit():
             return int(number)
         return len(self._lines) + (kind == "train" or not self._lines)
-
-
-class ObservedGrid(Notes, EmbeddedGrid):
-    """An embedded grid that takes notes."""
 
 
 def _size(message: Message) -> int:

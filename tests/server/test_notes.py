@@ -7,7 +7,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from umbel.server.embedded.observer import ObservedGrid
+from umbel.server.embedded.grid import ObservedGrid
 from umbel.server.output.rundir import RunDirectory
 
 
