@@ -67,15 +67,16 @@ def _guarantee(certificate: Mapping[str, Any]) -> str:
     item = next(row for row in certificate["guarantees"] if row["against"] == mechanism["against"])
     if math.isinf(item["epsilon"]):
         return "**None.** Something was released without noise."
-    factor = math.exp(item["epsilon"])
-    size = f"{factor:.3g}" if factor < 1e6 else f"e^{item['epsilon']:.3g}"
+    epsilon = float(item["epsilon"])
+    # Nearly no noise: e^epsilon may be larger than any float.
+    size = f"{math.exp(epsilon):.3g}" if epsilon < math.log(1e6) else f"e^{epsilon:.3g}"
     what = "Whether any one node took part, whatever its data,"
     if item["relation"] == "zero-out-one":
         what = "What any one node contributed, if anything,"
     return (
         f"{what} changes the odds of anything that "
         f"{_WHO[item['against']]} can conclude by a factor of at most {size} "
-        f"(epsilon {item['epsilon']:.4g}), except with a probability of {item['delta']:g} (delta)."
+        f"(epsilon {epsilon:.4g}), except with a probability of {item['delta']:g} (delta)."
     )
 
 

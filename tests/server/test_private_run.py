@@ -90,6 +90,12 @@ def test_epsilon_alone_is_enough(lab: Lab) -> None:
     assert [line["epsilon"] for line in lines[1:]] == sorted(line["epsilon"] for line in lines[1:])
 
 
+def test_a_run_with_nearly_no_noise_ends_like_any_other(lab: Lab) -> None:
+    result = lab.run(noise_multiplier=1e-3, rounds=1)
+    assert result["epsilon"] > 1000  # e^1000 is no float
+    assert "factor of at most e^" in (lab.directory().path / "MODEL_CARD.md").read_text()
+
+
 def test_bad_nodes_are_rejected_by_name_and_the_guarantee_holds(lab: Lab) -> None:
     bad = {
         1: "nan", 2: "inf", 3: "huge", 4: "long", 5: "off-grid", 6: "integers", 7: "double",
