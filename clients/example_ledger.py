@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, RecordDict
 from umbel.privacy.budget.accounting import COARSE, poisson, spent
 from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.privacy.budget.events import Charge
+from umbel.strategies.records import find_record
 
 RECORD = "umbel.example-ledger"
 
@@ -35,7 +36,7 @@ class ExampleLedger:
     @classmethod
     def read(cls, memory: RecordDict) -> "ExampleLedger":
         """The ledger in a node's memory; an empty one where there is none."""
-        record = memory.config_records.get(RECORD)
+        record = find_record(memory, RECORD, ConfigRecord)
         if record is None:
             return cls()
         columns = (record["noise-multiplier"], record["sampling-rate"], record["steps"])

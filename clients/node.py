@@ -50,7 +50,7 @@ from umbel.strategies.layout import (
     local_buffers,
 )
 from umbel.strategies.private.pooled import ASK, POOL
-from umbel.strategies.records import Manifest, from_array, to_array
+from umbel.strategies.records import Manifest, find_record, from_array, take_record, to_array
 from umbel.strategies.stack import Stack
 
 LOCAL = "umbel.buffers"
@@ -209,13 +209,13 @@ class _Plan:
         return Manifest.of(averaged_buffers(self.first.buffers, str(self.options["buffers"])))
 
     def receive(self, message: Message, context: Context, split: Split) -> _Received:
-        config = message.content.config_records[CONFIG]
+        config = take_record(message.content, CONFIG, ConfigRecord)
         if config["manifest"] != self.manifest.digest:
             raise ConfigError(
                 f"this node's model has {self.manifest.size} parameters in another layout than "
                 "the server's; start both with the same app and options"
             )
-        model = message.content.array_records[MODEL]
+        model = take_record(message.content, MODEL, ArrayRecord)
         vector = from_array(model[PARAMETERS])
         buffers = dict(self.first.buffers) | self._kept(context)
         if BUFFERS in model:
@@ -236,7 +236,7 @@ class _Plan:
 
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
-        config = dict(task.message.content.config_records[CONFIG])
+        config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
         measured = {EXAMPLES: trained.examples, **trained.metrics}
         encoded, said = self.stack.encode(update, config, task.context.state, measured)
         record = ArrayRecord({UPDATE: to_array(encoded)})
@@ -263,7 +263,7 @@ class _Plan:
             context.state[LOCAL] = ArrayRecord({k: to_array(v) for k, v in changed.items()})
 
     def _kept(self, context: Context) -> Tree:
-        record = context.state.array_records.get(LOCAL)
+        record = find_record(context.state, LOCAL, ArrayRecord)
         return {} if record is None else {name: from_array(record[name]) for name in record}
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from umbel.clients.trainer import BundleTrainer, Job, Options, Trainer, Weights
@@ -24,7 +24,7 @@ from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.layout import CONFIG, MODEL
 from umbel.strategies.private.pooled import MEMBERS, PUBLIC, QUESTION
-from umbel.strategies.records import from_array, to_array
+from umbel.strategies.records import from_array, take_record, to_array
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def questions_of(questions: Questions, options: Options) -> tuple[PrivateMean, .
 
 def public_of(message: Message) -> dict[str, Tensor]:
     """What questions have released so far, as the request says."""
-    record = message.content.array_records[MODEL]
+    record = take_record(message.content, MODEL, ArrayRecord)
     return {
         name.removeprefix(PUBLIC): from_array(array)
         for name, array in record.items()
@@ -74,7 +74,7 @@ def asked(message: Message, questions: Sequence[PrivateMean]) -> PrivateMean | N
     Raises:
         ConfigError: this app has no such question.
     """
-    name = message.content.config_records[CONFIG].get(QUESTION)
+    name = take_record(message.content, CONFIG, ConfigRecord).get(QUESTION)
     if name is None:
         return None
     for question in questions:
@@ -87,7 +87,7 @@ def answer_question(
     message: Message, question: PrivateMean, examples: Any, memory: RecordDict
 ) -> Message:
     """One node's vector, through the question's layers."""
-    config = dict(message.content.config_records[CONFIG])
+    config = dict(take_record(message.content, CONFIG, ConfigRecord))
     vector = question.vector(examples, public_of(message)).to(torch.float32)
     encoded, said = question.stack.encode(vector, config, memory)
     content = RecordDict({UPDATE: ArrayRecord({UPDATE: to_array(encoded)})})
@@ -97,13 +97,15 @@ def answer_question(
 
 def members_of(message: Message) -> list[int]:
     """The partitions whose updates a pool is asked for."""
-    members: list[int] = from_array(message.content.array_records[MODEL][MEMBERS]).tolist()
+    members: list[int] = from_array(
+        take_record(message.content, MODEL, ArrayRecord)[MEMBERS]
+    ).tolist()
     return members
 
 
 def answer_pool(message: Message, bundles: Iterator[Bundle], stack: Stack, size: int) -> Message:
     """The exact sum of several nodes' updates, and how many they are."""
-    config = dict(message.content.config_records[CONFIG])
+    config = dict(take_record(message.content, CONFIG, ConfigRecord))
     total, count = torch.zeros(size, dtype=torch.float64), 0
     for bundle in bundles:
         encoded = stack.encode_many(bundle, config)

@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterable
 from typing import Any, Protocol, cast
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.collect import EXAMPLES, MeanMetrics
+from umbel.strategies.records import records_of
 
 
 class NamesNodes(Protocol):
@@ -89,14 +90,14 @@ class Notes:
             line["bytes_up"] += _size(reply)
             values = {
                 name: float(value)
-                for record in reply.content.metric_records.values()
+                for record in records_of(reply.content, MetricRecord)
                 for name, value in record.items()
                 if isinstance(value, int | float)
             }
             sums.add(node, values, values.get(EXAMPLES, 1.0) or 1.0)
 
     def _round_of(self, message: Message, kind: str) -> int:
-        for record in message.content.config_records.values():
+        for record in records_of(message.content, ConfigRecord):
             said = record.get("server-round")
             if isinstance(said, int):
                 return said
@@ -109,5 +110,5 @@ class Notes:
 def _size(message: Message) -> int:
     if message.has_error():
         return 0
-    arrays = message.content.array_records.values()
+    arrays = records_of(message.content, ArrayRecord)
     return sum(len(array.data) for record in arrays for array in record.values())

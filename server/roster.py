@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from umbel.strategies.errors import RunError
 from umbel.strategies.layout import CONFIG, HELLO
+from umbel.strategies.records import take_record
 
 POLL_S = 1.0
 REFUSALS = 3
@@ -62,7 +63,7 @@ def roster(
             if reply.has_error():
                 why = f"; node {reply.metadata.src_node_id} said: {reply.error.reason}"
                 continue
-            said = reply.content.config_records[CONFIG]
+            said = take_record(reply.content, CONFIG, ConfigRecord)
             node_id, partition = reply.metadata.src_node_id, int(said["partition"])  # type: ignore[arg-type]
             known[node_id] = NodeRef(node_id, str(partition), partition)
             expected = max(expected, int(said["partitions"]))  # type: ignore[arg-type]

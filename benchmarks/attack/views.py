@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from torch import Tensor
@@ -36,7 +36,7 @@ from umbel.server.output.session import session
 from umbel.strategies.collect import UPDATE, Collect, Gather, Gathering, Sum, read_vector
 from umbel.strategies.layout import MODEL, PARAMETERS
 from umbel.strategies.options import Options
-from umbel.strategies.records import Manifest, from_array
+from umbel.strategies.records import Manifest, from_array, records_of, take_record
 from umbel.strategies.stack import Stack
 
 Adversary = Literal["server", "malicious-server", "other-node", "model-user"]
@@ -211,7 +211,7 @@ def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool
         model = None
         if requests:
             content = requests[0].content
-            model = from_array(content.array_records[MODEL][PARAMETERS]).clone()
+            model = from_array(take_record(content, MODEL, ArrayRecord)[PARAMETERS]).clone()
 
         def through(arriving: Iterator[Message]) -> Iterator[Message]:
             for message in arriving:
@@ -244,11 +244,13 @@ def _write_down(
         return
     content = message.content
     parts = [
-        bytes(array.data) for record in content.array_records.values() for array in record.values()
+        bytes(array.data)
+        for record in records_of(content, ArrayRecord)
+        for array in record.values()
     ]
     parts += [
         value if isinstance(value, bytes) else repr((name, value)).encode()
-        for record in content.config_records.values()
+        for record in records_of(content, ConfigRecord)
         for name, value in record.items()
     ]
     wire[node] = wire.get(node, b"") + b"".join(parts)

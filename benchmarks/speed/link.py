@@ -36,6 +36,7 @@ from umbel.server.link.hub import BEAT_S
 from umbel.server.link.service import ServerSettings, Service
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import CheckError
+from umbel.strategies.records import take_record
 from umbel.transport.certificates import Identity, make_request, new_key, open_authority
 from umbel.transport.frames import PROTOCOL, SERVICE, from_wire, to_wire
 from umbel.transport.join import write_join_file
@@ -167,7 +168,7 @@ def _rounds(service: Service, parameters: int, rounds: int, nodes: int) -> dict[
         for reply in grid.stream(messages, _PATIENCE_S):
             if reply.has_error():
                 raise CheckError(f"a node failed: {reply.error.reason}")
-            data = reply.content.array_records["m"]["w"].data
+            data = take_record(reply.content, "m", ArrayRecord)["w"].data
             total += np.frombuffer(data, np.float32, offset=start)
             replies += 1
             del reply, data

@@ -27,11 +27,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 
 from umbel.clients.process.memory import Memory
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.records import take_record
 from umbel.transport.codec import Buffer, CodecError, decode, encode, size_of
 
 _HEAD = struct.Struct("<IQ")
@@ -155,7 +156,10 @@ class Worker:
     def _context(self, header: dict[str, Any]) -> Context:
         raw = bytes.fromhex(header["run_config"])
         if raw != self._run_config[0]:
-            self._run_config = (raw, dict(decode(raw).config_records["c"]) if raw else {})
+            self._run_config = (
+                raw,
+                dict(take_record(decode(raw), "c", ConfigRecord)) if raw else {},
+            )
         return Context(
             run_id=header["run_id"],
             node_id=header["node_id"],

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
 from umbel.privacy.bounds.clipping import l2_norm
 from umbel.strategies.collect import (
@@ -28,6 +28,7 @@ from umbel.strategies.collect import (
     read_vector,
 )
 from umbel.strategies.layout import MODEL
+from umbel.strategies.records import take_record
 
 POOL = "umbel_pool"
 """The query by which a process is asked for the sum of several nodes' updates."""
@@ -44,7 +45,9 @@ PUBLIC = "public."
 def gather_pools(requests: Sequence[Message], round_: Gathering) -> Gather:
     """The sum of what the processes send, each for as many nodes as it was asked for."""
     asked = {
-        message.metadata.dst_node_id: message.content.array_records[MODEL][MEMBERS].shape[0]
+        message.metadata.dst_node_id: take_record(message.content, MODEL, ArrayRecord)[
+            MEMBERS
+        ].shape[0]
         for message in requests
     }
     total = torch.zeros(round_.size, dtype=torch.float64)

@@ -22,6 +22,7 @@ from flwr.app import ConfigRecord, Context
 
 from umbel.privacy.masking import keys
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.records import find_record
 from umbel.strategies.secure.message import Plain, blob
 from umbel.strategies.secure.node import IDENTITY
 from umbel.strategies.secure.policy import POLICY, Policy
@@ -85,7 +86,7 @@ class Sessions:
         """The node's session; it is not kept any longer."""
         if IDENTITY in context.node_config:
             return self._here.pop((context.run_id, context.node_id), {})
-        record = context.state.config_records.get(_SESSION)
+        record = find_record(context.state, _SESSION, ConfigRecord)
         if record is None:
             return {}
         del context.state[_SESSION]
@@ -102,7 +103,7 @@ class Sessions:
 
 
 def _kept(context: Context) -> Plain:
-    record = context.state.config_records.get(_KEPT)
+    record = find_record(context.state, _KEPT, ConfigRecord)
     return {} if record is None else {k: v for k, v in record.items() if isinstance(v, bytes)}
 
 

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from umbel.privacy.masking import keys, masks
 from umbel.privacy.masking.session import MALICIOUS_FROM, Mode, Terms
@@ -44,7 +44,7 @@ from umbel.strategies.collect import (
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL
-from umbel.strategies.records import from_array
+from umbel.strategies.records import find_record, from_array, take_record
 from umbel.strategies.secure.checks import AbortedError
 from umbel.strategies.secure.identity import Sessions, is_new, remember, whoami
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number, text
@@ -235,9 +235,9 @@ class SecureSum:
             me = whoami(context)
             if not is_new(terms.ticket, context):
                 raise RefusalError("replay", "this node has been part of this session before")
-            vector = from_array(content.array_records[UPDATE][UPDATE])
+            vector = from_array(take_record(content, UPDATE, ArrayRecord)[UPDATE])
             values = to_words(vector, step, terms.bits)
-            told = dict(request.content.config_records[CONFIG])
+            told = dict(take_record(request.content, CONFIG, ConfigRecord))
             memory, reply = advertise(me, terms, values, told)
         except RefusalError as refusal:
             return RecordDict({SECURE: ConfigRecord({REFUSED: str(refusal)})})
@@ -313,7 +313,7 @@ def to_words(vector: torch.Tensor, step: float, bits: int) -> masks.Words:
 def model_digest(content: RecordDict) -> bytes:
     """SHA-256 of the arrays that a node was sent: names, shapes, types and every bit."""
     fields: list[bytes | str | int] = []
-    for name, array in sorted(content.array_records.get(MODEL, {}).items()):
+    for name, array in sorted((find_record(content, MODEL, ArrayRecord) or {}).items()):
         tensor = from_array(array)
         fields += [name, str(tensor.dtype), str(tuple(tensor.shape))]
         fields.append(keys.sha256(tensor.contiguous().numpy().tobytes()))
@@ -322,7 +322,7 @@ def model_digest(content: RecordDict) -> bytes:
 
 def told_digest(content: RecordDict, step: float) -> bytes:
     """SHA-256 of everything else that a node was told: the layers' and the round's settings."""
-    told: Mapping[str, Any] = content.config_records.get(CONFIG, {})
+    told: Mapping[str, Any] = find_record(content, CONFIG, ConfigRecord) or {}
     fields: list[bytes | str | int] = [step.hex()]
     for name, value in sorted(told.items()):
         fields += [name, type(value).__name__]
@@ -374,7 +374,7 @@ def _group(terms: Terms) -> str:
 
 
 def _record(content: RecordDict) -> Plain:
-    record = content.config_records.get(SECURE)
+    record = find_record(content, SECURE, ConfigRecord)
     if record is None:
         return {}
     return {k: v for k, v in record.items() if isinstance(v, int | str | bytes)}
