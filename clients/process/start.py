@@ -17,6 +17,7 @@ from umbel.clients.process.trainee import AppSettings, Trainee
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.secure.node import IDENTITY
+from umbel.transport.allocator import share_one_arena
 
 log = logging.getLogger("umbel.node")
 
@@ -58,6 +59,7 @@ def start_node(start: StartSettings, *, version: str) -> None:
         ConfigError: a value that cannot be used, or a coordinator that refuses for good.
         RunError: the coordinator could not be reached to enrol.
     """
+    share_one_arena()
     membership = Membership(start.state)
     try:
         asyncio.run(_run(membership, start, version))

@@ -125,6 +125,7 @@ class LinkGrid(OwnGrid):
                 del reply
                 if message is not None:
                     yield message
+                del message  # while the next is decoded, this one must not take room
         finally:
             for message_id in waiting:
                 self._open.pop(message_id, None)

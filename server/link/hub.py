@@ -31,7 +31,7 @@ SILENT_S = 45.0
 """A peer that has said nothing for this long is gone."""
 STALLED_S = 60.0
 """A peer that takes or sends no chunk for this long is gone."""
-_SHARED_CHUNKS = 32 << 20
+_SHARED_CHUNKS = 8 << 20
 _ROOM = 64 << 20
 
 
