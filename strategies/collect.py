@@ -14,7 +14,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from umbel.privacy.bounds.clipping import l2_norm
+from umbel.privacy.bounds.clipping import is_within, l2_norm
 from umbel.privacy.noise.lattice import on_grid
 from umbel.strategies.fold import Fold
 from umbel.strategies.layer import Facts, Metrics
@@ -217,9 +217,12 @@ class PlainSum:
             raise ValueError(f"an update of {update.dtype}, but the model is {round_.dtype}")
         facts = round_.facts
         longest = self.longest if facts.l2_bound is None else facts.l2_bound
-        # A promised bound is checked in float64, as clipping computes it; else a quick look does.
-        length = _length(update) if facts.l2_bound is None else l2_norm(update) / (1 + LENIENCE)
-        if not length <= longest:  # also true of NaN
+        if facts.l2_bound is None:  # a quick look will do
+            short = _length(update) <= longest  # not true of NaN
+        else:
+            short = is_within(update, longest * (1 + LENIENCE))
+        if not short:
+            length = l2_norm(update)
             what = f"norm {length:.6g}" if math.isfinite(length) else "NaN or infinity"
             cure = "; lower learning-rate" if facts.l2_bound is None else ""
             raise ValueError(f"an update with {what}, but {longest:.6g} is the longest taken{cure}")

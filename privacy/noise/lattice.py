@@ -46,7 +46,7 @@ MANTISSA = 17
 as long as the norm, add up in float32 without rounding (`umbel.strategies.fold` adds that many)."""
 
 _CHUNK = 1 << 16
-_PIECE = 1 << 15
+_PIECE = 1 << 16
 _ADDED = 1 << 17  # larger, as the few near comparisons of a piece have a price of their own
 _NUMPY = (torch.float32, torch.float64)
 _LOW = np.uint32(0xFFFF)
@@ -65,14 +65,16 @@ def grid_step(norm: float) -> float:
     return math.ldexp(1.0, math.frexp(positive(norm=norm))[1] - 1 - MANTISSA)
 
 
-def round_to_zero(update: Tensor, step: float) -> Tensor:
+def round_to_zero(update: Tensor, step: float, factor: float = 1.0) -> Tensor:
     """Each coordinate to the multiple of `step` between it and zero that is nearest to it.
 
-    Guarantees: no coordinate grows in absolute value, so neither does the L2 norm.
+    Guarantees: no coordinate grows in absolute value, so neither does the L2 norm. With a factor
+    each is at most `factor` times what it was, and 2**-22 of that for rounding.
 
     Args:
         update: shape (size,), floating point and finite; not mutated.
         step: a power of two, as from `grid_step`.
+        factor: multiplies the update first.
 
     Raises:
         ValueError: the step is not a power of two.
@@ -80,12 +82,13 @@ def round_to_zero(update: Tensor, step: float) -> Tensor:
     if math.frexp(positive(step=step))[0] != 0.5:
         raise ValueError(f"step must be a power of two to divide exactly, but it is {step!r}")
     if update.dtype not in _NUMPY:
-        return torch.trunc(update / step) * step
+        return torch.trunc(update * (factor / step)) * step
     source = update.detach().contiguous().numpy()
     rounded = np.empty_like(source)
+    scale = source.dtype.type(factor / step)
     for start in range(0, source.size, _PIECE):  # by pieces, as memory is slower than arithmetic
         piece = rounded[start : start + _PIECE]
-        np.multiply(source[start : start + _PIECE], source.dtype.type(1 / step), out=piece)
+        np.multiply(source[start : start + _PIECE], scale, out=piece)
         np.trunc(piece, out=piece)
         np.multiply(piece, source.dtype.type(step), out=piece)
     return torch.from_numpy(rounded)
@@ -97,11 +100,14 @@ def on_grid(update: Tensor, step: float) -> bool:
         return bool(torch.equal(update / step, (update / step).round()))
     source = update.detach().contiguous().numpy()
     inverse = source.dtype.type(1 / step)
-    return all(
-        np.array_equal(scaled, np.rint(scaled))
-        for start in range(0, source.size, _PIECE)
-        if (scaled := source[start : start + _PIECE] * inverse) is not None
-    )
+    scaled, whole = np.empty((2, min(source.size, _PIECE)), source.dtype)
+    for start in range(0, source.size, _PIECE):
+        piece = source[start : start + _PIECE]
+        np.multiply(piece, inverse, out=scaled[: piece.size])
+        np.rint(scaled[: piece.size], out=whole[: piece.size])
+        if not (scaled[: piece.size] == whole[: piece.size]).all():
+            return False
+    return True
 
 
 @dataclass(frozen=True)

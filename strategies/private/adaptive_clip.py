@@ -26,7 +26,7 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
-from umbel.privacy.bounds.clipping import clip
+from umbel.privacy.bounds.clipping import clip_to_grid
 from umbel.privacy.noise.lattice import grid_step, round_to_zero
 from umbel.privacy.validate import inside_unit, positive
 from umbel.strategies.errors import StackError
@@ -88,11 +88,10 @@ class AdaptiveClip:
 
     def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         norm = float(config["norm"])
-        result = clip(update, norm)
-        rounded = round_to_zero(result.update, grid_step(norm))
+        result = clip_to_grid(update, norm)
         sign = -1.0 if result.was_clipped else 1.0
         bit = torch.tensor([sign * self._unit(norm)], dtype=update.dtype)
-        return torch.cat([rounded, bit]), {}
+        return torch.cat([result.update, bit]), {}
 
     def decode(
         self,

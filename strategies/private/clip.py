@@ -18,8 +18,8 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.privacy.bounds.bundle import Bundle
-from umbel.privacy.bounds.clipping import clip
-from umbel.privacy.noise.lattice import grid_step, round_to_zero
+from umbel.privacy.bounds.clipping import clip_to_grid
+from umbel.privacy.noise.lattice import grid_step
 from umbel.privacy.validate import positive
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Config, Facts, Metrics, Stateless
@@ -54,10 +54,8 @@ class Clip(Stateless):
         return {"norm": self.norm}
 
     def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        norm = float(config["norm"])
-        result = clip(update, norm)
-        metrics = {"norm": result.length, "clipped": float(result.was_clipped)}
-        return round_to_zero(result.update, grid_step(norm)), metrics
+        result = clip_to_grid(update, float(config["norm"]))
+        return result.update, {"norm": result.length, "clipped": float(result.was_clipped)}
 
     def encode_many(self, bundle: Bundle, config: Config) -> Bundle:
         """Several nodes' updates at once, each as in `encode`."""

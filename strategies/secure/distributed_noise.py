@@ -26,7 +26,7 @@ from dp_accounting import DpEvent, NonPrivateDpEvent, ZCDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
-from umbel.privacy.bounds.clipping import l2_norm
+from umbel.privacy.bounds.clipping import is_within
 from umbel.privacy.budget.events import ZERO_OUT
 from umbel.privacy.noise.discrete_gaussian import (
     concentrated_rho,
@@ -122,7 +122,7 @@ class DistributedNoise(Stateless):
     def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         step, bound = float(config["step"]), float(config["bound"])
         # The server tells both; a smaller bound or a coarser step would mean too little noise.
-        if not l2_norm(update) <= bound * (1 + LENIENCE) or not on_grid(update, step):
+        if not is_within(update, bound * (1 + LENIENCE)) or not on_grid(update, step):
             raise RunError(
                 f"the server told this node to make noise for updates of norm {bound:g} on a grid "
                 f"of {step:g}, which its own update is not; no update is sent"
