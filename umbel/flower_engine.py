@@ -1,49 +1,52 @@
-"""`--engine flower`: Flower's SuperLink and SuperNodes, from the same enrolment.
+"""`umbel server --engine flower`: Flower's SuperLink, from the same enrolment.
 
-    coordinator   listens as always, so that nodes can enrol; starts a SuperLink on the next port
-                  (TLS with the same certificate, node authentication, database in --state);
-                  registers the nodes' keys; submits the app; follows the run
-    node          enrols as always; starts a SuperNode with its key
+    listen     as always, so that nodes can enrol
+    start      a SuperLink on the next port: TLS with the same certificate, node authentication,
+               its database in --state
+    register   the nodes' keys; those of revoked nodes are taken out again, also during the run
+    submit     the app, with every option that was changed
+    follow     the run to its end, with its rounds on the screen and in `umbel status`
 
 Only Flower's own commands are used, with a home of their own in --state, so an operator's
-configuration of Flower is neither read nor changed.
+configuration of Flower is neither read nor changed. Flower does not continue a run whose
+SuperLink was stopped; whoever starts again begins a new one.
 """
 
-import asyncio
 import contextlib
 import json
 import logging
-import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-)
+import tomli_w
 
-from umbel.clients.process.membership import Membership, NodeSettings
-from umbel.clients.process.start import StartSettings, enrolled
-from umbel.server.link.enrolment import Enrolment
-from umbel.server.link.service import ServerSettings, Service
+from umbel.flower_node import toml
+from umbel.flower_process import FlowerProcess, environment, program
+from umbel.serve import resolve
+from umbel.server.link.grid import StoppedError
+from umbel.server.link.service import ServerSettings, Service, WatchedProgress
+from umbel.server.output import progress as showing
+from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.app import open_app
+from umbel.server.output.session import STATE
+from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError, RunError
-from umbel.strategies.options import Options, override
-from umbel.transport.certificates import load_key
+from umbel.strategies.options import Options
 from umbel.transport.keyfiles import write_secret
 
 log = logging.getLogger("umbel.server")
 _CONNECTION = "umbel"
-_POLL_S = 2.0
+_UP_S = 120.0
+_LOOK_S = 1.0
+_ASK_S = 3.0
+_IGNORED = shutil.ignore_patterns(".*", "__pycache__", "runs")
 
 
 def serve_with_flower(
@@ -53,88 +56,63 @@ def serve_with_flower(
 
     Returns:
         What the app itself reports if it is a federation (its run directory is `run`), with
-        `flower_run`, Flower's id, and `stopped`, Flower's status.
+        `flower_run`, Flower's id; other apps have `run`, `stopped` and `seconds` alone.
 
     Raises:
         ConfigError: a value that cannot be used.
-        RunError: Flower's processes failed.
+        RunError: Flower's processes or its run failed.
+        StoppedError: by a signal.
     """
     if settings.own_certificate is not None:
         raise ConfigError("--engine flower needs the built-in authority; leave out --certificate")
     folder = open_app(path)
-    override(folder.options, {k: v for k, v in changes.items() if k in folder.options})
+    known, options = resolve(folder, folder.server_app(), changes)
+    changed = {k: v for k, v in options.items() if known.get(k) != v}
     home = settings.state.absolute() / "flower"
+    shown = showing.choose(sys.stderr)
     service = Service(settings, version=version, app_digest=folder.digest())
+    ended = False
     try:
-        service.start()
-        with _superlink(service, home):
-            superlink = _Commands(home, service)
-            registered = superlink.register(service.enrolment)
-            superlink.wait_for_nodes(service.enrolment, registered, nodes)
-            return superlink.run(folder.path, changes)
+        with _signals():
+            service.start()
+            shown.note(
+                f"nodes enrol on port {service.listener.port}; Flower's SuperLink is being "
+                f"started on port {service.listener.port + 1}"
+            )
+            with _superlink(service, home) as process:
+                superlink = _SuperLink(home, service, process, shown)
+                superlink.wait_until_up()
+                superlink.wait_for_nodes(nodes)
+                result = superlink.run(folder, changed)
+                ended = True
+                return result
     finally:
-        service.stop(for_good=True)
-
-
-def node_with_flower(start: StartSettings) -> None:
-    """Run a SuperNode with this node's key until a signal ends it.
-
-    Raises:
-        ConfigError: the node has not enrolled, or brings its own certificate.
-    """
-    membership = Membership(start.state)
-    try:
-        settings = asyncio.run(enrolled(membership, start))
-        _keep_running(
-            lambda: _supernode_command(membership, settings),
-            _environment(membership.folder.absolute() / "flower"),
-        )
-    finally:
-        membership.close()
-
-
-def _keep_running(command: Callable[[], list[str]], environment: Mapping[str, str]) -> None:
-    """Start a SuperNode again whenever it gives up, as it does without a SuperLink."""
-    stopped = threading.Event()
-    process: subprocess.Popen[bytes] | None = None
-
-    def stop(*_: Any) -> None:
-        stopped.set()
-        if process is not None:
-            process.terminate()
-
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, stop)
-    while not stopped.is_set():
-        process = subprocess.Popen(command(), env=environment)
-        if process.wait() != 0 and not stopped.is_set():
-            log.warning("the SuperNode has ended; it is started again")
-        stopped.wait(_POLL_S)
-
-
-def _supernode_command(membership: Membership, settings: NodeSettings) -> list[str]:
-    identity = membership.identity(settings)
-    if identity is None or settings.own_certificate is not None:
-        raise ConfigError("--engine flower needs a node that has enrolled with --join FILE")
-    home = membership.folder.absolute() / "flower"
-    key = load_key(identity.key).private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    write_secret(home / "node.key", key)
-    (home / "root.crt").write_bytes(identity.root)
-    host, _, port = settings.address.rpartition(":")
-    words = " ".join(f"{k}={_toml(v)}" for k, v in settings.node_config.items())
-    return [
-        _program("flower-supernode"),
-        *("--superlink", f"{host}:{int(port) + 1}"),
-        *("--root-certificates", str(home / "root.crt")),
-        *("--auth-supernode-private-key", str(home / "node.key")),
-        *("--node-config", words),
-        *("--port", str(_free_port())),
-    ]
+        shown.finish("")
+        service.stop(for_good=ended)
 
 
 @contextlib.contextmanager
-def _superlink(service: Service, home: Path) -> Iterator[None]:
+def _signals() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the SuperLink too, in order."""
+
+    def stop(*_: Any) -> None:
+        raise StoppedError
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread: the caller stops us
+        before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def _superlink(service: Service, home: Path) -> Iterator[FlowerProcess]:
     """A SuperLink process, ended at the end."""
+    state = service.settings.state.absolute()
+    env = environment(home, **{STATE: str(state)})
     identity = service.listener.doors.identity
     write_secret(home / "server.key", identity.key)
     (home / "server.crt").write_bytes(identity.certificate)
@@ -146,7 +124,7 @@ def _superlink(service: Service, home: Path) -> Iterator[None]:
     )
     host = service.settings.listen.rpartition(":")[0]
     command = [
-        _program("flower-superlink"),
+        program("flower-superlink"),
         *("--ssl-certfile", str(home / "server.crt")),
         *("--ssl-keyfile", str(home / "server.key")),
         *("--ssl-ca-certfile", str(home / "root.crt")),
@@ -156,112 +134,214 @@ def _superlink(service: Service, home: Path) -> Iterator[None]:
         *("--host", host, "--port", str(service.listener.port + 1)),
     ]
     with (home / "superlink.log").open("ab") as out:
-        # A federation writes its run directory to `runs/` of where it is started.
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=_environment(home), cwd=service.settings.state
-        )
+        process = FlowerProcess(home, command, stdout=out, stderr=out, env=env, cwd=state)
     try:
-        yield
+        yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.end()
 
 
-class _Commands:
-    """Flower's command line, towards one SuperLink."""
+class _SuperLink:
+    """A SuperLink, through Flower's command line.
 
-    def __init__(self, home: Path, service: Service) -> None:
-        self._home, self._service = home, service
+    Attributes:
+        registered: by node, Flower's id of it and the key that it was registered with; kept in
+            the federation's database, because Flower tells the id only once.
+    """
 
-    def register(self, enrolment: Enrolment) -> set[str]:
-        """Register every enrolled node's public key; those that are known stay."""
-        done: set[str] = set()
-        for name, key in enrolment.public_keys().items():
+    def __init__(
+        self, home: Path, service: Service, process: FlowerProcess, shown: Progress
+    ) -> None:
+        self._home, self._service, self._process = home, service, process
+        self._shown = shown
+        self.registered: dict[str, dict[str, str]] = service.enrolment.fact("superlink") or {}
+
+    def wait_until_up(self) -> None:
+        """Until the SuperLink answers."""
+        until = time.monotonic() + _UP_S
+        while "nodes" not in (said := self._flwr("supernode", "list", _CONNECTION)):
+            if time.monotonic() > until:
+                raise RunError(f"Flower's SuperLink does not answer: {_reason(said)}")
+            time.sleep(_LOOK_S)
+        listed = {str(node.get("node-id")) for node in said["nodes"]}
+        self.registered = {n: k for n, k in self.registered.items() if k["id"] in listed}
+
+    # ---- nodes
+
+    def register(self) -> None:
+        """Register the keys of new nodes, and take out those that are no longer any node's."""
+        keys = self._service.enrolment.public_keys()
+        before = {name: dict(known) for name, known in self.registered.items()}
+        for name, known in before.items():
+            if keys.get(name) != known["key"]:
+                log.info("node %s is taken out of the SuperLink", name)
+                self._flwr("supernode", "unregister", known["id"], _CONNECTION)
+                del self.registered[name]
+        for name in keys.keys() - self.registered.keys():
             file = self._home / f"{name}.pub"
-            file.write_text(key)
-            said = self._flwr(
-                "supernode", "register", str(file), _CONNECTION, "--name", name, patience=60
-            )
-            if not said.get("success") and "already" not in json.dumps(said):
-                raise RunError(f"Flower did not register node {name}: {said}")
-            done.add(name)
-        return done
+            file.write_text(keys[name])
+            said = self._flwr("supernode", "register", str(file), _CONNECTION, "--name", name)
+            if "node-id" not in said:
+                raise RunError(
+                    f"Flower did not register node {name}: {_reason(said)}; if it says that the "
+                    f"key is in use, remove {self._home / 'superlink.sqlite'} and start again"
+                )
+            self.registered[name] = {"id": str(said["node-id"]), "key": keys[name]}
+        if self.registered != before:
+            self._service.enrolment.keep("superlink", self.registered)
 
-    def wait_for_nodes(self, enrolment: Enrolment, registered: set[str], needed: int) -> None:
+    def wait_for_nodes(self, needed: int) -> None:
         """Until enough SuperNodes are online; registers nodes that enrol meanwhile."""
         said = ""
         while True:
-            enrolled_now = {each.name for each in enrolment.nodes() if each.revoked is None}
-            if set(enrolment.public_keys()) - registered:
-                registered |= self.register(enrolment)
-            listed = self._flwr("supernode", "list", _CONNECTION).get("nodes", [])
-            online = sum(node.get("status") == "online" for node in listed)
-            want = needed or max(1, len(enrolled_now))
-            text = f"{online} of {want} SuperNodes are online"
-            if text != said:
-                log.info("%s", text)
-                said = text
-            if online >= want:
+            self.register()
+            online = self._look_for_nodes()
+            want, absent = self._service.missing(needed)
+            absent = [name for name in absent if name not in online]
+            if len(online) >= want:
+                self._shown.note(f"{len(online)} SuperNodes are online")
                 return
-            time.sleep(_POLL_S)
+            text = f"waiting for SuperNodes: {len(online)} of {want}"
+            text += f"; not here: {_some(absent)}" if absent else ""
+            lines = self._service.hub.lines.values()
+            others = sorted(line.node.name for line in lines if line.session is not None)
+            text += f"; here without --engine flower: {_some(others)}" if others else ""
+            if text != said:
+                self._shown.note(text)
+                said = text
+            time.sleep(_LOOK_S)
 
-    def run(self, app: Path, changes: Options) -> dict[str, Any]:
+    def _look_for_nodes(self) -> set[str]:
+        """The nodes whose SuperNodes are online; `umbel status` shows them too."""
+        listed = self._flwr("supernode", "list", _CONNECTION).get("nodes", [])
+        status = {str(node.get("node-id")): node.get("status") for node in listed}
+        online = {n for n, known in self.registered.items() if status.get(known["id"]) == "online"}
+        self._service.guests = [
+            {"name": name, "state": "connected", "last_seen": time.time()} for name in online
+        ]
+        return online
+
+    # ---- the run
+
+    def run(self, folder: AppFolder, changed: Options) -> dict[str, Any]:
         """Submit the app, and follow its run to the end."""
         began = time.monotonic()
-        before = self._run_directories()
-        words = ["run", str(app), _CONNECTION]
-        if changes:
-            words += ["-c", " ".join(f"{k}={_toml(v)}" for k, v in changes.items())]
-        said = self._flwr(*words, patience=60)
+        rounds = _Rounds(self._service, self._shown, len(self._service.guests))
+        own = {k: v for k, v in changed.items() if k in folder.options}
+        path = folder.path if own == changed else self._with_options(folder, changed)
+        words = ["run", str(path), _CONNECTION]
+        if own:
+            words += ["-c", " ".join(f"{k}={toml(v)}" for k, v in own.items())]
+        said = self._flwr(*words)
         if "run-id" not in said:
-            raise RunError(f"Flower did not take the app: {said}")
+            raise RunError(f"Flower did not take the app: {_reason(said)}")
         run_id = str(said["run-id"])
-        log.info("Flower's run %s has begun", run_id)
-        self._service.position |= {"run": f"flower:{run_id}", "phase": "training"}
-        while True:
-            runs = self._flwr("ls", _CONNECTION, "--run-id", run_id).get("runs", [])
-            status = str(runs[0].get("status", "")) if runs else ""
-            if status.startswith("finished"):
-                break
-            time.sleep(_POLL_S)
+        self._shown.note(f"Flower's run {run_id} has begun")
+        self._service.position |= {"run": f"flower:{run_id}", "phase": "training", "round": 0}
+        try:
+            status = self._follow(run_id, rounds.look)
+        except BaseException:
+            with contextlib.suppress(RunError):
+                self._flwr("stop", run_id, _CONNECTION)
+            raise
+        rounds.look()
         if status != "finished:completed":
             raise RunError(
                 f"Flower's run {run_id} ended as {status}; see {self._home / 'superlink.log'}"
             )
-        found: dict[str, Any] = {"run": f"flower:{run_id}"}
-        for directory in self._run_directories() - before:
-            result = RunDirectory.open(directory).result()
-            found = {**result, "run": str(directory)} if result else found
-        return {
-            **found,
-            "flower_run": run_id,
-            "stopped": status.partition(":")[2],
-            "seconds": round(time.monotonic() - began, 3),
-        }
+        seconds = round(time.monotonic() - began, 3)
+        found = rounds.result() or {"run": f"flower:{run_id}", "stopped": "completed"}
+        self._service.position["phase"] = "finished"
+        return {**found, "flower_run": run_id, "seconds": seconds}
 
-    def _run_directories(self) -> set[Path]:
-        return set((self._service.settings.state / "runs").glob("*"))
-
-    def _flwr(self, *words: str, patience: float = 30.0) -> dict[str, Any]:
-        """A command's JSON; it is repeated while the SuperLink is not up yet."""
-        until = time.monotonic() + patience
+    def _follow(self, run_id: str, look: Callable[[], bool]) -> str:
+        """Flower's status of a run that has ended."""
+        asked, pause = time.monotonic(), _ASK_S
         while True:
-            done = subprocess.run(
-                [_program("flwr"), *words, "--format", "json"],
-                capture_output=True,
-                text=True,
-                env=_environment(self._home),
-            )
-            found = _last_json(done.stdout)
-            if found and found.get("success", True):
-                return found
-            if time.monotonic() > until or (found and "already" in json.dumps(found)):
-                return found or {"error": (done.stderr or done.stdout)[-500:]}
-            time.sleep(1)
+            done = look()
+            self.register()  # a revocation takes effect during the run
+            if done or time.monotonic() - asked > pause:
+                asked = time.monotonic()
+                runs = self._flwr("ls", _CONNECTION, "--run-id", run_id).get("runs", [])
+                status = str(runs[0].get("status", "")) if runs else ""
+                if status.startswith("finished"):
+                    return status
+                self._look_for_nodes()
+                # Flower's commands are costly: where they are slow, they are used less.
+                pause = max(_ASK_S, 5 * (time.monotonic() - asked))
+            time.sleep(_LOOK_S)
+
+    def _with_options(self, folder: AppFolder, changed: Options) -> Path:
+        """A copy of the app whose options name what was changed.
+
+        Flower takes no option that an app's own `pyproject.toml` does not name; Umbel's options
+        need not be there.
+        """
+        copy = self._home / "app"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder.path, copy, ignore=_IGNORED)
+        file = copy / "pyproject.toml"
+        project = tomllib.loads(file.read_text())
+        config = project["tool"]["flwr"]["app"].setdefault("config", {})
+        config |= {k: v for k, v in changed.items() if k not in folder.options}
+        file.write_text(tomli_w.dumps(project))
+        return copy
+
+    def _flwr(self, *words: str) -> dict[str, Any]:
+        """What a command says in JSON."""
+        if not self._process.running():
+            raise RunError(f"Flower's SuperLink has ended; see {self._home / 'superlink.log'}")
+        done = subprocess.run(
+            [program("flwr"), *words, "--format", "json"],
+            capture_output=True,
+            text=True,
+            env=environment(self._home),
+            start_new_session=True,
+        )
+        return _last_json(done.stdout) or {"error-message": (done.stderr or done.stdout)[-500:]}
+
+
+class _Rounds:
+    """The rounds of a federation's run, from the directory that its server app makes."""
+
+    def __init__(self, service: Service, shown: Progress, nodes: int) -> None:
+        self._parent = service.settings.state / "runs"
+        self._before = set(self._parent.glob("*"))
+        self._service, self._nodes = service, nodes
+        self._shown = WatchedProgress(shown, service)
+        self._run: RunDirectory | None = None
+        self._seen = -1
+
+    def look(self) -> bool:
+        """Show what is new; whether the app has written its result."""
+        if self._run is None:
+            new = [RunDirectory(path) for path in set(self._parent.glob("*")) - self._before]
+            self._run = next((run for run in new if run.holds_run()), None)
+            if self._run is None:
+                return False
+            config = self._run.config()
+            rounds = int(config.get("options", {}).get("rounds", 0))
+            self._service.position["run"] = str(self._run.path)
+            self._shown.start(str(config.get("app", "")), rounds, self._nodes)
+        for line in self._run.rounds():
+            if line["round"] > self._seen:
+                self._seen = line["round"]
+                self._shown.round_done(line)
+        return self._run.result_path.exists()
+
+    def result(self) -> dict[str, Any]:
+        """What the app has reported; empty if it is no federation."""
+        return {} if self._run is None else self._run.result()
+
+
+def _reason(said: dict[str, Any]) -> str:
+    """Flower's own words, on one line."""
+    return " ".join(str(said.get("error-message") or said).split())
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def _last_json(text: str) -> dict[str, Any]:
@@ -273,30 +353,4 @@ def _last_json(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _toml(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, bool) else str(value).lower()
-
-
-def _program(name: str) -> str:
-    """One of Flower's commands, of this environment."""
-    file = Path(sys.executable).parent / name
-    if not file.exists():
-        raise ConfigError(f"{file} is missing; install flwr in the environment of umbel")
-    return str(file)
-
-
-def _free_port() -> int:
-    """For the SuperNode's own apps on this machine, so that several do not clash."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _environment(home: Path) -> Mapping[str, str]:
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Flower starts `flower-superexec` and others by name: they are beside this Python.
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    return os.environ | {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "PATH": path}
-
-
-__all__: Sequence[str] = ["node_with_flower", "serve_with_flower"]
+__all__: Sequence[str] = ["serve_with_flower"]

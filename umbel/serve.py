@@ -106,6 +106,21 @@ def submit(state: Path, changes: Options) -> None:
         enrolment.close()
 
 
+def resolve(
+    folder: AppFolder, app: ServerApp, changes: Options
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An app's options before and after these changes.
+
+    Raises:
+        ConfigError: an unknown option, or a value of the wrong type.
+    """
+    PrivacyOptions.check_given(changes)
+    if not isinstance(app, FederationServerApp):
+        return dict(folder.options), override(folder.options, changes)
+    known = app.federation.complete(folder.options)
+    return known, app.federation.override(known, changes)
+
+
 @dataclass(frozen=True)
 class _Plan:
     folder: AppFolder
@@ -137,10 +152,7 @@ def _plan(
     fresh: bool,
 ) -> _Plan:
     """The unfinished run of this state, or a new one."""
-    PrivacyOptions.check_given(changes)
-    known: Mapping[str, Any] = folder.options
-    if isinstance(app, FederationServerApp):
-        known = app.federation.complete(folder.options)
+    known, options = resolve(folder, app, changes)
     before = None if fresh else service.enrolment.fact("run")
     if before is not None and not before["done"]:
         if before["changes"] != dict(changes) or before["app_digest"] != folder.digest():
@@ -150,8 +162,6 @@ def _plan(
             )
         directory = RunDirectory.open(Path(before["path"]))
         return _Plan(folder, app, override(known, changes), directory, before["run_id"])
-    federation = app.federation if isinstance(app, FederationServerApp) else None
-    options = (federation.override if federation else override)(known, changes)
     run_id = secrets.randbits(62) + 1
     config = {
         "app": folder.name,
@@ -247,4 +257,4 @@ def _signals(service: Service) -> Iterator[_Current]:
             signal.signal(each, handler)
 
 
-__all__ = ["RunSettings", "ServerSettings", "serve", "submit"]
+__all__ = ["RunSettings", "ServerSettings", "resolve", "serve", "submit"]

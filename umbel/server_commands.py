@@ -82,9 +82,17 @@ def server(
     if engine == "flower":
         from umbel.flower_engine import serve_with_flower
 
+        _only_link(**{"--enough": enough != 1, "--serve": stay, "--out": out is not None})
         changes = parse(config or [])
-        result = serve_with_flower(path, settings, changes, version=__version__, nodes=nodes)
-        typer.echo(json.dumps(result) if as_json else f"{result['run']}: {result['stopped']}")
+        try:
+            result = serve_with_flower(path, settings, changes, version=__version__, nodes=nodes)
+        except StoppedError:
+            typer.echo("stopped; the next start begins a new run", err=True)
+            return
+        if Path(result["run"]).is_dir():
+            _show(result, as_json=as_json)
+        else:
+            typer.echo(json.dumps(result) if as_json else f"{result['run']}: {result['stopped']}")
         return
     from umbel.serve import RunSettings, serve
 
@@ -154,9 +162,10 @@ def client(
         gpu=gpu,
     )
     if engine == "flower":
-        from umbel.flower_engine import node_with_flower
+        from umbel.flower_node import node_with_flower
 
         node_with_flower(settings)
+        return
     start_node(settings, version=__version__)
 
 
@@ -322,6 +331,14 @@ def _log() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
+
+
+def _only_link(**given: bool) -> None:
+    from umbel.strategies.errors import ConfigError
+
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise ConfigError(f"{names[0]} is of the link engine; leave it out, or use --engine link")
 
 
 def _check_engine(engine: str) -> None:

@@ -21,6 +21,7 @@ from umbel.server.link.hub import Hub, Line
 from umbel.server.link.listener import Doors, Listener
 from umbel.server.output.progress import Progress
 from umbel.strategies.errors import ConfigError
+from umbel.transport.allocator import share_one_arena
 from umbel.transport.certificates import (
     Authority,
     CertificateError,
@@ -83,12 +84,14 @@ class Service:
         self.changed = threading.Event()
         self.hub.on_change = self.changed.set
         self.position: dict[str, Any] = {"run": None, "round": 0, "phase": "waiting"}
+        self.guests: Sequence[Mapping[str, Any]] = ()  # nodes that another engine serves
         self._stopped = threading.Event()
         self._writer = threading.Thread(target=self._write_status, daemon=True)
         self._metrics: Any = None
 
     def start(self) -> None:
         """Listen, and keep the status up to date."""
+        share_one_arena()
         self.listener.start()
         if self.settings.metrics:
             self._metrics = _serve_metrics(self.settings.metrics, self)
@@ -148,7 +151,7 @@ class Service:
             "pid": os.getpid(),
             "at": time.time(),
             "address": f"{self.settings.listen.rpartition(':')[0]}:{self.listener.port}",
-            "nodes": [_node_status(line) for line in list(self.hub.lines.values())],
+            "nodes": [*map(_node_status, list(self.hub.lines.values())), *self.guests],
             "traffic": dict(vars(traffic)),
         }
 

@@ -1,16 +1,22 @@
 """What an engine gives to the server app that it runs: where to write, where to show."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from umbel.server.output import progress
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
+
+STATE = "UMBEL_STATE"
+"""Environment variable: the coordinator's state folder, where Flower runs the app on its behalf.
+The run and the privacy budget of the nodes are kept there, the same as on the link."""
 
 
 @dataclass
@@ -68,11 +74,16 @@ def current(name: str, options: dict[str, Any]) -> Session:
     found = _current.get()
     if found is not None:
         return found
-    config = {
+    config: dict[str, Any] = {
         "app": name,
         "options": options,
         "engine": "flower",
         "versions": versions(),
         "machine": machine(),
     }
-    return Session(RunDirectory.create(None, name, config), progress.choose(sys.stderr), own=True)
+    state, parent = os.environ.get(STATE), None
+    if state:
+        config["populations"] = str(Path(state) / "populations")
+        parent = Path(state) / "runs"
+    run = RunDirectory.create(parent, name, config)
+    return Session(run, progress.choose(sys.stderr), own=True)
