@@ -82,7 +82,9 @@ class Connection:
 
     async def _read(self) -> None:
         arriving: Arriving | None = None
+        frame: Frame | memoryview | None = None
         while True:
+            del frame  # while a node trains, the last chunk of its last reply must not take room
             frame = await next_frame(self.context)
             self.session.heard = time.monotonic()
             if isinstance(frame, memoryview):

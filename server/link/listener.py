@@ -49,9 +49,11 @@ from umbel.transport.link_pb2 import (
 log = logging.getLogger("umbel.link")
 _HELLO_S = 20.0
 _LONGEST_REASON = 2000
+_READ = 512 << 10  # gRPC keeps a buffer of this size for every connection that was ever busy
 _OPTIONS = [
     *CHANNEL_OPTIONS,
     ("grpc.so_reuseport", 0),  # a port in use must be an error, not a shared port
+    ("grpc.experimental.tcp_max_read_chunk_size", _READ),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ("grpc.max_concurrent_streams", 64),
     ("grpc.server_handshake_timeout_ms", 20_000),  # half-open connections do not stay
