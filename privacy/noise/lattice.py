@@ -16,7 +16,7 @@ from a table of cumulative probabilities with 64 bits through a guide table (Che
 these leave open are settled by 32 more bits and a search. Real x = a + r with 0 <= r < 1:
 round(x + N) = a + k + [v >= 1/2 - r], where v is the position of N within the cell of k; the
 bracket is one comparison of 64 random bits with its exact conditional probability, see
-`_carry`. All randomness is AES-256-CTR keyed by the operating system, see
+`_add`. All randomness is AES-256-CTR keyed by the operating system, see
 `umbel.privacy.noise.entropy`.
 
 The total-variation distance between a draw and its exact law is computed, not guessed, and
@@ -29,7 +29,7 @@ process that draws central noise knows the value without noise as well.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ as long as the norm, add up in float32 without rounding (`umbel.strategies.fold`
 
 _CHUNK = 1 << 16
 _PIECE = 1 << 16
-_ADDED = 1 << 17  # larger, as the few near comparisons of a piece have a price of their own
+_ADDED = 1 << 16
 _NUMPY = (torch.float32, torch.float64)
 _LOW = np.uint32(0xFFFF)
 _SHIFT = np.uint32(16)
@@ -239,57 +239,111 @@ class LatticeGaussian:
             ValueError: a value is not finite or too large to have a place on the lattice.
         """
         out = np.empty_like(values)
-        for start in range(0, len(values), _ADDED):
-            piece = slice(start, start + _ADDED)
-            self._add(values[piece], out[piece])
+        spare = _Spare.of(min(len(values), _ADDED))
+        near = [
+            self._add(values[start : start + _ADDED], out[start : start + _ADDED], spare, start)
+            for start in range(0, len(values), _ADDED)
+        ]
+        if near:
+            self._settle(out, _Near(*map(np.concatenate, zip(*near, strict=True))))
         return out
 
-    def _add(self, values: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
-        if not max(values.max(), -values.min()) < 2.0**52:
+    def _add(
+        self, values: np.ndarray[Any, Any], out: np.ndarray[Any, Any], spare: "_Spare", start: int
+    ) -> "_Near":
+        """`add` for the piece at `start`, but for the few carries that need more bits.
+
+        With v the position of N in the cell k of its noise, there is a carry if v >= 1/2 - rest:
+        with the probability rest + tilt(k, rest), where |tilt| is below a bound that few draws
+        come near. So 32 bits decide almost every comparison.
+        """
+        rest, noise, words, limit, wide = spare.cut(len(values))
+        np.floor(values, out=out)
+        if not max(out.max(), -out.min()) < 2.0**52:  # also true of NaN
             raise ValueError(
                 "values to protect must be finite and below 2**52 lattice steps; a sum this far "
                 "off holds an update that was never clipped"
             )
-        np.floor(values, out=out)
-        rest = values - out
+        np.subtract(values, out, out=rest)
         # A value just below a whole number leaves 1 - tiny, which rounds to 1: it is that number.
-        up = np.flatnonzero(rest >= 1)
-        out[up] += 1
-        rest[up] = 0
-        noise = self.sample(len(values))
+        if rest.max() >= 1:
+            up = np.flatnonzero(rest >= 1)
+            out[up] += 1
+            rest[up] = 0
+        self._draw(spare.draw[:, : len(values)], noise)
+        self.entropy.fill(words)
+        np.multiply(rest, 2.0**32, out=wide)
+        limit[...] = wide
         out += noise
-        out += self._carry(rest, noise)
-
-    def _carry(
-        self, rest: np.ndarray[Any, Any], noise: np.ndarray[Any, Any]
-    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Whether the position v of N in the cell of `noise` is at least 1/2 - rest.
-
-        The probability is rest + tilt(noise, rest) with |tilt| below a bound that few draws come
-        near, so that 32 bits decide almost every comparison, and 64 bits the others.
-        """
-        words = self.entropy.words32(len(rest))
-        gap = words - rest * 2.0**32
-        carry = gap < 0
+        out += words < limit
         # |tilt| <= tanh(|t|/4)/2 < |t|/8 for a density e^(-tv), the wider part; twice that, safely,
-        # and one unit for the bits that are still to come.
+        # one unit for the bits that are still to come and one for those that `limit` lost. A gap
+        # that wraps around only looks near.
+        unit = np.int32(math.ceil(2.0**30 / self.steps**2))
+        gap = np.subtract(words, limit, out=limit).view(np.int32)
         np.abs(gap, out=gap)
-        gap -= np.abs(noise) * (2.0**30 / self.steps**2)
-        near = np.flatnonzero(gap <= 2.0**30 / self.steps**2 + 1)
+        bound = np.abs(noise, out=spare.draw[0, : len(values)].view(np.int32))
+        bound *= unit
+        gap -= bound
+        near = np.flatnonzero(gap <= unit + 2)
         near = near[rest[near] > 0]
-        tilt = _tilt(rest[near], noise[near].astype(np.float64), self.steps)
+        return _Near(near + start, rest[near], noise[near], words[near])
+
+    def _settle(self, out: np.ndarray[Any, Any], near: "_Near") -> None:
+        """Decide near comparisons with 64 bits, in place of what 32 had decided."""
+        tilt = _tilt(near.rest, near.noise.astype(np.float64), self.steps)
         shift = np.abs(tilt * 2.0**64).astype(np.uint64)
         # rest has 53 bits and is below 1: this product and conversion are exact.
-        limit = (rest[near] * 2.0**64).astype(np.uint64)
+        limit = (near.rest * 2.0**64).astype(np.uint64)
         top = np.uint64(2**64 - 1)
         moved = np.where(
             tilt >= 0,
             np.where(limit > top - shift, top, limit + shift),
             np.where(limit < shift, np.uint64(0), limit - shift),
         )
-        word = (words[near].astype(np.uint64) << np.uint64(32)) | self.entropy.words32(len(near))
-        carry[near] = word < moved
-        return carry
+        more = self.entropy.words32(len(tilt))
+        carry = ((near.words.astype(np.uint64) << np.uint64(32)) | more) < moved
+        before = near.words < (limit >> np.uint64(32))
+        out[near.index] += carry.astype(np.float64) - before
+
+
+class _Near(NamedTuple):
+    """Draws whose carry is open, each of shape (n,).
+
+    Attributes:
+        index: where they are.
+        rest: the fraction of the value.
+        noise: the cell that was drawn.
+        words: the first 32 bits.
+    """
+
+    index: np.ndarray[Any, Any]
+    rest: np.ndarray[Any, Any]
+    noise: np.ndarray[Any, Any]
+    words: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Spare:
+    """Memory for a piece of `LatticeGaussian.add`, used for every piece in turn."""
+
+    real: np.ndarray[Any, np.dtype[np.float64]]
+    whole: np.ndarray[Any, np.dtype[np.uint32]]
+    draw: np.ndarray[Any, np.dtype[np.uint32]]
+
+    @classmethod
+    def of(cls, size: int) -> "_Spare":
+        return cls(
+            np.empty((2, size)),
+            np.empty((3, size), dtype=np.uint32),
+            np.empty((4, size), dtype=np.uint32),
+        )
+
+    def cut(self, size: int) -> tuple[np.ndarray[Any, Any], ...]:
+        """For `size` values: the rest, the noise, words, limit, and room for another rest."""
+        rest, wide = self.real[:, :size]
+        noise, words, limit = self.whole[:, :size]
+        return rest, noise.view(np.int32), words, limit, wide
 
 
 def _tilt(
@@ -305,11 +359,13 @@ def _tilt(
     # Coefficients of exp(-t v - b v^2/2): c[n+1] = -(t c[n] + b c[n-1]) / (n+1).
     before, now = np.zeros_like(t), np.ones_like(t)
     edge = 0.5 - rest
+    power = edge.copy()
     upper, whole = np.zeros_like(t), np.zeros_like(t)
     for n in range(1, 25):
         before, now = now, -(t * now + b * before) / n
         # The integral of v^n over the upper part, and over the whole cell.
-        upper += now * (0.5 ** (n + 1) - edge ** (n + 1)) / (n + 1)
+        power *= edge
+        upper += now * (0.5 ** (n + 1) - power) / (n + 1)
         if n % 2 == 0:
             whole += now * 0.5**n / (n + 1)
             if np.abs(now).max(initial=0.0) * 0.5**n < 2.0**-70:

@@ -12,6 +12,7 @@ table-sampled Gaussian on a lattice with randomness of the operating system
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
@@ -125,8 +126,9 @@ def entropy(insecure_seed: int | None, number: int) -> Entropy:
 def noised(value: Tensor, deviation: float, source: Entropy) -> Tensor:
     """`value` plus Gaussian noise, on the lattice of step deviation / STEPS; float64."""
     step = deviation / STEPS
-    scaled = value.to(torch.float64).numpy() / step
-    return torch.from_numpy(LatticeGaussian(STEPS, source).add(scaled) * step)
+    scaled = np.divide(value.numpy(), step, dtype=np.float64)
+    noisy = LatticeGaussian(STEPS, source).add(scaled)
+    return torch.from_numpy(np.multiply(noisy, step, out=noisy))
 
 
 def slack_of(facts: Facts) -> float:
