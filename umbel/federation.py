@@ -120,7 +120,9 @@ class Federation:
             return stack
         from umbel.strategies.private.private_stack import private_stack
 
-        return private_stack(stack, privacy, RunOptions.read(options).rounds)
+        run = RunOptions.read(options)
+        momentum = run.server_momentum if run.optimizer == "fedavgm" else 0.0
+        return private_stack(stack, privacy, run.rounds, momentum)
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""

@@ -5,8 +5,9 @@
                      update u(t) = (v(t) - c1 u(t-1) - ...) / c0, made of released values only
     server -> all    models
 
-x(t) are the rounds' sums and c0, c1, ... the `bands` diagonals of the factor
-(`umbel.privacy.budget.banded`; Choquette-Choo et al. 2023). Needs no secret sampling: the server
+x(t) are the rounds' sums and c0, c1, ... the `bands` diagonals of the factor, which has the least
+noise in the models over the planned rounds (`umbel.privacy.budget.banded`; Choquette-Choo et al.
+2023). Needs no secret sampling: the server
 leaves out nodes that came less than `separation` rounds ago, separation is at least the number of
 bands, and each participation is one Gaussian release.
 
@@ -34,7 +35,9 @@ from umbel.strategies.private.gaussian import (
 from umbel.strategies.private.tree_gaussian import SteppedNoise, correlated_claim
 
 State = dict[str, Any]
-"""`step`, the fixed `bound`, and for each of the last rounds the tensors `sum.t` and `out.t`."""
+"""`step`, the fixed `bound`, the `diagonals` that the run began with, and for each of the last
+rounds the tensors `sum.t` and `out.t`."""
+DIAGONALS = "diagonals"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class BandedGaussian(SteppedNoise):
         noise_multiplier: standard deviation of the fresh noise over the bound; None until a
             budget has been turned into noise.
         insecure_seed: for tests only; the claim is then that nothing is private.
+        rounds: planned, for which the factor is optimised; 0 takes one that suits any number.
+        momentum: of the server's optimiser, which the factor takes into account.
 
     Raises:
         StackError: an argument is out of range.
@@ -57,24 +62,31 @@ class BandedGaussian(SteppedNoise):
     separation: int
     noise_multiplier: float | None = None
     insecure_seed: int | None = None
+    rounds: int = 0
+    momentum: float = 0.0
     name: str = "banded-gaussian"
     private: bool = True
 
     def __post_init__(self) -> None:
         check_multiplier(self.noise_multiplier)
         try:
-            BandedSchedule(self.bands, self.separation)
+            BandedSchedule(self.bands, self.separation, self.rounds, self.momentum)
         except ValueError as error:
             raise StackError(str(error)) from error
 
     @cached_property
     def schedule(self) -> BandedSchedule:
         """The factor."""
-        return BandedSchedule(self.bands, self.separation)
+        return BandedSchedule(self.bands, self.separation, self.rounds, self.momentum)
 
     def with_noise(self, noise_multiplier: float) -> "BandedGaussian":
         """This layer with its noise decided."""
         return replace(self, noise_multiplier=noise_multiplier)
+
+    def init(self, size: int) -> State:
+        # A resumed run may plan other rounds, but columns of two factors do not fit together.
+        diagonals = torch.tensor(self.schedule.diagonals, dtype=torch.float64)
+        return {**super().init(size), DIAGONALS: diagonals}
 
     def decode(
         self,
@@ -83,7 +95,7 @@ class BandedGaussian(SteppedNoise):
         state: State,
         rnd: Round,
     ) -> tuple[Tensor, State, Metrics]:
-        diagonals = self.schedule.diagonals
+        diagonals = state[DIAGONALS].tolist()
         step = state["step"] + 1
         total = total.to(torch.float64)
         past = range(1, min(self.bands, step))
@@ -99,9 +111,9 @@ class BandedGaussian(SteppedNoise):
         kept = {
             key: value
             for key, value in state.items()
-            if isinstance(value, Tensor) and int(key.partition(".")[2]) >= oldest
+            if "." in key and int(key.partition(".")[2]) >= oldest
         }
-        after = {**kept, "step": step, "bound": rnd.facts.l2_bound}
+        after = {**kept, DIAGONALS: state[DIAGONALS], "step": step, "bound": rnd.facts.l2_bound}
         if self.bands > 1:
             after |= {f"sum.{step}": total, f"out.{step}": update}
         return update, after, {"noise": deviation}

@@ -28,7 +28,9 @@ from umbel.strategies.private.tree_gaussian import TreeGaussian
 from umbel.strategies.stack import Stack
 
 
-def private_stack(stack: Stack, options: PrivacyOptions, rounds: int) -> Stack:
+def private_stack(
+    stack: Stack, options: PrivacyOptions, rounds: int, momentum: float = 0.0
+) -> Stack:
     """The app's stack with the layers that the privacy options ask for.
 
     Layers of the app stay where they are. A stack that is private already is left alone, and so
@@ -37,7 +39,8 @@ def private_stack(stack: Stack, options: PrivacyOptions, rounds: int) -> Stack:
     Args:
         stack: the app's own.
         options: the run's.
-        rounds: planned; local noise is divided among them.
+        rounds: planned; local noise is divided among them, banded noise is best for them.
+        momentum: of the server's optimiser; banded noise allows for it.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -54,7 +57,7 @@ def private_stack(stack: Stack, options: PrivacyOptions, rounds: int) -> Stack:
     limits = limits_of(options.release_metrics)
     if limits:
         added.append(PrivateMetrics(limits))
-    added.append(_noise(options, rounds))
+    added.append(_noise(options, rounds, momentum))
     layers[place + 1 : place + 1] = added
     collect = stack.collect
     if isinstance(collect, PlainSum):
@@ -72,7 +75,7 @@ def _clip(options: PrivacyOptions) -> Layer[Any]:
     return Clip(options.clipping_norm)
 
 
-def _noise(options: PrivacyOptions, rounds: int) -> Layer[Any]:
+def _noise(options: PrivacyOptions, rounds: int, momentum: float) -> Layer[Any]:
     given = options.noise_multiplier or None
     match options.mechanism:
         case "local":
@@ -81,7 +84,9 @@ def _noise(options: PrivacyOptions, rounds: int) -> Layer[Any]:
             return TreeGaussian(options.separation, given, options.seed)
         case "banded":
             bands = options.bands or min(16, options.separation)
-            return BandedGaussian(bands, options.separation, given, options.seed)
+            return BandedGaussian(
+                bands, options.separation, given, options.seed, rounds=rounds, momentum=momentum
+            )
     return Gaussian(given, options.seed)
 
 

@@ -227,6 +227,26 @@ def test_banded_noise_is_what_the_factor_says() -> None:
     assert expected < 4 * 0.65
 
 
+def test_noise_of_the_best_factor_is_what_it_says() -> None:
+    layer = BandedGaussian(4, 4, 1.0, rounds=16)
+    errors = [layer.schedule.error(t) ** 2 * t for t in (15, 16)]
+    expected = math.sqrt(errors[1] - errors[0])
+    assert prefix_noise(layer, 16) == pytest.approx(expected, rel=5.5 / math.sqrt(40_000))
+
+
+def test_a_resumed_run_keeps_the_factor_that_it_began_with() -> None:
+    first, longer = (BandedGaussian(4, 4, 1e-6, rounds=rounds) for rounds in (8, 200))
+    assert first.schedule.diagonals != longer.schedule.diagonals
+    run = Run(Stack((Clip(10.0), first), FIXED), cohort=1)
+    for t in range(1, 9):
+        if t == 4:  # the same state under another plan
+            run.stack = Stack((Clip(10.0), longer), FIXED)
+        update = torch.full((SIZE,), t / 8)
+        average, _ = run.round(run.encode(update))
+        torch.testing.assert_close(average.float(), update, atol=1e-3, rtol=0)
+    assert run.states[1]["diagonals"].tolist() == list(first.schedule.diagonals)
+
+
 def claims(layer: Any, step: int) -> Any:
     stack = Stack((Clip(1.0), layer), FIXED)
     states = tuple(
