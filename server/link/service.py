@@ -113,7 +113,7 @@ class Service:
     def missing(self, needed: int) -> tuple[int, list[str]]:
         """How many nodes are needed (0 asks for all enrolled), and who of them is not here."""
         enrolled = [node for node in self.enrolment.nodes() if node.revoked is None]
-        here = {line.node.name for line in self.hub.lines.values() if line.session is not None}
+        here = {line.node.name for line in list(self.hub.lines.values()) if line.session}
         absent = [node.name for node in enrolled if node.name not in here]
         return (needed or max(1, len(enrolled)), absent)
 
