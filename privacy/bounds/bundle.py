@@ -32,6 +32,8 @@ _GRAM_BITS = 13
 _HAIR = 1 - 2.0**-40
 _EXACT = float(1 << 24)
 _CHUNK = 256
+_ADDED = 1 << (24 - MANTISSA - 1)
+"""Rows of whole numbers below 2**(MANTISSA + 1) that float32 adds up exactly."""
 
 
 class Bundle(Protocol):
@@ -53,9 +55,15 @@ class Bundle(Protocol):
 
 @dataclass(frozen=True)
 class Vectors:
-    """Updates as the rows of a matrix of shape (n, size)."""
+    """Updates as the rows of a matrix of shape (n, size).
+
+    Attributes:
+        values: the rows; whole numbers of `unit`, once they are on the grid.
+        unit: None before.
+    """
 
     values: Tensor
+    unit: float | None = None
 
     @property
     def count(self) -> int:
@@ -63,12 +71,24 @@ class Vectors:
 
     def clipped(self, norm: float) -> "Vectors":
         step = grid_step(norm)
-        values = self.values.double()
-        scaled = values * _factor(values.norm(dim=1), norm)[:, None]
-        return Vectors(torch.trunc(torch.nan_to_num(scaled, 0.0, 0.0, 0.0) / step) * step)
+        single = self.values.dtype == torch.float32
+        lengths = torch.linalg.vector_norm(self.values, dim=1, dtype=torch.float64)
+        # Products round to 2**-24 at most; toward zero, so that no row grows past its factor.
+        factor = _factor(lengths, norm * (1 - 2.0**-22) if single else norm)
+        whole = self.values * (factor / step).to(self.values.dtype)[:, None]
+        broken = ~torch.isfinite(lengths)
+        if bool(broken.any()):
+            whole[broken] = 0.0  # a factor of 0 does not make a NaN vanish
+        return Vectors(whole.trunc_(), step)
 
     def total(self) -> Tensor:
-        return self.values.double().sum(0)
+        """Float32 rows of whole numbers are added up in pieces that are too small to round."""
+        if self.unit is None:
+            return self.values.double().sum(0)
+        total = torch.zeros(self.values.shape[1], dtype=torch.float64)
+        for rows in self.values.split(_ADDED):
+            total += rows.sum(0)
+        return total.mul_(self.unit)
 
 
 @dataclass(frozen=True)

@@ -110,19 +110,36 @@ class PerExample:
             found = self._vmap(inputs, targets, losses, norm)
         return found
 
+    def each(self, inputs: Any, targets: Any, losses: Losses) -> Tensor:
+        """Every example's whole gradient, where it is needed by itself.
+
+        Args:
+            inputs: as in `clipped_sum`, and so are targets and losses.
+
+        Returns:
+            Shape (n, trained parameters): flat, in the order of `names`.
+        """
+        went = self._there_and_back(inputs, targets, losses) if self.ghost else None
+        if went is None:
+            gradients, _ = self._whole(inputs, targets, losses)
+            return torch.cat([gradients[n].flatten(1) for n in self.names.values()], 1)
+        losses_of, parts = went
+        sizes = [p.numel() for p in self.names]
+        rows = torch.zeros(len(losses_of), sum(sizes), device=losses_of.device)
+        places = dict(zip(self.names, rows.split(sizes, 1), strict=True))
+        with torch.no_grad():
+            for part in parts:
+                part.form(places)
+        return rows
+
     # ---- with ghost norms
 
     def _ghost(self, inputs: Any, targets: Any, losses: Losses, norm: float) -> ClippedSum | None:
-        calls: dict[nn.Module, list[_Call]] = {}
-        with self._recording(calls), torch.enable_grad():
-            each = _one_each(losses(self.module(inputs), targets))
-            whole = each.sum()
-        if any(len(seen) > 1 for seen in calls.values()):
+        went = self._there_and_back(inputs, targets, losses)
+        if went is None:
             return None
-        edges = [seen[0].edge for seen in calls.values()]
-        back = torch.autograd.grad(whole, edges, allow_unused=True)
+        each, parts = went
         with torch.no_grad():
-            parts = self._parts(calls, back)
             squares = torch.zeros(len(each), device=each.device)
             for part in parts:
                 squares += part.squares()
@@ -140,7 +157,22 @@ class PerExample:
                 for parameter, total in part.weighted(scale):
                     if parameter in self.names:
                         sums[self.names[parameter]] += total.view_as(parameter)
-        return ClippedSum(sums, norms, float(each.detach().mean()))
+        return ClippedSum(sums, norms, float(each.mean()))
+
+    def _there_and_back(
+        self, inputs: Any, targets: Any, losses: Losses
+    ) -> tuple[Tensor, list[LayerGradients]] | None:
+        """Each example's loss and the layers' gradients; None if a layer was called twice."""
+        calls: dict[nn.Module, list[_Call]] = {}
+        with self._recording(calls), torch.enable_grad():
+            each = _one_each(losses(self.module(inputs), targets))
+            whole = each.sum()
+        if any(len(seen) > 1 for seen in calls.values()):
+            return None
+        edges = [seen[0].edge for seen in calls.values()]
+        back = torch.autograd.grad(whole, edges, allow_unused=True)
+        with torch.no_grad():
+            return each.detach(), self._parts(calls, back)
 
     def _parts(
         self, calls: dict[nn.Module, list[_Call]], back: tuple[Tensor | None, ...]
@@ -180,7 +212,17 @@ class PerExample:
     # ---- without
 
     def _vmap(self, inputs: Any, targets: Any, losses: Losses, norm: float) -> ClippedSum:
-        """Every example's whole gradient, formed."""
+        """From every example's whole gradient."""
+        each, values = self._whole(inputs, targets, losses)
+        norms = torch.cat([g.reshape(len(values), -1) for g in each.values()], 1).norm(dim=1)
+        finite = torch.isfinite(norms)
+        scale = (norm / norms.clamp_min(norm))[finite]
+        sums = {name: torch.einsum("n,n...->...", scale, g[finite]) for name, g in each.items()}
+        mean = float(values[finite].mean()) if bool(finite.any()) else 0.0
+        return ClippedSum(sums, norms, mean, int((~finite).sum()))
+
+    def _whole(self, inputs: Any, targets: Any, losses: Losses) -> tuple[dict[str, Tensor], Tensor]:
+        """Every example's whole gradient, by parameter, and its loss."""
         parameters = {name: p.detach() for p, name in self.names.items()}
         rest = {n: p.detach() for n, p in self.module.named_parameters() if n not in parameters}
         rest |= dict(self.module.named_buffers())
@@ -193,12 +235,7 @@ class PerExample:
         each, values = vmap(grad(loss, has_aux=True), (None, 0, 0), randomness="different")(
             parameters, inputs, targets
         )
-        norms = torch.cat([g.reshape(len(values), -1) for g in each.values()], 1).norm(dim=1)
-        finite = torch.isfinite(norms)
-        scale = (norm / norms.clamp_min(norm))[finite]
-        sums = {name: torch.einsum("n,n...->...", scale, g[finite]) for name, g in each.items()}
-        mean = float(values[finite].mean()) if bool(finite.any()) else 0.0
-        return ClippedSum(sums, norms, mean, int((~finite).sum()))
+        return each, values
 
     def _zeros(self) -> dict[str, Tensor]:
         return {name: torch.zeros_like(p) for p, name in self.names.items()}

@@ -4,7 +4,7 @@ For each kind of layer: the squared norms of the examples' gradients, and their 
 from the layer's input and the gradient of its output.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,10 @@ _CHUNK = 64
 """Examples of a convolution at a time: what their windows saw then stays in the cache."""
 
 
+Places = Mapping[Tensor, Tensor]
+"""Parameters to where their gradients belong, shape (n, size), zero before."""
+
+
 class LayerGradients(Protocol):
     """One layer's per-example gradients."""
 
@@ -28,6 +32,10 @@ class LayerGradients(Protocol):
 
     def weighted(self, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter and the sum over examples of scale (n,) times its gradient."""
+        ...
+
+    def form(self, places: Places) -> None:
+        """Write each example's gradient into its row, for the parameters that have a place."""
         ...
 
 
@@ -42,6 +50,11 @@ class Formed:
 
     def weighted(self, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return ((parameter, scale @ g) for parameter, g in self.each)
+
+    def form(self, places: Places) -> None:
+        for parameter, gradient in self.each:
+            if parameter in places:
+                places[parameter].copy_(gradient)
 
 
 @dataclass
@@ -71,6 +84,16 @@ class Factored:
         if _trains_bias(self.layer):
             yield self.layer.bias, back.sum(0)
 
+    def form(self, places: Places) -> None:
+        if self.layer.weight in places:
+            place = places[self.layer.weight].unflatten(1, self.layer.weight.shape)
+            if self.given.shape[1] == 1:
+                torch.mul(self.back.mT, self.given, out=place)
+            else:
+                torch.bmm(self.back.mT, self.given, out=place)
+        if self.layer.bias in places:
+            torch.sum(self.back, 1, out=places[self.layer.bias])
+
 
 @dataclass
 class Looked:
@@ -88,6 +111,11 @@ class Looked:
         total = torch.zeros_like(self.layer.weight)
         back = (self.back * scale[:, None, None]).flatten(0, 1)
         yield self.layer.weight, total.index_add_(0, self.given.flatten(), back)
+
+    def form(self, places: Places) -> None:
+        if self.layer.weight in places:
+            place = places[self.layer.weight].unflatten(1, self.layer.weight.shape)
+            place.scatter_add_(1, self.given[:, :, None].expand_as(self.back), self.back)
 
 
 def gradients_of(layer: nn.Module, given: Tensor, back: Tensor) -> LayerGradients:

@@ -31,7 +31,7 @@ def _row(bundle: Bundle, i: int) -> Bundle:
             right = UnitRows(bundle.right.whole[i : i + 1], bundle.right.peak)
             return OuterProducts(bundle.left[i : i + 1], right, bundle.unit)
         case Vectors():
-            return Vectors(bundle.values[i : i + 1])
+            return Vectors(bundle.values[i : i + 1], bundle.unit)
         case Grams():
             return Grams(bundle.values[i : i + 1], bundle.on_grid)
     raise TypeError(type(bundle))
@@ -95,6 +95,14 @@ def test_a_broken_update_counts_as_no_more_than_one(bad: float) -> None:
     with_it = OuterProducts(left, right).clipped(1.0).total()
     without = OuterProducts(left[:5], UnitRows(right.whole[:5], right.peak)).clipped(1.0).total()
     assert l2_norm(with_it - without) <= 1.0
+
+
+def test_large_rows_add_up_without_rounding() -> None:
+    rows = torch.zeros(1000, 3)
+    rows[:, 0], rows[:, 1] = 1.9999, 1e-4  # as near the next power of two as it can be
+    clipped = Vectors(rows).clipped(1.9999)
+    assert torch.equal(clipped.total(), _dense(clipped, 0) * 1000)
+    assert torch.equal(Vectors(rows.double()).clipped(1.9999).total()[2:], torch.zeros(1).double())
 
 
 def test_a_large_sum_of_outer_products_does_not_round() -> None:

@@ -122,6 +122,28 @@ def test_the_sum_is_that_of_gradients_taken_one_by_one(
         assert torch.allclose(found.gradients[parameter], total, atol=1e-4, rtol=1e-3), parameter
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_each_gradient_by_itself_is_the_one_taken_alone(name: str) -> None:
+    module, x, y = _made(name, 2, 5)
+    clipper = PerExample(module)
+    rows = clipper.each(x, y, _losses)
+    order = list(clipper.names.values())
+    for i, row in enumerate(rows):
+        alone = _one_by_one(module, x[i : i + 1], y[i : i + 1], 1e9)
+        expected = torch.cat([alone[n].flatten() for n in order])
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_each_gradient_of_words_by_itself() -> None:
+    torch.manual_seed(1)
+    module, x, y = Words(), torch.randint(0, 11, (9, 7)), torch.randint(0, 4, (9,))
+    clipper = PerExample(module)
+    ghost = clipper.each(x, y, _losses)
+    assert clipper.ghost
+    clipper.ghost = False
+    torch.testing.assert_close(ghost, clipper.each(x, y, _losses), atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["perceptron", "convolutions", "circular", "positions"])
 def test_known_layers_need_no_formed_gradients(name: str) -> None:
     module, x, y = _made(name, 0, 4)
