@@ -149,8 +149,14 @@ def local(epsilon: float, schedule: Schedule) -> Stack:
 
 def central(epsilon: float, schedule: Schedule) -> Stack:
     """Noise at the server, for a budget over the whole run."""
-    multiplier = noise_multiplier(epsilon, schedule.delta, schedule.rate, schedule.rounds)
+    multiplier = _multiplier(epsilon, schedule.delta, schedule.rate, schedule.rounds)
     return with_noise(multiplier, schedule)
+
+
+@functools.lru_cache(maxsize=32)
+def _multiplier(epsilon: float, delta: float, rate: float, rounds: int) -> float:
+    """Kept, because a scene builds the same stack for each of its rounds."""
+    return noise_multiplier(epsilon, delta, rate, rounds)
 
 
 def with_noise(multiplier: float, schedule: Schedule) -> Stack:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from umbel.benchmarks.attack import audits, checks, scenes
+from umbel.benchmarks.attack import audits, checks, scenes, training
 from umbel.benchmarks.attack.audits import Audit, Make
 from umbel.benchmarks.attack.defences import FAULTS, Defence, central
 from umbel.benchmarks.attack.plans import Plan
@@ -62,8 +62,8 @@ def _applies(scene: str, task: Task, defence: Defence) -> bool:
     Large nodes overfit: what protects nodes has nothing to show there, and what protects records
     has it there only.
     """
-    if scene in ("crowd", "implant") and task.pool.pixels is None:
-        return False
+    if scene == "implant" and task.pool.pixels is None:
+        return False  # the imprint layer sorts by brightness
     if scene == "hospitals":
         return defence.unit == "example" or defence.name == "none"
     return defence.unit != "example" or scene in ("pictures", "implant")
@@ -79,9 +79,9 @@ def _scene(
     known = [[_module(task, state) for state in states] for states in references]
     try:
         if scene == "hospitals":
-            return scenes.hospitals(make, task, defence, *known)
+            return training.hospitals(make, task, defence, *known)
         if scene == "training":
-            return scenes.training(make, task, defence, known[0])
+            return training.training(make, task, defence, known[0])
         return getattr(scenes, scene)(make, task, defence)  # type: ignore[no-any-return]
     except UmbelError as error:
         return f"{scene} could not run: {error}"
@@ -184,7 +184,7 @@ def train_references(plan: Plan, workers: int | None) -> References:
 
 
 def _reference(task: Task, number: int, online: bool) -> State:
-    state = scenes.reference(task, number, online=online).state_dict()
+    state = training.reference(task, number, online=online).state_dict()
     return {name: tensor.numpy() for name, tensor in state.items()}
 
 

@@ -1,6 +1,6 @@
 """Membership inference on the final model of an adversary's view."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from umbel.privacy.attacks.membership import (
     scaled_confidence,
     true_class_probability,
 )
-from umbel.privacy.attacks.roc import Roc
+from umbel.privacy.attacks.roc import Roc, percentiles
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Suspects:
     population: np.ndarray[Any, np.dtype[np.intp]]
 
 
-def membership(
+def guesses(
     view: View,
     model: nn.Module,
     suspects: Suspects,
     references: Sequence[nn.Module],
     reference_members: np.ndarray[Any, np.dtype[np.bool_]] | None = None,
-) -> tuple[list[Finding], dict[str, Roc], dict[str, Scores]]:
-    """Loss threshold, LiRA and RMIA on the final model.
+) -> dict[str, Scores]:
+    """Loss threshold, LiRA and RMIA on the final model: each attack's scores of all suspects.
 
     Args:
         view: any; only the final model is used.
@@ -55,9 +55,6 @@ def membership(
         references: models that the attacker trained on data of its own.
         reference_members: shape (references, suspects) where they were trained on suspects: the
             online attacks; None for the offline ones.
-
-    Returns:
-        Findings, curves, and each attack's scores of all suspects.
     """
     fill(model, view, view.final)
     x, y = suspects.pool.x, suspects.pool.y
@@ -79,14 +76,33 @@ def membership(
             population_references=p[1:, cut:],
             members=reference_members,
         )
+    return scores
+
+
+def judged(
+    draws: Sequence[Mapping[str, Scores]], members: Sequence[np.ndarray[Any, np.dtype[np.bool_]]]
+) -> tuple[list[Finding], dict[str, Roc], dict[str, Scores]]:
+    """What attacks found in several runs with coins of their own, taken together.
+
+    Models of different runs differ, so a score counts by its rank among the suspects of its run.
+
+    Args:
+        draws: for each run, every attack's scores of all suspects.
+        members: for each run, which suspects were members.
+
+    Returns:
+        Findings, curves, and each attack's ranks of all suspects of all runs.
+    """
+    truth = np.concatenate(members)
     findings: list[Finding] = []
     curves: dict[str, Roc] = {}
-    for name, values in scores.items():
-        found, curve = roc_findings(
-            name, view.adversary, values[suspects.members], values[~suspects.members]
+    scores: dict[str, Scores] = {}
+    for name in draws[0]:
+        scores[name] = np.concatenate([percentiles(draw[name]) for draw in draws])
+        found, curves[name] = roc_findings(
+            name, "model-user", scores[name][truth], scores[name][~truth]
         )
         findings += found
-        curves[name] = curve
     return findings, curves, scores
 
 

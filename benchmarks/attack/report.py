@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from rich.table import Table
 
+from umbel.benchmarks.attack.checks import MEMBERSHIP
 from umbel.benchmarks.attack.findings import Finding
 from umbel.benchmarks.attack.plots import draw
 from umbel.benchmarks.attack.suite import Report, Row
@@ -79,7 +80,6 @@ HEADS = (
 )  # fmt: skip
 
 
-MEMBERSHIP = ("loss threshold", "LiRA", "RMIA")
 PROMISES = {
     "defence": "defence",
     "accuracy": "accuracy",

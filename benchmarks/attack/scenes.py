@@ -3,7 +3,8 @@
 pictures     one image a node, one step: what an update shows of its example
 implant      64 images, and a model that a malicious server chose
 crowd        some of many nodes take part in one round: who, whose, and what kind
-training     a whole run of a federation of many small nodes: accuracy, cost, membership
+
+Whole runs are in `training`.
 """
 
 from collections.abc import Sequence
@@ -12,17 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from umbel.benchmarks.attack import members, nodes, reconstruct
+from umbel.benchmarks.attack import nodes, reconstruct
 from umbel.benchmarks.attack.audits import Make, claims_of
 from umbel.benchmarks.attack.defences import Defence, Schedule
 from umbel.benchmarks.attack.findings import Finding, Reconstruction, guaranteed
-from umbel.benchmarks.attack.members import Suspects
 from umbel.benchmarks.attack.tasks import Chosen, Dealt, Perceptron, Pool, Rows, pool
 from umbel.benchmarks.attack.views import Played, play
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Job
 from umbel.privacy.attacks.audit import Scores
 from umbel.privacy.attacks.inversion import imprint
 from umbel.privacy.attacks.roc import Roc
@@ -36,6 +34,7 @@ class Task:
 
     Attributes:
         data: name of the data set.
+        raw: pixels as they are, and not standardised, are what models see.
         hidden: neurons of the trained perceptron.
         nodes: of the training scene.
         cohort: expected nodes of its rounds.
@@ -43,6 +42,7 @@ class Task:
         local_steps: of a node in a round, on all of its examples.
         learning_rate: of them.
         suspects: examples that may be members, each with probability one half.
+        draws: whole runs, each with coins of its own; a quarter of it where nothing is claimed.
         norm: that private stacks clip to.
         delta: of all claims.
         pictures: images in the pictures scene.
@@ -59,6 +59,7 @@ class Task:
     """
 
     data: str = "fashion-mnist"
+    raw: bool = False
     hidden: int = 32
     nodes: int = 400
     cohort: int = 100
@@ -66,6 +67,7 @@ class Task:
     local_steps: int = 10
     learning_rate: float = 0.1
     suspects: int = 4000
+    draws: int = 1
     norm: float = 1.0
     delta: float = 1e-5
     pictures: int = 40
@@ -83,12 +85,16 @@ class Task:
     @property
     def pool(self) -> Pool:
         """Suspects first, then what the attacker has of its own."""
-        return pool(self.data, 3 * self.suspects, self.seed)
+        return pool(self.data, 3 * self.suspects, self.seed, self.raw)
 
     def schedule(self, defence: Defence) -> Schedule:
         """Of the training scene; the noise of all scenes is made for it."""
         cohort = float(defence.cohort or self.cohort)
         return Schedule(self.rounds, self.nodes, cohort, self.delta, self.norm)
+
+    def draws_of(self, defence: Defence) -> int:
+        """Whole runs of a row; what a claim is held against must be known best."""
+        return self.draws if defence.unit != "none" else max(1, self.draws // 4)
 
     def model(self, hidden: int | None = None, *, smooth: bool = False) -> Perceptron:
         """A perceptron for the data."""
@@ -172,7 +178,7 @@ def implant(make: Make, task: Task, defence: Defence) -> Measured:
     if images.pixels is None:
         return Measured()
     batch, clients = 64, min(defence.cohort or 1, 64)
-    layer = imprint(images.x[task.suspects :], task.bins)
+    layer = imprint(images.x[task.suspects :], task.bins, scale=1e-3)
     head = torch.randn(images.classes, 1, generator=torch.Generator().manual_seed(task.seed))
     plain = TorchTrainer(task.model(task.bins), batch_size=0, local_steps=1)
     trainer = Chosen(
@@ -180,7 +186,7 @@ def implant(make: Make, task: Task, defence: Defence) -> Measured:
         {
             "0.weight": layer.weight,
             "0.bias": layer.bias,
-            "2.weight": head.expand(-1, task.bins).contiguous() / task.bins,
+            "2.weight": head.expand(-1, task.bins).contiguous(),
         },
     )
     rows = np.array_split(np.arange(batch), clients)
@@ -228,137 +234,6 @@ def crowd(make: Make, task: Task, defence: Defence) -> Measured:
     found = guaranteed(found, curves, measured.claimed.get("model-user"), task.delta)
     found += more + nodes.whose(played.view("server"), dealt, task.model()())
     return replace(measured, findings=found, curves=curves | extra)
-
-
-def training(make: Make, task: Task, defence: Defence, references: Sequence[nn.Module]) -> Measured:
-    """A whole run: what the model is worth, what it cost, and what it says of its members."""
-    suspects = members_of(task)
-    rows = suspects.rows[suspects.members]
-    shuffled = np.random.default_rng([task.seed, 5]).permutation(rows)
-    dealt = Dealt(task.pool, np.array_split(shuffled, task.nodes))
-    schedule = task.schedule(defence)
-    trainer = TorchTrainer(task.model(), batch_size=0, local_steps=task.local_steps)
-    options = {**QUIET, "learning-rate": task.learning_rate}
-    stack = defence.build(schedule)
-    federation = make(trainer=trainer, data=dealt, stack=stack, name="training", options=options)
-    sampling = "fixed" if defence.cohort else "poisson"
-    given = {**schedule.options(sampling), "seed": task.seed, "evaluate-every": task.rounds}
-    played = play(federation, task.nodes, given, listen=lambda number: number < 0)
-    claimed = claims_of(played, stack, schedule)
-    view = played.view("model-user")
-    findings, curves, scores = members.membership(view, task.model()(), suspects, references)
-    findings = guaranteed(findings, curves, claimed.get("model-user"), task.delta)
-    replies = max(1, sum(heard.count for heard in played.heard))
-    return Measured(
-        findings=findings,
-        curves=curves,
-        accuracy=(float(played.result["metrics"]["accuracy"]), len(task.pool.test)),
-        claimed=claimed,
-        bytes_up=played.bytes_up / replies,
-        seconds=float(np.median(played.seconds)),
-        scores=scores,
-        members=suspects.members,
-    )
-
-
-def hospitals(
-    make: Make,
-    task: Task,
-    defence: Defence,
-    references: Sequence[nn.Module],
-    online: Sequence[nn.Module] = (),
-) -> Measured:
-    """Few large nodes train until they know their examples by heart: what overfitting tells.
-
-    Args:
-        make: makes a federation.
-        task: what is trained.
-        defence: of the nodes.
-        references: trained on none of the suspects, for the offline attacks.
-        online: trained on the halves of `halves(task)`, for the online attacks.
-    """
-    suspects = members_of(task)
-    rows = suspects.rows[suspects.members]
-    shuffled = np.random.default_rng([task.seed, 6]).permutation(rows)
-    dealt = Dealt(task.pool, np.array_split(shuffled, task.hospitals))
-    # Noise is drawn once a step, so private steps are few and large.
-    batch = 32 if defence.example_epsilon is None else 250
-    plain = TorchTrainer(task.model(task.wide), batch_size=batch, local_epochs=task.wide_epochs)
-    trainer = defence.trainer(plain, task.delta)
-    options = {**QUIET, "learning-rate": task.learning_rate}
-    count = task.hospitals
-    schedule = Schedule(task.wide_rounds, count, float(count), task.delta, task.norm)
-    stack = defence.build(schedule)
-    federation = make(trainer=trainer, data=dealt, stack=stack, name="hospitals", options=options)
-    given = {**schedule.options(), "seed": task.seed, "evaluate-every": task.wide_rounds}
-    played = play(federation, count, given, listen=lambda number: number < 0)
-    model = task.model(task.wide)()
-    view = played.view("model-user")
-    findings, curves, scores = members.membership(view, model, suspects, references)
-    if online:
-        known = halves(task)[: len(online)]
-        more = members.membership(view, model, suspects, online, known)
-        findings += [one for one in more[0] if one.attack not in scores]
-        curves, scores = {**more[1], **curves}, {**more[2], **scores}
-    claimed = {}
-    if defence.example_epsilon is not None:
-        claimed = {"model-user": defence.example_epsilon, "server": defence.example_epsilon}
-        findings = guaranteed(findings, curves, defence.example_epsilon, task.delta)
-    return Measured(
-        findings=findings,
-        curves=curves,
-        accuracy=(float(played.result["metrics"]["accuracy"]), len(task.pool.test)),
-        claimed=claimed,
-        bytes_up=played.bytes_up / (count * task.wide_rounds),
-        seconds=float(np.median(played.seconds)),
-        scores=scores,
-        members=suspects.members,
-    )
-
-
-def halves(task: Task) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which suspects each online reference was trained on, shape (online, suspects).
-
-    Every second model has what the one before it has not, so every suspect is in half of them.
-    """
-    generator = np.random.default_rng([task.seed, 19])
-    coins = generator.random((task.online // 2, task.suspects)) < 0.5
-    return np.stack([coins, ~coins], axis=1).reshape(-1, task.suspects)
-
-
-def reference(task: Task, number: int, *, online: bool = False) -> nn.Module:
-    """A model that the attacker trained, on its own examples or on half of the suspects."""
-    images = task.pool
-    if online:
-        rows = np.flatnonzero(halves(task)[number])
-    else:
-        _, own = _others(task)
-        size = task.suspects // 2
-        generator = np.random.default_rng([task.seed, 13, number])
-        rows = generator.choice(own, size, replace=len(own) < size)
-    epochs = task.wide_epochs * task.wide_rounds
-    model = task.model(task.wide)
-    trainer = TorchTrainer(model, batch_size=32, local_epochs=epochs)
-    options = {**trainer.OPTIONS, "learning-rate": task.learning_rate}
-    first = trainer.initial(options, 1000 + task.seed + number)
-    job = Job(round=1, seed=1000 + number, options=options)
-    trained = trainer.train(first, images.take(rows), job)
-    module = model()
-    module.load_state_dict(trained.weights.parameters)
-    return module
-
-
-def members_of(task: Task) -> Suspects:
-    """Suspects, each a member by its own fair coin, and a population that nobody trains on."""
-    rows = np.arange(task.suspects)
-    coins = np.random.default_rng([task.seed, 11]).random(task.suspects) < 0.5
-    return Suspects(task.pool, rows, coins, _others(task)[0])
-
-
-def _others(task: Task) -> tuple[Rows, Rows]:
-    """Examples that no node has: a population to compare with, and the attacker's own."""
-    rest = np.arange(task.suspects, len(task.pool.x))
-    return rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
 
 def _one_round(

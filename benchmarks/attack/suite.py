@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from umbel.benchmarks.attack import checks
 from umbel.benchmarks.attack.audits import Audit, Make
 from umbel.benchmarks.attack.checks import Check
 from umbel.benchmarks.attack.defences import Defence
@@ -152,7 +153,10 @@ def run(make: Make, plan: Plan, *, workers: int | None = None, say: Say | None =
         rows=report_rows,
         faults=[a for key, part in sorted(done.items()) if key.startswith("fault") for a in part],
         mechanisms=several,
-        checks=[c for key, part in sorted(done.items()) if key.startswith("check") for c in part],
+        checks=[
+            *(c for key, part in sorted(done.items()) if key.startswith("check") for c in part),
+            *expectations(plan, report_rows),
+        ],
         about={
             "seed": plan.seed,
             "repetitions": plan.repetitions,
@@ -165,6 +169,19 @@ def run(make: Make, plan: Plan, *, workers: int | None = None, say: Say | None =
             "machine": machine(),
         },
     )
+
+
+def expectations(plan: Plan, rows: Sequence[Row]) -> list[Check]:
+    """What the literature expects of the matrix itself."""
+    found = checks.memberships(
+        (row.claimed("model-user"), [one for _, one in row.findings]) for row in rows
+    )
+    for row in rows:
+        known = row.measured.get("hospitals")
+        first = row.name == "none" and row.data == plan.tasks[0].data
+        if plan.overfits and first and known is not None:
+            found += checks.overfitted(known.findings)
+    return found
 
 
 # ---- rows

@@ -6,7 +6,7 @@ Canaries     no data at all: each node's update is a direction of its own
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -61,8 +61,14 @@ class Pool:
 
 
 @cache
-def pool(name: str, size: int, seed: int) -> Pool:
+def pool(name: str, size: int, seed: int, raw: bool = False) -> Pool:
     """`size` random training examples of a data set, and 2,000 (or all) of its test examples.
+
+    Args:
+        name: of the data set.
+        size: examples that are taken; all, where there are fewer.
+        seed: of the choice.
+        raw: pixels of [0, 1] as inputs, not standardised.
 
     Raises:
         ConfigError: the data set is no classification.
@@ -76,7 +82,7 @@ def pool(name: str, size: int, seed: int) -> Pool:
     prepare = as_vectors if images else data.prepare
     train, test = prepare(data.train.take(np.sort(rows))), prepare(data.test.take(slice(2000)))
     order = torch.as_tensor(np.argsort(np.argsort(rows)))
-    return Pool(
+    standardised = Pool(
         name=name,
         x=torch.as_tensor(train.x)[order],
         y=torch.as_tensor(train.y)[order],
@@ -85,6 +91,11 @@ def pool(name: str, size: int, seed: int) -> Pool:
         classes=len(data.classes),
         pixels=PIXELS.get(name),
     )
+    pixels = standardised.pixels
+    if not raw or pixels is None:
+        return standardised
+    x, test_x = pixels(standardised.x), pixels(standardised.test_x)
+    return replace(standardised, x=x, test_x=test_x, pixels=as_pixels)
 
 
 def to_pixels(x: Tensor) -> Tensor:

@@ -261,13 +261,17 @@ class Imprint:
         return (sums[filled] / errors[filled, None]).float()
 
 
-def imprint(public: Tensor, bins: int) -> Imprint:
+def imprint(public: Tensor, bins: int, scale: float = 1.0) -> Imprint:
     """An imprint layer whose bins are equally likely for images like the public ones.
+
+    With a small scale, and large weights behind it, an update is the layer's own gradient and
+    little else. So clipping and rounding take next to nothing from it.
 
     Args:
         public: shape (n, in), images of the same kind; only the distribution of their means is
             used.
         bins: neurons of the layer.
+        scale: of the layer's outputs.
     """
     means = public.double().mean(dim=1)
     levels = torch.arange(bins, dtype=torch.float64) / bins
@@ -275,7 +279,7 @@ def imprint(public: Tensor, bins: int) -> Imprint:
     # The lowest bin is open: an image darker than any public one is still seen.
     thresholds[0] = min(float(thresholds[0]), 0.0) - 1.0
     size = public.shape[1]
-    return Imprint(torch.full((bins, size), 1 / size), -thresholds.float())
+    return Imprint(torch.full((bins, size), scale / size), (-scale * thresholds).float())
 
 
 def isolated(batch: int, bins: int) -> float:

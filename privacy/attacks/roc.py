@@ -88,6 +88,16 @@ def roc(with_: Scores, without: Scores) -> Roc:
     )
 
 
+def percentiles(scores: Scores) -> Scores:
+    """Each score's rank among all of them, in (0, 1); ties share the middle of their ranks.
+
+    It keeps every threshold of one run, and makes the scores of several runs comparable.
+    """
+    scores = _checked(scores)
+    ranks: Scores = (stats.rankdata(scores) - 0.5) / len(scores)
+    return ranks
+
+
 def auc(with_: Scores, without: Scores, confidence: float = 0.95) -> Interval:
     """Area under the curve with the interval of DeLong et al. 1988; ties count one half.
 

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel.privacy.attacks.roc import above_ceiling, attacked, auc, roc, true_positive_rate
+from umbel.privacy.attacks.roc import (
+    above_ceiling,
+    attacked,
+    auc,
+    percentiles,
+    roc,
+    true_positive_rate,
+)
 
 scores = st.lists(st.integers(-5, 5), min_size=1, max_size=30).map(
     lambda values: np.array(values, dtype=float)
@@ -81,3 +88,14 @@ def test_chance_is_not_above_zero_epsilon() -> None:
 def test_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="without NaN"):
         auc(np.array([np.nan]), np.array([1.0]))
+
+
+@given(scores)
+def test_percentiles_keep_the_order_and_are_the_same_for_any_scale(values: np.ndarray) -> None:
+    ranks = percentiles(values)
+    assert ranks.min() > 0
+    assert ranks.max() < 1
+    assert ranks.mean() == pytest.approx(0.5)
+    order = np.argsort(values, kind="stable")
+    assert np.array_equal(np.sign(np.diff(ranks[order])), np.sign(np.diff(values[order])))
+    assert np.array_equal(percentiles(3 * values - 1), ranks)
