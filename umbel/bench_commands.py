@@ -17,7 +17,7 @@ def speed(
     part: Annotated[
         list[str] | None,
         typer.Argument(
-            help="messages, aggregation, example, small; secure, private-sgd. Default: four."
+            help="messages, aggregation, example, small; link, secure, private-sgd. Default: four."
         ),
     ] = None,
     out: Annotated[
@@ -25,7 +25,10 @@ def speed(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only see that it works.")] = False,
     flower: Annotated[
-        bool, typer.Option("--flower", help="Measure Flower's simulation under Ray beside it.")
+        bool, typer.Option("--flower", help="Measure Flower beside it (Ray, SuperLink).")
+    ] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Measure real nodes over mutual TLS: the part link.")
     ] = False,
     secure: Annotated[
         bool, typer.Option("--secure", help="Measure secure sums: the part secure.")
@@ -43,7 +46,7 @@ def speed(
     from umbel.run import example
     from umbel.scaffold import new_app
 
-    named = [*(part or []), *(["secure"] if secure else [])]
+    named = [*(part or []), *(["link"] if link else []), *(["secure"] if secure else [])]
     named += ["private-sgd"] if private else []
     out = out or Path("runs") / time.strftime("bench-speed-%Y%m%d-%H%M%S")
     with tempfile.TemporaryDirectory() as made:

@@ -3,6 +3,7 @@
     measure()     an empty round with 2 and 10 nodes; a large model to 2 nodes and back
     memory()      what the coordinator needs beyond its app, for 2 and for more nodes
     idle()        what 500 connected nodes cost that have nothing to do
+    figures()     all of it beside the targets and, if asked, Flower's SuperLink
 
 The coordinator runs in a process of its own and every node in two, as in a real federation.
 The app of the nodes returns what it got; that of the coordinator adds the replies up.
@@ -25,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from umbel.benchmarks.figures import Figure
+from umbel.benchmarks.speed import superlink
+from umbel.benchmarks.speed.processes import anonymous, resident
 from umbel.clients.process.membership import open_channel
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.grid import LinkGrid
@@ -43,6 +46,15 @@ from umbel.transport.join import write_join_file
 from umbel.transport.link_pb2 import Beat, Frame, Hello
 
 SMALL, LARGE = 10, 10_000_000
+TARGETS = {
+    "round_2": 5.0,
+    "round_10": 15.0,
+    "large": 0.5,
+    "models_2": 6.0,
+    "models_20": 6.0,
+    "core": 5.0,
+    "own": 300.0,
+}
 _PATIENCE_S = 180.0
 _APP = {
     "pyproject.toml": """
@@ -130,6 +142,42 @@ def idle(*, nodes: int = 500, seconds: float = 20.0) -> dict[str, Any]:
     return result
 
 
+def figures(*, quick: bool = False, flower: bool = False) -> list[Figure]:
+    """The figures of `umbel bench speed --link`; `quick` only shows that it works."""
+    size = 100_000 if quick else LARGE
+    rounds = measure(parameters=size, rounds=5 if quick else 200, large_rounds=3 if quick else 11)
+    models = memory(parameters=size, nodes=(2,) if quick else (2, 20))["models"]
+    still = idle(nodes=20, seconds=1) if quick else idle()
+    theirs = superlink.measure(parameters=size, quick=quick) if flower else {}
+    targets = {} if quick else TARGETS
+    found = {
+        "round_2": rounds["empty_round_s"]["2"] * 1e3,
+        "round_10": rounds["empty_round_s"]["10"] * 1e3,
+        "large": rounds["large_round_s"],
+        **{f"models_{nodes}": value for nodes, value in models.items()},
+        "core": 100 * still["core_share"],
+        "own": still["own_bytes"] / 1e6,
+        "resident": still["resident_bytes"] / 1e6,
+    }
+    idle_nodes = f"{still['nodes']} idle nodes"
+    said = {
+        "round_2": ("a round of ten floats, 2 nodes", "ms"),
+        "round_10": ("a round of ten floats, 10 nodes", "ms"),
+        "large": (f"{size:,} float32 to 2 nodes and back, added up", "s"),
+        "models_2": (f"memory beyond the app, {size:,} parameters, 2 nodes", "models"),
+        "models_20": (f"memory beyond the app, {size:,} parameters, 20 nodes", "models"),
+        "core": (f"{idle_nodes}: share of a core", "%"),
+        "own": (f"{idle_nodes}: memory of its own", "MB"),
+        "resident": (f"{idle_nodes}: with the pages of program files", "MB"),
+    }
+    made = []
+    for name, value in found.items():
+        what, unit = said[name]
+        beside = {"Flower's SuperLink": theirs[name]} if name in theirs else {}
+        made.append(Figure("link", what, value, unit, targets.get(name), beside))
+    return made
+
+
 # ---- the coordinator's process
 
 
@@ -153,9 +201,8 @@ def _rounds(service: Service, parameters: int, rounds: int, nodes: int) -> dict[
     start = len(model.data) - 4 * parameters
     total = np.empty(parameters, np.float32)
     total[:] = 0
-    process = psutil.Process()
-    before, peak, over = process.memory_info().rss, [0], threading.Event()
-    watch = threading.Thread(target=_watch, args=(process, peak, over))
+    before, peak, over = resident(), [0], threading.Event()
+    watch = threading.Thread(target=_watch, args=(peak, over))
     if parameters > 10_000:
         watch.start()
     seconds = []
@@ -191,27 +238,22 @@ def _wait(service: Service, nodes: int) -> None:
     service.wait_for_nodes(nodes, lambda _: None, check)
 
 
-def _watch(process: psutil.Process, peak: list[int], over: threading.Event) -> None:
+def _watch(peak: list[int], over: threading.Event) -> None:
     while not over.wait(0.002):
-        peak[0] = max(peak[0], process.memory_info().rss)
+        peak[0] = max(peak[0], resident())
 
 
 def _sit_idle(service: Service, nodes: int, seconds: float) -> dict[str, Any]:
-    process = psutil.Process()
-    bare = process.memory_info().rss
     _wait(service, nodes)
     time.sleep(2)  # handshakes are over
-    before, began = process.cpu_times(), time.perf_counter()
+    before, began = time.process_time(), time.perf_counter()
     time.sleep(seconds)
-    after, took = process.cpu_times(), time.perf_counter() - began
-    used = after.user + after.system - before.user - before.system
-    rss = process.memory_info().rss
+    used, took = time.process_time() - before, time.perf_counter() - began
     return {
         "nodes": service.hub.connected(),
         "core_share": used / took,
-        "rss_bytes": rss,
-        "rss_bytes_beyond_start": rss - bare,
-        "beat_s": BEAT_S,
+        "own_bytes": anonymous(),
+        "resident_bytes": resident(),
     }
 
 

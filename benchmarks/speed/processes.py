@@ -1,16 +1,18 @@
-"""Watches a command that trains: when each of its rounds ends, and what memory its tree needs.
+"""Programs that a benchmark starts: when their rounds end, what memory they take, how they end.
 
 Every program that is compared prints a line `round N/M ...` when a round is done, so all of
 them are timed by the same clock, from the outside.
 """
 
+import contextlib
 import os
 import re
 import statistics
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,3 +130,41 @@ def resident() -> int:
     except (OSError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def anonymous() -> int:
+    """Bytes of this process that are in no file: what it alone takes; 0 if unknown."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^RssAnon:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def umbel(folder: Path, *words: str) -> "subprocess.Popen[str]":
+    """`umbel WORDS...` in a folder, with one thread; what it says goes to the file `log` there."""
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", "from umbel.cli import main; main()", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+
+
+@contextlib.contextmanager
+def ended(process: "subprocess.Popen[str]") -> Iterator["subprocess.Popen[str]"]:
+    """The process, ended when the block ends: asked first, and killed if it does not listen."""
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -4,21 +4,20 @@ measure_link()   the median round of ten nodes with ten floats: five trips, ten 
                  identities, every signature checked by every node
 """
 
+import contextlib
 import json
-import os
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from umbel.benchmarks.speed.processes import ended, umbel
 from umbel.strategies.errors import CheckError
 
 TARGET_S = 0.080
-_UMBEL = (sys.executable, "-P", "-c", "from umbel.cli import main; main()")
 _PATIENCE_S = 300.0
 _APP = {
     "task.py": """
@@ -68,24 +67,18 @@ def _median(nodes: int, rounds: int, *, secure: bool) -> float:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         for number in range(nodes):
-            _start(
+            umbel(
                 folder, "nodes", "add", f"n{number}", "--state", "state", "--address", address
             ).wait(_PATIENCE_S)
-        running = [
-            _start(folder, "server", "app", "--state", "state", "--listen", address, "--json")
-        ]
-        try:
+        with contextlib.ExitStack() as stack:
+            serving = ("server", "app", "--state", "state", "--listen", address, "--json")
+            server = stack.enter_context(ended(umbel(folder, *serving)))
             for number in range(nodes):
                 config = f"partition-id={number} num-partitions={nodes}"
                 words = ("client", "app", "--join", f"n{number}.join", "--state", f"n{number}")
                 more = ("--threads", "1", "--node-config", config)
-                running.append(_start(folder, *words, *more))
-            return _read(running[0], folder, nodes)
-        finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait(_PATIENCE_S)
+                stack.enter_context(ended(umbel(folder, *words, *more)))
+            return _read(server, folder, nodes)
 
 
 def _read(server: "subprocess.Popen[str]", folder: Path, nodes: int) -> float:
@@ -111,16 +104,3 @@ def _write_app(folder: Path, options: str) -> None:
         '[tool.flwr.app.components]\nserverapp = "server_app:app"\n'
         f'clientapp = "client_app:app"\n[tool.flwr.app.config]\nfederated-every = -1\n{options}\n'
     )
-
-
-def _start(folder: Path, *words: str) -> "subprocess.Popen[str]":
-    with (folder / "log").open("a") as log:
-        return subprocess.Popen(
-            [*_UMBEL, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            text=True,
-        )

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from umbel.benchmarks.figures import Figure, plot, rows
-from umbel.benchmarks.speed import aggregation, messages, private_sgd, secure, training
+from umbel.benchmarks.speed import aggregation, link, messages, private_sgd, secure, training
 from umbel.server.output.rundir import machine, versions
 from umbel.strategies.errors import ConfigError
 
-ON_REQUEST = ("secure", "private-sgd")
+ON_REQUEST = ("link", "secure", "private-sgd")
 """Parts that are measured only when they are named."""
 
 HEADINGS = ("part", "what", "measured", "target", "beside it")
@@ -40,6 +40,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "aggregation": lambda: aggregation.measure(quick=quick),
         "example": lambda: training.measure_example(apps.example, quick=quick, flower=flower),
         "small": lambda: training.measure_small(apps.digits, quick=quick),
+        "link": lambda: link.figures(quick=quick, flower=flower),
         "secure": lambda: secure.figures(quick=quick),
         "private-sgd": lambda: private_sgd.measure(quick=quick),
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from umbel.benchmarks.figures import Figure, plot, rows
-from umbel.benchmarks.speed import aggregation, bare, echo, messages
+from umbel.benchmarks.speed import aggregation, bare, echo, link, messages
 from umbel.benchmarks.speed import suite as speed
 from umbel.benchmarks.speed.processes import proportional, tree, watch
 from umbel.benchmarks.speed.training import Case
@@ -104,3 +104,12 @@ def test_a_run_of_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "out" / "speed.png").is_file()
     with pytest.raises(ConfigError, match="take messages, aggregation"):
         speed.measure(apps, ["speed"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_link_is_measured_beside_the_superlink() -> None:
+    made = {figure.what: figure for figure in link.figures(quick=True, flower=True)}
+    small = made["a round of ten floats, 2 nodes"]
+    assert 0 < small.value < small.beside["Flower's SuperLink"]
+    assert any("20 idle nodes" in what for what in made)
