@@ -112,7 +112,7 @@ def save(directory: Path, position: Position, nodes: Mapping[int, bytes]) -> Non
             fresh.unlink(missing_ok=True)
         raise RunError(
             f"the checkpoint in {directory} cannot be written ({error}); make room and continue "
-            "with --resume"
+            "the run: `umbel run` with --resume, `umbel server` by the same command again"
         ) from error
 
 

@@ -1,8 +1,9 @@
 """An instruction on its way through a node: arriving, at work, answered."""
 
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from umbel.clients.process.trainee import Answer
 from umbel.transport.frames import FrameError
@@ -19,6 +20,7 @@ class Task:
         file: which shared file its content lies in, if it is large.
         answer: None while the app is at work.
         wanted: somebody waits for the answer.
+        began: when it came, on the monotonic clock.
     """
 
     begin: Begin
@@ -26,6 +28,7 @@ class Task:
     file: int = 0
     answer: Answer | None = None
     wanted: bool = True
+    began: float = field(default_factory=time.monotonic)
 
 
 @dataclass

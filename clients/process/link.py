@@ -49,6 +49,8 @@ _TWIN_S = 90.0
 _DAY_S = 86400.0
 _LATE = 0.1
 """Share of an instruction's time that the app is given beyond it before it is stopped."""
+_GRACE_S = 10.0
+"""An app at work on what nobody wants may finish, for as long again as it has had, or this."""
 
 
 @dataclass
@@ -316,12 +318,13 @@ class NodeLink:
                 self._deliver(held)
             return
         if self._work is not None and not self._work.done():
-            if self._task is not None:
-                self._task.wanted = False  # the coordinator has moved on
+            assert held is not None
+            held.wanted = False  # the coordinator has moved on
             self._next = task
+            wait = max(_GRACE_S, task.began - held.began)
             if task.due is not None:
-                wait = max(0.0, task.due - time.monotonic())
-                asyncio.get_running_loop().call_later(wait, self._hurry, task)
+                wait = min(wait, max(0.0, task.due - task.began))
+            asyncio.get_running_loop().call_later(wait, self._hurry, task)
             return
         self._launch(task)
 
@@ -331,8 +334,9 @@ class NodeLink:
         self._work.add_done_callback(self._worked)
 
     def _hurry(self, task: Task) -> None:
-        """An instruction is due and the app still hangs in one that nobody wants."""
+        """An instruction waits, and the app still hangs in one that nobody wants."""
         if self._next is task:
+            log.warning("what nobody waits for any longer took too long; it was stopped")
             self._trainee.stop()
 
     async def _answer(self, task: Task) -> None:

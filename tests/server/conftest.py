@@ -18,6 +18,7 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from tests.server.small_federation import APP, OPTIONS
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.grid import LinkGrid
 from umbel.server.link.hub import Hub
@@ -195,6 +196,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.app, self.state = folder, folder / "app", folder / "state"
+        self.marks = folder / "marks"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -306,3 +308,12 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
         yield opened
     finally:
         opened.close()
+
+
+@pytest.fixture
+def federation(processes: Processes) -> Processes:
+    """Real processes around the small app, whose nodes leave marks in `folder / "marks"`."""
+    processes.write_app(APP, OPTIONS)
+    processes.marks.mkdir()
+    processes._environment["MARKS"] = str(processes.marks)
+    return processes
