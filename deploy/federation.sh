@@ -2,7 +2,7 @@
 # One coordinator and five nodes on this machine, under mutual TLS, training the bundled example.
 # One node is killed on the way and comes back. Ends with a report.
 #
-#   deploy/federation.sh [UMBEL] [FOLDER]
+#   [PORT=7443] [ROUNDS=8] deploy/federation.sh [UMBEL] [FOLDER]
 set -eu
 
 umbel=${1:-umbel}
@@ -56,7 +56,11 @@ if kill -0 $server 2>/dev/null; then
     echo "node-5 is started again"
 fi
 
-wait $server
-status=$?
+status=0
+wait $server || status=$?
+if [ $status -ne 0 ]; then
+    echo "the server has ended with status $status; the nodes' logs are $folder/node-*.log" >&2
+    exit $status
+fi
 "$umbel" status --state coordinator
-exit $status
+echo "the report is $(ls "$folder"/coordinator/runs/*/report.html)"

@@ -91,7 +91,7 @@ def test_a_place_that_cannot_be_written_keeps_the_last_checkpoint(tmp_path: Path
     save(tmp_path, position(1), {})
     (tmp_path / "blocked").write_text("")
     with pytest.raises(
-        RunError, match=r"cannot be written .*; make room and continue with --resume"
+        RunError, match=r"cannot be written .*; make room and continue the run"
     ):
         save(tmp_path / "blocked", position(2), {})
     assert same(load(tmp_path), position(1))
