@@ -5,8 +5,9 @@
     server -> process   query.umbel_pool   the model or a question, and who is to answer
     process -> server   the exact sum of those nodes' updates
 
-A pool needs data that can be had for many nodes at once (`pool`), one example a node, and
-layers that encode bundles. It gives what single answers give, without 8,192 messages a round.
+A pool needs data that can be had for many nodes at once (`pool`), equal shares, and layers that
+encode bundles; where private means are asked, one example a node. It gives what single answers
+give, without 8,192 messages a round.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from umbel.clients.chosen_trainer import ChosenTrainer, bundling
+from umbel.clients.data.examples import each_of
 from umbel.clients.trainer import BundleTrainer, Job, Options, Trainer, Weights
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
 from umbel.strategies.errors import ConfigError
@@ -40,7 +43,10 @@ class PooledData(Protocol):
     """A `data` function that can give the examples of many nodes as one batch."""
 
     def pool(self, partitions: Sequence[int], count: int, options: Options) -> Any:
-        """The examples of these of `count` nodes, one each, in order; None if they have more."""
+        """The examples of these of `count` nodes, in order; None if they have unequal shares.
+
+        Where nodes have more than one each, they are `umbel.clients.data.examples.Shares`.
+        """
         ...
 
 
@@ -134,11 +140,22 @@ def pieces(examples: Any, size: int = 128) -> Iterator[Any]:
             yield examples.take(rows[start : start + size])
 
 
-def can_pool(trainer: Trainer, data: Any, count: int, stack: Stack, options: Options) -> bool:
+def can_pool(
+    trainer: Trainer,
+    data: Any,
+    count: int,
+    stack: Stack,
+    options: Options,
+    questions: Sequence[PrivateMean] = (),
+) -> bool:
     """Whether a pool of this app's virtual nodes gives what single answers would."""
-    if not isinstance(trainer, BundleTrainer) or not isinstance(data, PooledData):
+    found = trainer.chosen(options) if isinstance(trainer, ChosenTrainer) else trainer
+    if not isinstance(found, BundleTrainer) or not isinstance(data, PooledData):
         return False
-    return stack.many and data.pool([], count, options) is not None
+    examples = data.pool([], count, options)
+    # A question's vector for each example is a node's own only where it has no other.
+    single = examples is not None and each_of(examples) == 1
+    return stack.many and examples is not None and (single or not questions)
 
 
 def pooled_examples(data: Any, members: Sequence[int], count: int, options: Options) -> Any:
@@ -157,6 +174,4 @@ def training_bundles(
     trainer: Trainer, weights: Weights, examples: Any, job: Job
 ) -> Iterator[Bundle]:
     """The updates of one step of many one-example nodes."""
-    if not isinstance(trainer, BundleTrainer):
-        raise ConfigError(f"{type(trainer).__name__} cannot train many nodes as one bundle")
-    return trainer.bundles(weights, examples, job)
+    return bundling(trainer, job.options).bundles(weights, examples, job)

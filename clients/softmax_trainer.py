@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umbel.clients.data.examples import Examples
+from umbel.clients.data.examples import Examples, each_of
 from umbel.clients.data.features import Rows
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Tree, Weights
-from umbel.privacy.bounds.bundle import UNIT_STEP, OuterProducts, UnitRows
+from umbel.privacy.bounds.bundle import UNIT_STEP, Bundle, OuterProducts, UnitRows, Vectors
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import checked
 
@@ -70,14 +70,19 @@ class SoftmaxTrainer:
         after = {WEIGHT: weight - step * (rate / len(y))}
         return Trained(Weights(after, weights.buffers), len(y), {"loss": losses / len(y)})
 
-    def bundles(self, weights: Weights, examples: Examples, job: Job) -> Iterator[OuterProducts]:
-        """The updates of many one-example nodes, for each of its examples."""
+    def bundles(self, weights: Weights, examples: Examples, job: Job) -> Iterator[Bundle]:
+        """The updates of many nodes: with one example each, outer products that are not formed."""
         rows, y = self._rows(examples, weights)
-        weight, rate = weights.parameters[WEIGHT], self._rate(job)
-        for piece in _places(examples):
+        weight, rate, each = weights.parameters[WEIGHT], self._rate(job), each_of(examples)
+        for piece in _places(examples, each):
             right = rows(piece)
             error, _ = _errors(weight, right, y[piece])
-            yield OuterProducts(error * -rate, right)
+            if each == 1:
+                yield OuterProducts(error * -rate, right)
+                continue
+            left = (error * (-rate / each * UNIT_STEP)).view(-1, each, error.shape[1])
+            inputs = right.whole.float().view(-1, each, right.whole.shape[1])
+            yield Vectors(torch.bmm(left.mT, inputs).flatten(1))
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002
         rows, y = self._rows(examples, weights)
@@ -140,12 +145,14 @@ def _errors(weight: Tensor, right: UnitRows, y: Tensor) -> tuple[Tensor, float]:
     return error, loss
 
 
-def _places(examples: Examples) -> Iterator[Any]:
-    if isinstance(examples.x, Rows):
+def _places(examples: Examples, each: int) -> Iterator[Any]:
+    """Pieces of whole nodes; of stored rows, those of one file at a time where that is possible."""
+    if isinstance(examples.x, Rows) and each == 1:
         yield from examples.x.parts()
         return
-    for start in range(0, len(examples), PIECE):
-        yield slice(start, start + PIECE)
+    size = each * max(1, PIECE // each)
+    for start in range(0, len(examples), size):
+        yield slice(start, start + size)
 
 
 def _unit(whole: Tensor) -> UnitRows:

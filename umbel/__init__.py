@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from umbel.clients.chosen_trainer import ChosenTrainer as ChosenTrainer
     from umbel.clients.data.examples import Examples as Examples
     from umbel.clients.data.examples import Node as Node
     from umbel.clients.data.examples import Split as Split
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from umbel.clients.data.scattering import Scattering as Scattering
     from umbel.clients.function_trainer import FunctionTrainer as FunctionTrainer
     from umbel.clients.private_sgd import PrivateSgd as PrivateSgd
+    from umbel.clients.pytorch.one_step import OneStep as OneStep
     from umbel.clients.pytorch.trainer import TorchTrainer as TorchTrainer
     from umbel.clients.sklearn_trainer import SklearnTrainer as SklearnTrainer
     from umbel.clients.softmax_trainer import SoftmaxTrainer as SoftmaxTrainer
@@ -74,6 +76,8 @@ _HOMES = {
     "Split": "clients.data.examples",
     "Stack": "strategies.stack",
     "Stateless": "strategies.layer",
+    "ChosenTrainer": "clients.chosen_trainer",
+    "OneStep": "clients.pytorch.one_step",
     "TorchTrainer": "clients.pytorch.trainer",
     "features_of": "clients.data.features",
     "private_histogram": "strategies.private.private_mean",

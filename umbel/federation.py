@@ -82,6 +82,10 @@ class Federation:
     def complete(self, given: Options) -> dict[str, Value]:
         """The given options over the defaults, types checked.
 
+        What `tuned` implies stands where nothing is given, or 0 for an option whose default is
+        another: so an app can name `rounds` in its pyproject, for engines that change only
+        options named there, and leave it to `tuned`.
+
         Raises:
             ConfigError: an option of the wrong type, or one that is probably misspelt.
         """
@@ -93,10 +97,14 @@ class Federation:
                     f"there is no option {name!r}; did you mean {meant[0]}? (if it is the app's "
                     "own, name it in Federation(options={...}) too)"
                 )
-        return known | {
+        complete = known | {
             name: checked(name, value, known[name]) if name in known else value
             for name, value in given.items()
         }
+        for name, value in (self.tuned(complete) if self.tuned else {}).items():
+            if name not in given or (given[name] == 0 and known[name] != 0):
+                complete[name] = checked(name, value, known[name])
+        return complete
 
     def override(self, known: Options, changes: Options) -> dict[str, Value]:
         """`known` with what somebody changed, and with what those choices imply.
@@ -105,7 +113,12 @@ class Federation:
             ConfigError: an unknown name, or a value of the wrong type.
         """
         chosen = override(known, changes)
-        return override(chosen, {**self.tuned(chosen), **changes}) if self.tuned else chosen
+        if self.tuned is None:
+            return chosen
+        before, after = self.tuned(known), self.tuned(chosen)
+        # What was implied follows the choice; what the app's own file says otherwise stands.
+        implied = {n: v for n, v in after.items() if known.get(n) == before.get(n, known.get(n))}
+        return override(chosen, {**implied, **changes})
 
     def stack_for(self, options: Options) -> Stack:
         """The stack that these options ask for, the privacy layers among them."""
@@ -146,6 +159,8 @@ class Federation:
         run_options = RunOptions.read(options)
         first = self.trainer.initial(options, run_options.seed)
         rate = options.get("learning-rate")
+        questions = self._questions(options)
+        pooled = can_pool(self.trainer, self.data, nodes, stack, options, questions)
         return Job(
             parameters=first.parameters,
             buffers=first.buffers,
@@ -153,8 +168,8 @@ class Federation:
             stack=stack,
             evaluate=self._central_evaluation(options),
             learning_rate=float(rate) if isinstance(rate, int | float) else None,
-            questions=self._questions(options),
-            pooled=can_pool(self.trainer, self.data, nodes, stack, options),
+            questions=questions,
+            pooled=pooled,
         )
 
     def _questions(self, options: Options) -> tuple["PrivateMean", ...]:

@@ -47,6 +47,22 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class Shares(Examples):
+    """Examples of several nodes, one node's after another's.
+
+    Attributes:
+        each: how many a node has.
+    """
+
+    each: int = 1
+
+
+def each_of(examples: Any) -> int:
+    """How many examples a node has in a batch of several nodes' examples."""
+    return examples.each if isinstance(examples, Shares) else 1
+
+
+@dataclass(frozen=True)
 class Split:
     """A node's training examples and, if it keeps some apart, its own test examples."""
 

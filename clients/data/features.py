@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from umbel.clients.data.datasets import DataSet, cache_folder, load
-from umbel.clients.data.examples import Examples, Node, Split
+from umbel.clients.data.examples import Examples, Node, Shares, Split
 from umbel.clients.trainer import Options
 
 PART = 1000
@@ -171,10 +171,15 @@ class Featured:
         return Split(self._examples("train", index, options))
 
     def pool(self, partitions: Sequence[int], count: int, options: Options) -> Examples | None:
-        """The examples of several nodes, one each; None where nodes have more than one."""
-        if count != len(self.load().train):
+        """The examples of several nodes; None where some nodes would have more than others."""
+        total = len(self.load().train)
+        each = total // count
+        if each * count != total:
             return None
-        return self._examples("train", np.asarray(partitions, dtype=np.int64), options)
+        members = np.asarray(partitions, dtype=np.int64)
+        index = (members[:, None] + count * np.arange(each)).reshape(-1)
+        found = self._examples("train", index, options)
+        return found if each == 1 else Shares(found.x, found.y, each)
 
     def central_test(self, options: Options) -> Examples:
         """The held-out examples."""

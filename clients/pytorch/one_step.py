@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umbel.clients.data.examples import Examples
+from umbel.clients.data.examples import Examples, each_of
 from umbel.clients.data.features import Rows
 from umbel.clients.pytorch.batches import open_source, to_device, to_model
 from umbel.clients.pytorch.settings import choose_device
@@ -76,11 +76,13 @@ class OneStep:
         return Trained(Weights(after, weights.buffers), count)
 
     def bundles(self, weights: Weights, examples: Examples, job: Job) -> Iterator[Vectors]:
-        """The updates of many one-example nodes, for each of its examples."""
-        return (Vectors(steps) for steps in self._steps(weights, examples, job))
+        """The updates of many nodes; one with several examples sends the mean of their steps."""
+        each = each_of(examples)
+        for steps in self._steps(weights, examples, job, each):
+            yield Vectors(steps if each == 1 else steps.view(-1, each, steps.shape[1]).mean(1))
 
-    def _steps(self, weights: Weights, examples: Any, job: Job) -> Iterator[Tensor]:
-        """-rate x the gradient of each example, a piece at a time: shape (n, parameters)."""
+    def _steps(self, weights: Weights, examples: Any, job: Job, each: int = 1) -> Iterator[Tensor]:
+        """-rate x the gradient of each example, in pieces of whole nodes: (n, parameters)."""
         settings = self.trainer.settings(job.options, job.learning_rate)
         device, objective = choose_device(settings.device), self.trainer.objective
         piece = self.trainer.bench.piece(job.options, device)
@@ -96,8 +98,9 @@ class OneStep:
             return objective.each(outputs, targets) * -settings.learning_rate
 
         with seeded(job.seed, device):
-            for start in range(0, len(examples), PIECE):
-                rows = _read(examples.take(slice(start, start + PIECE)))
+            size = each * max(1, PIECE // each)
+            for start in range(0, len(examples), size):
+                rows = _read(examples.take(slice(start, start + size)))
                 source = open_source(rows, device)
                 x, y = source.batch(None)
                 targets = objective.prepare(to_device(y, device))

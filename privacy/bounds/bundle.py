@@ -86,8 +86,8 @@ class Vectors:
         if self.unit is None:
             return self.values.double().sum(0)
         total = torch.zeros(self.values.shape[1], dtype=torch.float64)
-        for rows in self.values.split(_ADDED):
-            total += rows.sum(0)
+        for start in range(0, self.count, _ADDED):
+            total += self.values[start : start + _ADDED].sum(0)
         return total.mul_(self.unit)
 
 

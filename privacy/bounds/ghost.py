@@ -18,6 +18,7 @@ Modules of other kinds, and modules that are called twice, get their examples' g
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -126,7 +127,11 @@ class PerExample:
         losses_of, parts = went
         sizes = [p.numel() for p in self.names]
         rows = torch.zeros(len(losses_of), sum(sizes), device=losses_of.device)
-        places = dict(zip(self.names, rows.split(sizes, 1), strict=True))
+        ends = list(accumulate(sizes))
+        places = {
+            p: rows[:, end - size : end]
+            for p, size, end in zip(self.names, sizes, ends, strict=True)
+        }
         with torch.no_grad():
             for part in parts:
                 part.form(places)

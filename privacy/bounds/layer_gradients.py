@@ -86,7 +86,7 @@ class Factored:
 
     def form(self, places: Places) -> None:
         if self.layer.weight in places:
-            place = places[self.layer.weight].unflatten(1, self.layer.weight.shape)
+            place = places[self.layer.weight].view(-1, *self.layer.weight.shape)
             if self.given.shape[1] == 1:
                 torch.mul(self.back.mT, self.given, out=place)
             else:
@@ -114,7 +114,7 @@ class Looked:
 
     def form(self, places: Places) -> None:
         if self.layer.weight in places:
-            place = places[self.layer.weight].unflatten(1, self.layer.weight.shape)
+            place = places[self.layer.weight].view(-1, *self.layer.weight.shape)
             place.scatter_add_(1, self.given[:, :, None].expand_as(self.back), self.back)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from umbel.clients.data.examples import Examples
+from umbel.clients.data.examples import Examples, Shares
 from umbel.clients.pytorch.one_step import PIECE, OneStep
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainer import Job, Weights
@@ -64,6 +64,17 @@ def test_a_bundle_is_what_its_nodes_do_alone(trainer: OneStep, examples: Example
     for i in (0, PIECE - 1, PIECE, len(examples) - 1):
         alone = trainer.train(start, examples.take(slice(i, i + 1)), JOB)
         torch.testing.assert_close(rows[i], flat(alone.weights) - flat(start), atol=1e-6, rtol=1e-4)
+
+
+def test_nodes_with_several_examples_send_the_mean_of_their_steps(
+    trainer: OneStep, examples: Examples
+) -> None:
+    start, each = trainer.initial(OPTIONS, 1), 7
+    shares = Shares(examples.x[:70], examples.y[:70], each)
+    rows = torch.cat([bundle.values for bundle in trainer.bundles(start, shares, JOB)])
+    assert len(rows) == 10
+    alone = trainer.train(start, examples.take(slice(21, 28)), JOB)
+    torch.testing.assert_close(rows[3], flat(alone.weights) - flat(start), atol=1e-6, rtol=1e-4)
 
 
 def test_what_cannot_be_bounded_is_refused() -> None:

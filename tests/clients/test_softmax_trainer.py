@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from umbel.clients.data.datasets import DataSet
-from umbel.clients.data.examples import Examples, Node
+from umbel.clients.data.examples import Examples, Node, each_of
 from umbel.clients.data.features import PART, Featured, Recipe, Rows, features_of
 from umbel.clients.softmax_trainer import SoftmaxTrainer
 from umbel.clients.trainer import Job, Weights
-from umbel.privacy.bounds.bundle import UNIT_STEP
+from umbel.privacy.bounds.bundle import UNIT_STEP, Vectors
 
 WIDTH, COUNT = 7, 2 * PART + 300
 OPTIONS = {"learning-rate": 2.0, "seed": 0}
@@ -109,7 +109,26 @@ def test_features_are_made_once(tmp_path: Path) -> None:
     assert made == [PART, PART, 300]
 
 
-def test_nodes_with_several_examples_are_no_pool(data: Featured) -> None:
-    assert data.pool([0], 100, OPTIONS) is None
+def test_nodes_with_several_examples_are_a_pool_of_equal_shares(data: Featured) -> None:
+    assert data.pool([0], 99, OPTIONS) is None  # 2,300 examples do not divide evenly
+    trainer, start, members = SoftmaxTrainer(WIDTH, classes=3), _start(), [4, 99, 0, 57]
+    pooled = data.pool(members, 100, OPTIONS)
+    assert pooled is not None
+    assert each_of(pooled) == 23
+    rows = torch.cat([bundle.values for bundle in _vectors(trainer, start, pooled)])
+    for row, member in zip(rows, members, strict=True):
+        alone = data(Node(member, 100, {}), OPTIONS).train
+        after = trainer.train(start, alone, _job()).weights.parameters["weight"]
+        step = (after - start.parameters["weight"]).flatten()
+        torch.testing.assert_close(row, step, atol=1e-5, rtol=1e-3)
+
+
+def _vectors(trainer: SoftmaxTrainer, start: Weights, pooled: Examples) -> list[Vectors]:
+    found = list(trainer.bundles(start, pooled, _job()))
+    assert all(isinstance(bundle, Vectors) for bundle in found)
+    return found  # type: ignore[return-value]
+
+
+def test_every_node_has_its_own_examples(data: Featured) -> None:
     parts = [data(Node(i, 100, {}), OPTIONS).train for i in range(100)]
     assert sum(len(part) for part in parts) == COUNT
