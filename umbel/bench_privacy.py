@@ -49,10 +49,14 @@ def privacy(
         bool, typer.Option("--utility", help="Measure accuracy against epsilon instead.")
     ] = False,
     recipes: Annotated[
-        str, typer.Option(help="Of --utility: quick, best, few (6,000 users of 10 images).")
-    ] = "quick best few",
-    epsilons: Annotated[str, typer.Option(help="Of --utility.", metavar="'1 2.7 ...'")] = "1 2.7 8",
-    repeats: Annotated[int, typer.Option(help="Runs at each epsilon, for --utility.", min=1)] = 3,
+        str, typer.Option(help="Of --utility: quick, best, cnn, few (6,000 users). Default: all.")
+    ] = "",
+    epsilons: Annotated[
+        str, typer.Option(help="Of --utility, instead of its plan's.", metavar="'1 2.7 ...'")
+    ] = "",
+    repeats: Annotated[
+        int | None, typer.Option(help="Runs at each epsilon, for --utility.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is not noise.", min=0)] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Processes; 0 is none. Default: one a core.", min=0)
@@ -71,7 +75,7 @@ def privacy(
     from umbel.strategies.errors import ConfigError
 
     if utility:
-        _utility(app, recipes.replace(",", " ").split(), epsilons, repeats, out, as_json)
+        _utility(app, full, recipes, epsilons, repeats, out, as_json)
         return
     if config and app is None:
         raise ConfigError("-c changes an app's options; name the app with --app")
@@ -95,33 +99,44 @@ def privacy(
 
 
 def _utility(
-    app: Path | None, recipes: list[str], texts: str, repeats: int, out: Path | None, as_json: bool
+    app: Path | None,
+    full: bool,
+    recipes: str,
+    texts: str,
+    repeats: int | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Accuracy against epsilon, by whole private runs."""
     from umbel.benchmarks.speed import utility
     from umbel.run import example, run
+    from umbel.server.output.rundir import machine, versions
     from umbel.strategies.errors import ConfigError
 
     try:
         epsilons = [float(text) for text in texts.replace(",", " ").split()]
     except ValueError:
         raise ConfigError(f"epsilons is {texts!r}; give numbers, such as '1 2.7 8'") from None
+    try:
+        names = recipes.replace(",", " ").split()
+        settings = utility.plan(full, recipes=names, epsilons=epsilons, repeats=repeats)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     out = out or Path("runs") / time.strftime("bench-utility-%Y%m%d-%H%M%S")
+    command = " ".join(["umbel", *sys.argv[1:]])
     points = utility.measure(
         run,
         app or example("private-fashion"),
-        [utility.settings_named(name) for name in recipes],
-        epsilons,
-        repeats,
+        settings,
         out,
         lambda text: print(text, file=sys.stderr, flush=True),
+        {"command": command, "machine": machine(), "versions": versions()},
     )
-    files = utility.write(points, out)
     for line in utility.lines(points):
         typer.echo(line)
-    typer.echo(f"written: {', '.join(str(file) for file in files)}")
+    typer.echo(f"written: {out / 'utility.json'}, {out / 'utility.png'}")
     if as_json:
-        typer.echo(json.dumps(json.loads(files[0].read_text(encoding="utf-8"))))
+        typer.echo(json.dumps(json.loads((out / "utility.json").read_text(encoding="utf-8"))))
 
 
 def _measured(

@@ -2,12 +2,14 @@
 
 Every point is the test accuracy of whole runs of the example `private-fashion`, each with fresh
 noise and fresh cohorts from the operating system, the private preliminary sums redrawn as well.
+Results are written after every run, so that a run that is cut short has its table too.
 """
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,66 @@ class Setting:
 
     Attributes:
         recipe: an option of the example.
+        epsilons: budgets.
+        repeats: runs of each, which differ in nothing but noise and cohorts.
         users: nodes; the images are divided equally.
-        options: further ones.
     """
 
     recipe: str
+    epsilons: tuple[float, ...]
+    repeats: int
     users: int = 60_000
-    options: Mapping[str, Any] | None = None
 
     @property
     def label(self) -> str:
         """For tables and plots."""
         return f"{self.recipe}, {self.users:,} users"
+
+
+FEW = 6_000
+"""Users of the recipe `few`, with ten images each."""
+
+QUICK = (
+    Setting("quick", (1.0, 2.7), 2),
+    Setting("best", (1.0, 2.7), 2),
+    Setting("cnn", (2.7,), 1),
+    Setting("few", (1.0, 2.0, 4.0, 8.0), 2, FEW),
+)
+"""About twenty minutes on two cores."""
+
+FULL = (
+    Setting("quick", (1.0, 2.7, 8.0), 3),
+    Setting("best", (1.0, 2.7, 8.0), 3),
+    Setting("cnn", (1.0, 2.7, 8.0), 3),
+    Setting("few", (1.0, 2.0, 2.7, 4.0, 8.0), 3, FEW),
+)
+"""About an hour and a half."""
+
+
+def plan(
+    full: bool,
+    *,
+    recipes: Sequence[str] = (),
+    epsilons: Sequence[float] = (),
+    repeats: int | None = None,
+) -> list[Setting]:
+    """What is run; what is left out is as the plan has it.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    known = {setting.recipe: setting for setting in (FULL if full else QUICK)}
+    for name in recipes:
+        if name not in known:
+            raise ValueError(f"recipes has {name!r}; it can have {', '.join(known)}")
+    return [
+        replace(
+            known[name],
+            epsilons=tuple(epsilons) or known[name].epsilons,
+            repeats=repeats or known[name].repeats,
+        )
+        for name in recipes or known
+    ]
 
 
 @dataclass(frozen=True)
@@ -66,69 +116,58 @@ class Point:
         """Standard deviation of the accuracies; 0 for a single run."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
-
-FEW_USERS: Mapping[str, Any] = {
-    "cohort-size": 1000.0,
-    "rounds": 100,
-    "server-learning-rate": 10.0,
-    "average-from": 50,
-}
-"""For 6,000 users: the last model is unstable under that much noise, so models are averaged."""
-
-
-def settings_named(name: str) -> Setting:
-    """`quick`, `best`, or `few`: 6,000 users of ten images."""
-    if name == "few":
-        return Setting("quick", 6_000, FEW_USERS)
-    return Setting(name)
+    def plus(self, result: Mapping[str, Any]) -> "Point":
+        """This point with one more run."""
+        return Point(
+            self.setting,
+            max(self.epsilon, float(result["epsilon"])),
+            (*self.accuracies, float(result["metrics"]["accuracy"])),
+            (*self.seconds, float(result["seconds"])),
+        )
 
 
 def measure(
     run: Run,
     app: Path,
     settings: Sequence[Setting],
-    epsilons: Sequence[float],
-    repeats: int,
     out: Path,
     note: Callable[[str], None],
+    about: Mapping[str, Any],
 ) -> list[Point]:
-    """Run every setting at every epsilon `repeats` times.
+    """Run every setting at every epsilon; see `write` for the files.
 
     Args:
         run: runs an app; `umbel.run.run`.
         app: the folder of the example.
         settings: what to run.
-        epsilons: budgets.
-        repeats: runs of each, which differ in nothing but noise and cohorts.
-        out: where the runs are written.
+        out: where the runs and the results are written.
         note: told what begins.
+        about: machine, versions and the like, for the results.
     """
-    points = []
+    points: dict[tuple[str, float], Point] = {}
+    began = time.monotonic()
     for setting in settings:
-        for epsilon in epsilons:
-            results = []
-            for i in range(repeats):
-                note(f"{setting.label}, epsilon {epsilon:g}, run {i + 1} of {repeats}")
-                changes = {"recipe": setting.recipe, "epsilon": epsilon, **(setting.options or {})}
-                where = out / "runs" / f"{setting.recipe}-{setting.users}-{epsilon:g}-{i + 1}"
-                results.append(run(app, options=changes, nodes=setting.users, out=where))
-            points.append(
-                Point(
-                    setting.label,
-                    max(float(result["epsilon"]) for result in results),
-                    tuple(float(result["metrics"]["accuracy"]) for result in results),
-                    tuple(float(result["seconds"]) for result in results),
-                )
-            )
-    return points
+        for epsilon in setting.epsilons:
+            for i in range(1, setting.repeats + 1):
+                note(f"{setting.label}, epsilon {epsilon:g}, run {i} of {setting.repeats}")
+                name = f"{setting.recipe}-{setting.users}-{epsilon:g}-{i}"
+                changes = {"recipe": setting.recipe, "epsilon": epsilon}
+                result = run(app, options=changes, nodes=setting.users, out=out / "runs" / name)
+                place = (setting.label, epsilon)
+                before = points.get(place, Point(setting.label, 0.0, (), ()))
+                points[place] = before.plus(result)
+                seconds = round(time.monotonic() - began, 1)
+                write(list(points.values()), out, {**about, "seconds": seconds})
+    return list(points.values())
 
 
-def write(points: Sequence[Point], out: Path) -> list[Path]:
+def write(points: Sequence[Point], out: Path, about: Mapping[str, Any]) -> list[Path]:
     """`utility.json` and `utility.png` in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "utility.json"
     rows = [{**asdict(point), "mean": point.mean, "spread": point.spread} for point in points]
-    file.write_text(json.dumps({"points": rows, "caveat": CAVEAT}, indent=1) + "\n", "utf-8")
+    content = {**about, "points": rows, "caveat": CAVEAT}
+    file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return [file, draw(points, out / "utility.png")]
 
 
@@ -161,9 +200,10 @@ def lines(points: Sequence[Point]) -> list[str]:
     """The table as text, and what it does not count."""
     rows = ["setting                   epsilon   accuracy   spread   runs   seconds a run"]
     for point in points:
+        spread = f"{100 * point.spread:.2f}" if len(point.accuracies) > 1 else "-"
         rows.append(
             f"{point.setting:<24}  {point.epsilon:>7.3f}   {100 * point.mean:>6.2f} %   "
-            f"{100 * point.spread:>5.2f}   {len(point.accuracies):>4}   "
-            f"{statistics.median(point.seconds):>8.0f}"
+            f"{spread:>6}   {len(point.accuracies):>4}   "
+            f"{statistics.median(point.seconds):>13.0f}"
         )
-    return [*rows, CAVEAT]
+    return [*rows, "spread: standard deviation over runs, in percentage points", CAVEAT]
