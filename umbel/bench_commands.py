@@ -17,7 +17,8 @@ def speed(
     part: Annotated[
         list[str] | None,
         typer.Argument(
-            help="messages, aggregation, example, small; link, secure, private-sgd. Default: four."
+            help="messages, aggregation, example, small; link, secure, noise, private-sgd, "
+            "private-round, private-fashion (long). Default: the first four."
         ),
     ] = None,
     out: Annotated[
@@ -34,7 +35,8 @@ def speed(
         bool, typer.Option("--secure", help="Measure secure sums: the part secure.")
     ] = False,
     private: Annotated[
-        bool, typer.Option("--privacy", help="Measure private training: the part private-sgd.")
+        bool,
+        typer.Option("--privacy", help="Measure noise, private-sgd and private-round."),
     ] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit 3 if a target is missed.")] = False,
     as_json: Annotated[
@@ -42,15 +44,15 @@ def speed(
     ] = False,
 ) -> None:
     """Speed and memory of the embedded engine, beside bare loops and Flower."""
-    from umbel.benchmarks.speed.suite import Apps, main
+    from umbel.benchmarks.speed.suite import PRIVATE, Apps, main
     from umbel.run import example
     from umbel.scaffold import new_app
 
     named = [*(part or []), *(["link"] if link else []), *(["secure"] if secure else [])]
-    named += ["private-sgd"] if private else []
+    named = [*(PRIVATE if private else []), *named]
     out = out or Path("runs") / time.strftime("bench-speed-%Y%m%d-%H%M%S")
     with tempfile.TemporaryDirectory() as made:
-        apps = Apps(example(), new_app(Path(made) / "digits"))
+        apps = Apps(example(), new_app(Path(made) / "digits"), example("private-fashion"))
         met = main(apps, out, named, quick=quick, flower=flower, as_json=as_json)
     if check and not met:
         raise typer.Exit(3)

@@ -15,11 +15,23 @@ from rich.console import Console
 from rich.table import Table
 
 from umbel.benchmarks.figures import Figure, plot, rows
-from umbel.benchmarks.speed import aggregation, link, messages, private_sgd, secure, training
+from umbel.benchmarks.speed import (
+    aggregation,
+    link,
+    messages,
+    noise,
+    private_fashion,
+    private_round,
+    private_sgd,
+    secure,
+    training,
+)
 from umbel.server.output.rundir import machine, versions
 from umbel.strategies.errors import ConfigError
 
-ON_REQUEST = ("link", "secure", "private-sgd")
+PRIVATE = ("noise", "private-sgd", "private-round")
+"""What `--privacy` measures; private-fashion takes many minutes and is measured by name."""
+ON_REQUEST = ("link", "secure", *PRIVATE, "private-fashion")
 """Parts that are measured only when they are named."""
 
 HEADINGS = ("part", "what", "measured", "target", "beside it")
@@ -27,10 +39,11 @@ HEADINGS = ("part", "what", "measured", "target", "beside it")
 
 @dataclass(frozen=True)
 class Apps:
-    """The apps that are measured: the bundled example, and what `umbel new` makes."""
+    """The apps that are measured: the bundled examples, and what `umbel new` makes."""
 
     example: Path
     digits: Path
+    private: Path
 
 
 def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], list[Figure]]]:
@@ -42,7 +55,10 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "small": lambda: training.measure_small(apps.digits, quick=quick),
         "link": lambda: link.figures(quick=quick, flower=flower),
         "secure": lambda: secure.figures(quick=quick),
+        "noise": lambda: noise.measure(quick=quick),
         "private-sgd": lambda: private_sgd.measure(quick=quick),
+        "private-round": lambda: private_round.measure(quick=quick),
+        "private-fashion": lambda: private_fashion.measure(apps.private, quick=quick),
     }
 
 

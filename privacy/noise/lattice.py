@@ -304,20 +304,20 @@ class LatticeGaussian:
         more = self.entropy.words32(len(tilt))
         carry = ((near.words.astype(np.uint64) << np.uint64(32)) | more) < moved
         before = near.words < (limit >> np.uint64(32))
-        out[near.index] += carry.astype(np.float64) - before
+        out[near.place] += carry.astype(np.float64) - before
 
 
 class _Near(NamedTuple):
     """Draws whose carry is open, each of shape (n,).
 
     Attributes:
-        index: where they are.
+        place: where they are.
         rest: the fraction of the value.
         noise: the cell that was drawn.
         words: the first 32 bits.
     """
 
-    index: np.ndarray[Any, Any]
+    place: np.ndarray[Any, Any]
     rest: np.ndarray[Any, Any]
     noise: np.ndarray[Any, Any]
     words: np.ndarray[Any, Any]

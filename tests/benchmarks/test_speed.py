@@ -96,7 +96,7 @@ def test_both_sides_train_the_same_model(tmp_path: Path) -> None:
 
 
 def test_a_run_of_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    apps = speed.Apps(tmp_path, tmp_path)
+    apps = speed.Apps(tmp_path, tmp_path, tmp_path)
     speed.main(apps, tmp_path / "out", ["aggregation"], quick=True, as_json=True)
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said == json.loads((tmp_path / "out" / "speed.json").read_text())
