@@ -57,6 +57,10 @@ def privacy(
     repeats: Annotated[
         int | None, typer.Option(help="Runs at each epsilon, for --utility.", min=1)
     ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="Print the Markdown table of an earlier run's folder.", metavar="RUN"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is not noise.", min=0)] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Processes; 0 is none. Default: one a core.", min=0)
@@ -74,6 +78,9 @@ def privacy(
     from umbel.benchmarks.attack import report as privacy_report
     from umbel.strategies.errors import ConfigError
 
+    if table is not None:
+        typer.echo(_table(table))
+        return
     if utility:
         _utility(app, full, recipes, epsilons, repeats, out, as_json)
         return
@@ -96,6 +103,22 @@ def privacy(
         sys.stderr.write(f"umbel: {problem}\n")
     if problems:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _table(run: Path) -> str:
+    """The rows of an earlier report that people ask for, as Markdown."""
+    from umbel.benchmarks.attack import report as privacy_report
+    from umbel.strategies.errors import ConfigError
+
+    file = run / "report.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return privacy_report.markdown(content, privacy_report.BRIEF).rstrip()
+    except (OSError, ValueError, KeyError):
+        raise ConfigError(
+            f"{file} is no report of umbel bench privacy; give the folder that it printed at its "
+            "end, such as runs/bench-privacy-20261123-200000"
+        ) from None
 
 
 def _utility(
@@ -149,9 +172,8 @@ def _measured(
 ) -> "Report":
     from umbel.benchmarks.attack import jobs, plans
     from umbel.benchmarks.attack.defences import FAULTS
-    from umbel.benchmarks.attack.suite import Report, Row, run
+    from umbel.benchmarks.attack.suite import Report, Row, run, stamp
     from umbel.federation import Federation
-    from umbel.server.output.rundir import machine, versions
 
     canaries = 5000 if full else 1000
     fault = None if inject is None else _FAULTS[inject]
@@ -169,8 +191,7 @@ def _measured(
         )
         words = "A central Gaussian stack that was broken on purpose."
         row = Row("canaries", fault, words, {}, found, [])
-        about = {"seed": seed, "repetitions": 1, "canaries": canaries}
-        return Report([row], about={**about, "versions": versions(), "machine": machine()})
+        return Report([row], about=stamp(seed, canaries))
     plan = plans.full(seed) if full else plans.quick(seed)
     return run(Federation, plan, workers=workers, say=_progress)
 

@@ -92,3 +92,35 @@ def roc_findings(
         found.append(finding("TPR at 1 % FPR", result.tpr_at_1_percent, 0.01))
         found.append(finding("TPR at 0.1 % FPR", result.tpr_at_01_percent, 0.001))
     return found, result.roc
+
+
+WORDS: Mapping[str, str] = {
+    "closed form": "If a model begins with a dense layer, its update is the product of an error "
+    "and the input. Dividing one by the other gives the input back, exactly and in no time. Only "
+    "noise, or enough other nodes in the same sum, stand in its way.",
+    "iDLG labels": "The last layer's bias moves down for the class that an example has, and up "
+    "for all others. Whoever sees one example's update knows its label.",
+    "DLG": "Deep leakage from gradients: start from a random picture and change it until it would "
+    "cause the update that was seen. It works on any smooth model.",
+    "cosine + TV": "The same with the update's direction only, and with a preference for smooth "
+    "pictures. Clipping does not hinder it, because clipping keeps the direction.",
+    "imprint": "A malicious server puts a layer before the model that sorts pictures by "
+    "brightness into bins. A bin with one picture gives it away, even out of a batch or a sum.",
+    "participation": "The attacker guesses which nodes took part in a round: it computes what a "
+    "candidate would have sent, and compares that with how the model moved.",
+    "property": "The attacker trains many imitated nodes, half of which have a property, and "
+    "learns to tell from an update whether its sender has it. The property here is having mostly "
+    "one kind of example.",
+    "source inference": "The attacker knows an example and wants to know whose it is: it asks "
+    "each node's model, and takes the one that knows the example best.",
+    "loss threshold": "Members have smaller losses than others, because the model was fitted to "
+    "them. Guess that examples with small losses are members.",
+    "LiRA offline": "The same, but each example is compared with how models behave that never saw "
+    "it: some examples are easy for everybody.",
+    "LiRA online": "The same with models of which half were trained on the example: how they "
+    "behave with it and without it is known from both sides.",
+    "RMIA online": "RMIA with reference models of which half were trained on the example.",
+    "RMIA offline": "Each example is compared with many others: is it unusually well known to "
+    "this model, given how well other models know it?",
+}
+"""One paragraph an attack, for somebody who has never heard of it."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -168,19 +169,23 @@ def _one_shot(
 # ---- work
 
 
-def train_references(plan: Plan, workers: int | None) -> References:
-    """Reference models that all scenes share."""
+def train_references(plan: Plan, workers: int | None) -> tuple[References, float]:
+    """Reference models that all scenes share, and the processor time that they took."""
     jobs: dict[str, Job] = {}
     for task in plan.tasks:
         for kind, count in (("", task.references), (ONLINE, task.online)):
             for number in range(count):
                 key = f"{task.data}{kind}:{number}"
                 jobs[key] = partial(_reference, task, number, kind == ONLINE)
-    states = dict(work(jobs, workers))
+    states: dict[str, State] = {}
+    seconds = 0.0
+    for key, state, spent in work(jobs, workers):
+        states[key] = state
+        seconds += spent
     found: dict[str, list[State]] = {}
     for key in jobs:
         found.setdefault(key.partition(":")[0], []).append(states[key])
-    return found
+    return found, seconds
 
 
 def _reference(task: Task, number: int, online: bool) -> State:
@@ -194,17 +199,23 @@ def _module(task: Task, state: State) -> nn.Module:
     return module
 
 
-def work(jobs: Mapping[str, Job], workers: int | None) -> Iterator[tuple[str, Any]]:
-    """Results by key, as they are ready."""
+def work(jobs: Mapping[str, Job], workers: int | None) -> Iterator[tuple[str, Any, float]]:
+    """Keys, results and seconds of processor time, as they are ready."""
     count = processors() if workers is None else workers
     if count == 0 or len(jobs) < 2:
         for key, job in jobs.items():
-            yield key, job()
+            yield key, *_timed(job)
         return
     with ProcessPoolExecutor(count, get_context("spawn"), _prepare) as pool:
-        running = {pool.submit(job): key for key, job in jobs.items()}
+        running = {pool.submit(_timed, job): key for key, job in jobs.items()}
         for ready in as_completed(running):
-            yield running[ready], ready.result()
+            yield running[ready], *ready.result()
+
+
+def _timed(job: Job) -> tuple[Any, float]:
+    began = time.process_time()
+    result = job()
+    return result, time.process_time() - began
 
 
 def _prepare() -> None:

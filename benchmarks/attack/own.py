@@ -6,6 +6,7 @@ crowd       which nodes took part in a round
 pictures    what an update of one example shows, where the model can be inverted
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +19,12 @@ from umbel.benchmarks.attack.audits import CanaryRun
 from umbel.benchmarks.attack.defences import finite
 from umbel.benchmarks.attack.findings import guaranteed, roc_findings
 from umbel.benchmarks.attack.scenes import Measured
-from umbel.benchmarks.attack.suite import Report, Row
+from umbel.benchmarks.attack.suite import Report, Row, stamp
 from umbel.benchmarks.attack.tasks import CanaryTrainer, Coins, Pool
 from umbel.benchmarks.attack.views import Attackable, Played, play
 from umbel.clients.data.examples import Examples, Node, Split
 from umbel.clients.trainer import Options, Trainer, Weights
 from umbel.privacy.attacks.audit import Scores, one_run_audit
-from umbel.server.output.rundir import machine, versions
 from umbel.strategies.errors import ConfigError, UmbelError
 from umbel.strategies.layer import Facts
 from umbel.strategies.stack import Stack
@@ -58,6 +58,7 @@ def attack(
         seed: of coins and choices.
         fault: breaks the audited stack on purpose.
     """
+    began = time.monotonic()
     notes: list[str] = []
     measured: dict[str, Measured] = {}
     found = audit(federation, options, name=name, canaries=canaries, seed=seed, fault=fault)
@@ -71,14 +72,8 @@ def attack(
                 notes.append(f"{scene.__name__} could not be attacked: {error}")
     stack = federation.stack_for(federation.complete(options))
     row = Row(name, str(stack), "The app's own stack.", measured, found, notes)
-    about: dict[str, Any] = {
-        "seed": seed,
-        "repetitions": 1,
-        "canaries": canaries,
-        "secure_canaries": canaries,
-    }
-    about |= {"versions": versions(), "machine": machine(), "seconds": 0.0}
-    return Report([row], about=about)
+    seconds = round(time.monotonic() - began, 1)
+    return Report([row], about=stamp(seed, canaries, seconds=seconds))
 
 
 def audit(

@@ -58,7 +58,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 def frontier(rows: Sequence[Row]) -> Figure | None:
     """Accuracy against the best membership attack, with intervals and the ceilings."""
-    points = [(row, row.accuracy(), _worst_auc(row)) for row in rows]
+    points = [(row, row.accuracy(), worst_auc(row)) for row in rows]
     found = [(row, a, m) for row, a, m in points if a is not None and m is not None]
     if not found:
         return None
@@ -184,7 +184,7 @@ def _ceiling(axes: Axes, row: Row, colour: str) -> None:
     axes.plot(rates, true_positive_ceiling(rates, claimed, delta), color=colour, lw=0.8, ls="--")
 
 
-def _worst_auc(row: Row) -> tuple[float, float, float, float | None] | None:
+def worst_auc(row: Row) -> tuple[float, float, float, float | None] | None:
     """Of the attack that comes furthest on the trained model."""
     own = [] if row.main is None else [one for one in row.main.findings if one.measure == "AUC"]
     if not own:

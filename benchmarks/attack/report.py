@@ -12,41 +12,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from rich.table import Table
 
+from umbel.benchmarks.attack.audits import ADVERSARIES
 from umbel.benchmarks.attack.checks import MEMBERSHIP
-from umbel.benchmarks.attack.findings import Finding
-from umbel.benchmarks.attack.plots import draw
+from umbel.benchmarks.attack.findings import WORDS, Finding
+from umbel.benchmarks.attack.plots import draw, worst_auc
 from umbel.benchmarks.attack.suite import Report, Row
-
-WORDS: Mapping[str, str] = {
-    "closed form": "If a model begins with a dense layer, its update is the product of an error "
-    "and the input. Dividing one by the other gives the input back, exactly and in no time. Only "
-    "noise, or enough other nodes in the same sum, stand in its way.",
-    "iDLG labels": "The last layer's bias moves down for the class that an example has, and up "
-    "for all others. Whoever sees one example's update knows its label.",
-    "DLG": "Deep leakage from gradients: start from a random picture and change it until it would "
-    "cause the update that was seen. It works on any smooth model.",
-    "cosine + TV": "The same with the update's direction only, and with a preference for smooth "
-    "pictures. Clipping does not hinder it, because clipping keeps the direction.",
-    "imprint": "A malicious server puts a layer before the model that sorts pictures by "
-    "brightness into bins. A bin with one picture gives it away, even out of a batch or a sum.",
-    "participation": "The attacker guesses which nodes took part in a round: it computes what a "
-    "candidate would have sent, and compares that with how the model moved.",
-    "property": "The attacker trains many imitated nodes, half of which have a property, and "
-    "learns to tell from an update whether its sender has it. The property here is having mostly "
-    "one kind of example.",
-    "source inference": "The attacker knows an example and wants to know whose it is: it asks "
-    "each node's model, and takes the one that knows the example best.",
-    "loss threshold": "Members have smaller losses than others, because the model was fitted to "
-    "them. Guess that examples with small losses are members.",
-    "LiRA offline": "The same, but each example is compared with how models behave that never saw "
-    "it: some examples are easy for everybody.",
-    "LiRA online": "The same with models of which half were trained on the example: how they "
-    "behave with it and without it is known from both sides.",
-    "RMIA online": "RMIA with reference models of which half were trained on the example.",
-    "RMIA offline": "Each example is compared with many others: is it unusually well known to "
-    "this model, given how well other models know it?",
-}
-"""One paragraph an attack, for somebody who has never heard of it."""
 
 COLUMNS = (
     "data", "defence", "scene", "attack", "adversary", "measure", "value", "low", "high", "chance",
@@ -80,25 +50,31 @@ HEADS = (
 )  # fmt: skip
 
 
-PROMISES = {
-    "defence": "defence",
-    "accuracy": "accuracy",
-    "eps users": "model_user",
-    ">=": "measured_model_user",
-    "eps server": "server",
-    "≥": "measured_server",
-    "bytes": "bytes_",
-    "s": "seconds",
-}
-ATTACKS = {
-    "defence": "defence",
-    "inversion": "inversion",
-    "imprint": "imprint",
-    "participation": "participation",
-    "membership": "membership",
-    "hospitals": "hospitals",
-}
+PROMISES = (
+    ("defence", "defence"),
+    ("accuracy", "accuracy"),
+    ("users:\nclaimed", "model_user"),
+    ("\nmeasured", "measured_model_user"),
+    ("server:\nclaimed", "server"),
+    ("\nmeasured", "measured_server"),
+    ("bytes", "bytes_"),
+    ("seconds", "seconds"),
+)
+ATTACKS = (
+    ("defence", "defence"),
+    ("inversion", "inversion"),
+    ("imprint", "imprint"),
+    ("took part", "participation"),
+    ("member", "membership"),
+    ("hospital", "hospitals"),
+)
 """Heads of the terminal's two tables, and the fields of `Line` below them."""
+
+BRIEF = (
+    "none", "local DP 8", "central DP 8", "secure sum of 5", "secure sum of 20",
+    "secure sum + DP 8", "example DP 8",
+)  # fmt: skip
+"""The rows of a summary, where a report has them."""
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -142,20 +118,26 @@ def tables(report: Report) -> list[Table]:
             (f"{data}: what an attacker gets (95 % intervals)", ATTACKS),
         ):
             half = Table(title=title)
-            for head in columns:
+            for head, _ in columns:
                 half.add_column(head, overflow="fold")
             for line in own:
-                half.add_row(*(getattr(line, name) for name in columns.values()))
+                half.add_row(*(getattr(line, name).replace(" (", "\n(") for _, name in columns))
             shown.append(half)
     return shown
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write `report.json`, two CSV files, the plots and `report.html` into a folder."""
+    """Write a report's JSON, CSV and Markdown files, plots and page into a folder.
+
+    Returns:
+        The files, `report.html` as the last.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = to_json(report)
     made = [folder / "report.json", folder / "findings.csv", folder / "audits.csv"]
     made[0].write_text(json.dumps(content, indent=1), encoding="utf-8")
+    table = folder / "results.md"
+    table.write_text(markdown(content), encoding="utf-8")
     with made[1].open("w", newline="", encoding="utf-8") as file:
         findings = csv.writer(file)
         findings.writerow(COLUMNS)
@@ -175,7 +157,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     plots = draw(report, folder)
     page = folder / "report.html"
     page.write_text(html(report, plots), encoding="utf-8")
-    return [*made, *plots, page]
+    return [*made, table, *plots, page]
 
 
 def html(report: Report, plots: Sequence[Path]) -> str:
@@ -206,6 +188,7 @@ def html(report: Report, plots: Sequence[Path]) -> str:
 def _row(row: Row) -> dict[str, Any]:
     accuracy = row.accuracy()
     training = row.main
+    worst = worst_auc(row)
     return {
         "data": row.data,
         "defence": row.name,
@@ -213,6 +196,21 @@ def _row(row: Row) -> dict[str, Any]:
         if accuracy is None
         else dict(zip(("value", "low", "high"), accuracy, strict=True)),
         "claimed": {} if training is None else dict(training.claimed),
+        "measured": {who: _bound(row, who) for who in ADVERSARIES},
+        "membership": None
+        if worst is None
+        else dict(zip(("value", "low", "high"), worst[:3], strict=True)),
+        "reconstruction_db": {
+            who: max(
+                (
+                    one.value
+                    for _, one in row.findings
+                    if one.measure == "PSNR in dB" and one.adversary == seen
+                ),
+                default=None,
+            )
+            for who, seen in (("others", "other-node"), ("server", "server"))
+        },
         "bytes_per_update": None if training is None else training.bytes_up,
         "seconds_per_round": None if training is None else training.seconds,
         "findings": [{"scene": scene, **one.to_json()} for scene, one in row.findings],
@@ -248,9 +246,16 @@ def _epsilon(value: float | None) -> str:
     return "none" if value is None or not math.isfinite(value) else f"{value:.2f}"
 
 
+def _bound(row: Row, adversary: str) -> float | None:
+    """The largest lower bound on what the row claims: for its nodes, or else for its records."""
+    audits = [a for a in row.audits if a.adversary == adversary and a.is_bound]
+    unit = "client" if any(a.unit == "client" for a in audits) else "example"
+    return max((a.measured for a in audits if a.unit == unit), default=None)
+
+
 def _measured(row: Row, adversary: str) -> str:
-    own = [a.measured for a in row.audits if a.adversary == adversary and a.unit == "client"]
-    return f"{max(own):.2f}" if own else "-"
+    bound = _bound(row, adversary)
+    return "-" if bound is None else f"{bound:.2f}"
 
 
 def _worst(row: Row, measure: str, attacks: Sequence[str], scene: str = "") -> str:
@@ -275,3 +280,76 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+# ---- a table for people who read no reports
+
+
+def markdown(content: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    """A report as Markdown tables, one a data set, which name the run that made them.
+
+    Args:
+        content: of a `report.json`.
+        names: the rows wanted, in their own order; all if None.
+    """
+    rows = [row for row in content["rows"] if names is None or row["defence"] in names]
+    parts = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        heads = (
+            data, "accuracy", "epsilon claimed", "measured at least", "reconstruction",
+            "membership AUC", "bytes", "seconds",
+        )  # fmt: skip
+        table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        table += [f"| {' | '.join(_cells(row))} |" for row in rows if row["data"] == data]
+        parts.append("\n".join(table))
+    parts.append(_legend(content))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    accuracy, membership, quality = row["accuracy"], row["membership"], row["reconstruction_db"]
+    claimed = [_number(row["claimed"].get(who), "{:.2f}", "none") for who in ADVERSARIES]
+    measured = [_number(row["measured"].get(who), "{:.2f}") for who in ADVERSARIES]
+    decibels = [_number(quality[who], "{:.0f}") for who in ("others", "server")]
+    return [
+        row["defence"],
+        "-" if accuracy is None else f"{accuracy['value']:.1%}",
+        " / ".join(claimed),
+        " / ".join(measured),
+        " / ".join(decibels) + " dB",
+        "-" if membership is None else "{value:.2f} ({low:.2f}–{high:.2f})".format(**membership),
+        _number(row["bytes_per_update"], "{:,.0f}"),
+        _number(row["seconds_per_round"], "{:.2f}"),
+    ]
+
+
+def _number(value: Any, form: str, absent: str = "-") -> str:
+    return absent if value is None else form.format(float(value))
+
+
+def _legend(content: Mapping[str, Any]) -> str:
+    about = content["about"]
+    machine, tasks = about.get("machine", {}), about.get("tasks", [])
+    draws = ", ".join(f"{task['draws']} on {task['data']}" for task in tasks)
+    blind = ", ".join(
+        f"{one['chance']:.0f} dB on {row['data']}"
+        for row in content["rows"]
+        if row["defence"] == "none"
+        for one in row["findings"]
+        if one["measure"] == "PSNR in dB" and one["adversary"] == "server"
+        if one["attack"] == "closed form"
+    )
+    return (
+        "Pairs are for who sees the models / for the server. Epsilon is measured by canaries, a "
+        "lower bound at 95 % confidence. Reconstruction is the best median PSNR of all "
+        f"inversions{f'; guessing the mean has {blind}' if blind else ''}. Membership is of the "
+        "strongest attack, with its 95 % interval; chance is 0.5. Bytes are of one update, "
+        "seconds of one round.\n\n"
+        f"Run {about.get('id', '-')} of {about.get('date', '-')}: "
+        f"`{about.get('command', 'umbel bench privacy')}`, seed {about['seed']}, "
+        f"{about['repetitions']} repetition(s) of each audit with "
+        f"{about['canaries']:,} canaries"
+        f"{f', trainings of each claim: {draws}' if draws else ''}; "
+        f"{about.get('seconds', 0):.0f} s on {machine.get('cpus', '-')} cores, "
+        f"{machine.get('platform', '-')}, torch {about['versions'].get('torch', '-')}."
+    )

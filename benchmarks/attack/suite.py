@@ -7,6 +7,7 @@ lower bound above the epsilon that was claimed, a ROC curve more than three stan
 its ceiling, a fault that no audit noticed, or a check value that is missed.
 """
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,10 +140,13 @@ def run(make: Make, plan: Plan, *, workers: int | None = None, say: Say | None =
         say: told of progress.
     """
     began = time.monotonic()
-    jobs = jobs_of(make, plan, train_references(plan, workers))
+    references, spent = train_references(plan, workers)
+    jobs = jobs_of(make, plan, references)
     done: dict[str, Any] = {}
-    for number, (key, result) in enumerate(work(jobs, workers), start=1):
+    processor = {"references": round(spent, 1)}
+    for number, (key, result, spent) in enumerate(work(jobs, workers), start=1):
         done[key] = result
+        processor[key] = round(spent, 1)
         if say is not None:
             say(number, len(jobs), key)
     report_rows = [
@@ -157,18 +161,32 @@ def run(make: Make, plan: Plan, *, workers: int | None = None, say: Say | None =
             *(c for key, part in sorted(done.items()) if key.startswith("check") for c in part),
             *expectations(plan, report_rows),
         ],
-        about={
-            "seed": plan.seed,
-            "repetitions": plan.repetitions,
-            "canaries": plan.canaries,
-            "secure_canaries": plan.secure_canaries,
-            "delta": plan.delta,
-            "tasks": [vars(task) for task in plan.tasks],
-            "seconds": round(time.monotonic() - began, 1),
-            "versions": versions(),
-            "machine": machine(),
-        },
+        about=stamp(
+            plan.seed,
+            plan.canaries,
+            repetitions=plan.repetitions,
+            secure_canaries=plan.secure_canaries,
+            delta=plan.delta,
+            tasks=[vars(task) for task in plan.tasks],
+            seconds=round(time.monotonic() - began, 1),
+            processor_seconds=round(sum(processor.values()), 1),
+            processor_seconds_by_job=processor,
+        ),
     )
+
+
+def stamp(seed: int, canaries: int, **more: Any) -> dict[str, Any]:
+    """What names a run and says how it can be had again: an id, the date, versions, machine."""
+    return {
+        "id": secrets.token_hex(4),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "seed": seed,
+        "canaries": canaries,
+        "repetitions": 1,
+        **more,
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
 def expectations(plan: Plan, rows: Sequence[Row]) -> list[Check]:

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from umbel.bench_commands import app
 from umbel.benchmarks.attack import checks
 from umbel.benchmarks.attack import report as privacy_report
 from umbel.benchmarks.attack.audits import Audit
 from umbel.benchmarks.attack.checks import Check
 from umbel.benchmarks.attack.findings import Finding, Reconstruction, guaranteed, roc_findings
 from umbel.benchmarks.attack.scenes import Measured
-from umbel.benchmarks.attack.suite import Report, Row
+from umbel.benchmarks.attack.suite import Report, Row, stamp
+from umbel.strategies.errors import ConfigError
 
+runner = CliRunner()
 RNG = np.random.default_rng(0)
 
 
@@ -104,7 +108,7 @@ def test_files_hold_what_was_measured(tmp_path: Path) -> None:
     )
     files = privacy_report.write(report, tmp_path)
     names = {path.name for path in files}
-    assert {"report.json", "findings.csv", "audits.csv", "report.html"} <= names
+    assert {"report.json", "findings.csv", "audits.csv", "results.md", "report.html"} <= names
     assert {"frontier-images.png", "roc-images.png", "pictures-images.png"} <= names
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["ok"] is True
@@ -118,6 +122,47 @@ def test_files_hold_what_was_measured(tmp_path: Path) -> None:
     assert "central &lt;DP&gt;" in page
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_table_names_its_run_and_holds_the_reports_numbers(tmp_path: Path) -> None:
+    about = stamp(7, 1000, seconds=12.0)
+    report = Report([row(audit(2.0, 1.25)), replace(row(), name="none")], about=about)
+    privacy_report.write(report, tmp_path)
+    shown = runner.invoke(app, ["privacy", "--table", str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    table, _, legend = shown.stdout.partition("\n\n")
+    assert "central" not in table  # not among the brief ones
+    cells = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
+    auc = report.rows[1].findings[0][1].value
+    assert cells[:2] == ["none", "80.0%"]
+    assert cells[5].startswith(f"{auc:.2f} (")
+    assert cells[6:] == ["1,000", "0.50"]
+    assert about["id"] in legend
+    assert about["date"] in legend
+    assert "seed 7" in legend
+    whole = (tmp_path / "results.md").read_text()
+    assert "| 2.00 / none | 1.25 / - |" in whole
+
+
+def test_a_folder_without_a_report_has_no_table(tmp_path: Path) -> None:
+    shown = runner.invoke(app, ["privacy", "--table", str(tmp_path)])
+    assert isinstance(shown.exception, ConfigError)
+
+
+def test_membership_at_small_epsilon_and_of_overfitted_models_is_checked() -> None:
+    found, _ = roc_findings(
+        "RMIA offline", "model-user", RNG.normal(size=50) + 3, RNG.normal(size=50)
+    )
+    low, high = checks.memberships([(8.0, found), (9.0, found), (None, found)])
+    assert "of 1 membership AUCs" in low.name
+    assert not low.ok
+    assert not high.ok
+    assert checks.memberships([(None, found)]) == []
+    loss, _ = roc_findings(
+        "loss threshold", "model-user", RNG.normal(size=50) + 1, RNG.normal(size=50)
+    )
+    assert all(check.ok for check in checks.overfitted([*found, *loss]))
+    assert not all(check.ok for check in checks.overfitted([replace(found[0], value=0.5), *loss]))
 
 
 def test_reference_values_are_reproduced() -> None:
