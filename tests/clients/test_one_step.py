@@ -77,6 +77,23 @@ def test_nodes_with_several_examples_send_the_mean_of_their_steps(
     torch.testing.assert_close(rows[3], flat(alone.weights) - flat(start), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_broken_example_moves_the_sum_by_one_norm_at_most(
+    trainer: OneStep, examples: Examples, bad: float
+) -> None:
+    start, norm = trainer.initial(OPTIONS, 1), 0.1
+
+    def total(rows: Examples) -> Tensor:
+        bundles = trainer.bundles(start, rows, JOB)
+        return torch.stack([bundle.clipped(norm).total() for bundle in bundles]).sum(0)
+
+    x = np.array(examples.x)
+    x[5] = bad
+    rest = [i for i in range(len(x)) if i != 5]
+    moved = total(Examples(x, examples.y)) - total(examples.take(rest))
+    assert float(moved.norm()) <= norm
+
+
 def test_what_cannot_be_bounded_is_refused() -> None:
     mixing = OneStep(TorchTrainer(lambda: nn.Sequential(nn.BatchNorm1d(36), nn.Linear(36, 4))))
     x = Examples(np.zeros((2, 36), np.float32), np.zeros(2, np.int64))

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,11 @@ def test_epsilon_alone_from_the_command_line(umbel: WarmCommand, tmp_path: Path)
         ("epsilon=inf", "epsilon is inf"),
         ("epsilon=nan", "epsilon is nan"),
         ("epsilon=3 delta=1", "delta is 1"),
+        ("epsilon=3 delta=0", "delta is 0"),
         ("epsilon=3 clipping-norm=0", "clipping-norm is 0"),
+        ("epsilon=3 clipping-norm=-1", "clipping-norm is -1"),
+        ("epsilon=3 clipping-norm=inf", "clipping-norm is inf"),
+        ("epsilon=3 noise-seed=5", "did you mean insecure-noise-seed?"),
         ("epsilon=1e-8 delta=1e-9", "no noise meets"),
         ("epsilon=3 cohort-size=50", "20 nodes"),
     ],
@@ -101,6 +107,43 @@ def test_bad_values_exit_with_two_and_one_sentence(
     last = err.splitlines()[-1]
     assert last.startswith("umbel: ")
     assert word in last
+
+
+def test_a_delta_that_gives_one_node_away_is_warned_of(umbel: WarmCommand, tmp_path: Path) -> None:
+    app = write_app(tmp_path / "app")
+    words = ("run", str(app), "-c", "epsilon=3 delta=0.05 rounds=1", "--workers", "0")
+    status, _, err = command(umbel, tmp_path, *words)
+    assert status == 0
+    assert "delta 0.05 is not below" in err
+
+
+def test_ledgers_that_are_anothers_or_edited_stop_a_run(umbel: WarmCommand, tmp_path: Path) -> None:
+    app = write_app(tmp_path / "app")
+    words = ("run", str(app), "--workers", "0", "--json", "-c")
+    given = "noise-multiplier=4 rounds=1 population=people"
+    status, out, err = command(umbel, tmp_path, *words, given)
+    assert status == 0, err
+    run = json.loads(out.splitlines()[-1])["run"]
+    (ledger,) = (tmp_path / "here").glob("**/populations/people.sqlite")
+    other = f"noise-multiplier=4 rounds=1 population=others ledger={ledger}"
+    status, _, err = command(umbel, tmp_path, *words, other)
+    assert status == 2
+    assert "'people'" in err.splitlines()[-1]
+    for file in (ledger, RunDirectory(tmp_path / "here" / run).ledger_path):
+        with closing(sqlite3.connect(file)) as database:
+            for (trigger,) in database.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'trigger'"
+            ).fetchall():
+                database.execute(f"DROP TRIGGER {trigger}")
+            database.execute("UPDATE entry SET body = replace(body, '4.0', '9.0')")
+            database.commit()
+    status, _, err = command(umbel, tmp_path, *words, given)
+    assert status in (2, 3)
+    last = err.splitlines()[-1]
+    assert last.startswith("umbel: ")
+    assert "people.sqlite" in last
+    status, _, err = command(umbel, tmp_path, "verify", run)
+    assert status == 3
 
 
 def test_verify_of_what_is_no_private_run(umbel: WarmCommand, tmp_path: Path) -> None:
