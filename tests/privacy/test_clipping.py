@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from umbel.privacy.bounds.clipping import clip, l2_norm
+from umbel.privacy.bounds.clipping import clip, clip_to_grid, is_within, l2_norm
 from umbel.privacy.noise.lattice import grid_step, on_grid, round_to_zero
 
 updates = st.lists(
@@ -103,3 +103,58 @@ def test_integers_are_refused() -> None:
 def test_bad_norms_are_refused(norm: float) -> None:
     with pytest.raises(ValueError, match="norm"):
         clip(torch.ones(2), norm)
+
+
+def _long(kind: str, size: int = 40_000) -> Tensor:
+    source = torch.Generator().manual_seed(5)
+    values = torch.randn(size, generator=source)
+    match kind:
+        case "spread":
+            return values
+        case "few":
+            return values * (torch.rand(size, generator=source) < 1e-3)
+        case "unlike":
+            return values * torch.exp(8 * torch.randn(size, generator=source))
+        case "tiny":
+            return values * 1e-25
+        case "huge":
+            return values * 1e25
+    return torch.zeros(size)
+
+
+@pytest.mark.parametrize("kind", ["spread", "few", "unlike", "tiny", "huge", "zero"])
+@pytest.mark.parametrize("part", [0.5, 1 - 2.0**-15, 1.0, 1 + 2.0**-15, 1 + 2.0**-10, 30.0])
+def test_long_updates_are_clipped_to_the_grid_in_one_go(kind: str, part: float) -> None:
+    """Around the norm a first look in float32 leaves a doubt; then float64 decides."""
+    update = _long(kind)
+    before, length = update.clone(), l2_norm(update)
+    norm = length / part or 1.0
+    result = clip_to_grid(update, norm)
+    assert torch.equal(update, before)
+    assert l2_norm(result.update) <= norm
+    assert on_grid(result.update, grid_step(norm))
+    assert result.was_clipped == (length > norm) == (result.length > norm)
+    assert result.length == pytest.approx(length, rel=1e-4)
+    expected = round_to_zero(clip(update, norm).update, grid_step(norm)).double()
+    room = norm * 2.0**-12 + grid_step(norm) * math.sqrt(len(update)) * 0.5
+    assert float((result.update.double() - expected).norm()) <= room
+
+
+@pytest.mark.parametrize("kind", ["spread", "few", "unlike", "tiny", "huge", "zero"])
+def test_whether_an_update_is_within_a_limit_is_decided_exactly(kind: str) -> None:
+    update = _long(kind)
+    length = l2_norm(update)
+    for limit in (length, math.nextafter(length, math.inf), 2 * length + 1):
+        assert is_within(update, limit)
+    if length:
+        for limit in (math.nextafter(length, 0.0), length * (1 - 2.0**-14), length / 2):
+            assert not is_within(update, limit)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_long_updates_that_are_not_finite_are_seen(bad: float) -> None:
+    update = _long("spread")
+    update[20_000] = bad
+    assert not is_within(update, 1e300)
+    with pytest.raises(ValueError, match="not finite"):
+        clip_to_grid(update, 1.0)
