@@ -7,7 +7,7 @@ training trip.
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -26,13 +26,18 @@ class NamesNodes(Protocol):
 
 
 class Notes:
-    """Mixed into a grid: keeps a line for each round of whatever app runs on it."""
+    """Mixed into a grid: keeps a line for each round of whatever app runs on it.
+
+    Attributes:
+        on_note: told of a round after each of its trips, with its line so far.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lines: dict[int, dict[str, Any]] = {}
         self._sums: dict[tuple[int, str], MeanMetrics] = {}
         self._watch = threading.Lock()
+        self.on_note: Callable[[Mapping[str, Any]], None] = lambda _: None
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -42,28 +47,36 @@ class Notes:
         grid: Any = super()
         replies: list[Message] = grid.send_and_receive(messages, timeout=timeout)
         with self._watch:
-            self._note(messages, replies, time.perf_counter() - began)
+            number = self._note(messages, replies, time.perf_counter() - began)
+            if number is not None:
+                self.on_note(self._complete(number))
         return replies
 
     def finish(self, run: RunDirectory) -> dict[str, Any]:
         """Write the rounds down; what the app's result says of them."""
         metrics: dict[str, float] = {}
-        for number, line in sorted(self._lines.items()):
-            line["seconds"] = sum(line["phases"].values())
-            train = self._sums.get((number, "train"))
-            evaluate = self._sums.get((number, "evaluate"))
-            line["train"] = train.result() if train else {}
-            line["metrics"] = evaluate.result() if evaluate else {}
+        for number in sorted(self._lines):
+            line = self._complete(number)
             metrics = line["metrics"] or metrics
             run.append_round(line)
         return {"rounds": len(self._lines), "metrics": metrics, "stopped": "rounds"}
 
-    def _note(self, messages: list[Message], replies: list[Message], seconds: float) -> None:
-        if not messages:
-            return
-        kind = messages[0].metadata.message_type.partition(".")[0]
+    def _complete(self, number: int) -> dict[str, Any]:
+        """A round's line, as far as the round is."""
+        train, evaluate = (self._sums.get((number, kind)) for kind in ("train", "evaluate"))
+        line = self._lines[number]
+        return {
+            **line,
+            "seconds": sum(line["phases"].values()),
+            "train": train.result() if train else {},
+            "metrics": evaluate.result() if evaluate else {},
+        }
+
+    def _note(self, messages: list[Message], replies: list[Message], seconds: float) -> int | None:
+        """Take note of a trip; which round it was of."""
+        kind = messages[0].metadata.message_type.partition(".")[0] if messages else ""
         if kind not in ("train", "evaluate"):
-            return
+            return None
         number = self._round_of(messages[0], kind)
         line = self._lines.setdefault(
             number,
@@ -95,6 +108,7 @@ class Notes:
                 if isinstance(value, int | float)
             }
             sums.add(node, values, values.get(EXAMPLES, 1.0) or 1.0)
+        return number
 
     def _round_of(self, message: Message, kind: str) -> int:
         for record in records_of(message.content, ConfigRecord):

@@ -321,7 +321,7 @@ class _Rounds:
                 return False
             config = self._run.config()
             rounds = int(config.get("options", {}).get("rounds", 0))
-            self._service.position["run"] = str(self._run.path)
+            self._service.position["run"] = str(self._run.path.absolute())
             self._shown.start(str(config.get("app", "")), rounds, self._nodes)
         for line in self._run.rounds():
             if line["round"] > self._seen:

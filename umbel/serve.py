@@ -195,11 +195,14 @@ def _execute(
 ) -> dict[str, Any]:
     own_rounds = not isinstance(plan.app, FederationServerApp)
     log_to(plan.directory.log_path, quiet=not own_rounds)
-    service.position |= {"run": str(plan.directory.path), "phase": "waiting", "round": 0}
-    service.position["round"] = max((line["round"] for line in plan.directory.rounds()), default=0)
+    service.position |= {"run": str(plan.directory.path.absolute()), "phase": "waiting"}
+    last = max((line["round"] for line in plan.directory.rounds()), default=0)
+    service.position |= {"round": last, "metrics": {}, "epsilon": None, "round_seconds": None}
     service.wait_for_nodes(run.nodes, shown.note, current.check)
     kind = ObservedLinkGrid if own_rounds else LinkGrid
     grid = kind(service.hub, run_id=plan.run_id, run_config=plan.options, enough=run.enough)
+    if isinstance(grid, ObservedLinkGrid):
+        grid.on_note = service.stand
     current.grid = grid
     current.check()
     context = Context(plan.run_id, 1, {}, RecordDict(), dict(plan.options))

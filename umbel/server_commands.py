@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -222,8 +223,7 @@ def nodes_list(state: State, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps({"nodes": rows}, default=str))
         return
-    for row in rows:
-        typer.echo("\t".join((row["name"], row["state"], _ago(row["last_seen"]))))
+    _table([(row["name"], row["state"], _ago(row["last_seen"])) for row in rows])
 
 
 @nodes.command("revoke")
@@ -251,7 +251,8 @@ def status(state: State, as_json: AsJson = False) -> None:
         return
     typer.echo(f"run       {found['run'] or 'none'}")
     typer.echo(f"phase     {found['phase']}")
-    typer.echo(f"round     {found['round']} of {found.get('rounds', '?')}")
+    pace = f", {found['round_seconds']:.3g} s each" if found.get("round_seconds") else ""
+    typer.echo(f"round     {found['round']} of {found.get('rounds', '?')}{pace}")
     for label, value in (found.get("metrics") or {}).items():
         typer.echo(f"{label:9} {value:.4g}")
     if found.get("epsilon") is not None:
@@ -262,16 +263,13 @@ def status(state: State, as_json: AsJson = False) -> None:
         rate = found.get("bytes_per_second", 0.0) / 1e6
         typer.echo(f"traffic   {down:.1f} MB down, {up:.1f} MB up, {rate:.1f} MB/s now")
     typer.echo(f"nodes     {len(found['nodes'])}")
-    for row in found["nodes"]:
-        cells = (
-            row["name"],
-            row["state"],
-            _ago(row["last_seen"]),
-            row.get("phase") or "",
-            row.get("version") or "",
-            row.get("device") or "",
-        )
-        typer.echo("  " + "\t".join(cells))
+    titles = ("name", "state", "last seen", "doing", "version", "device")
+    keys = ("phase", "version", "device")
+    rows = [
+        (row["name"], row["state"], _ago(row["last_seen"]), *(row.get(key) or "" for key in keys))
+        for row in found["nodes"]
+    ]
+    _table([titles, *rows] if rows else [])
 
 
 def submit(state: State, config: Changes = None) -> None:
@@ -302,6 +300,13 @@ def _own(
     if certificate is None or key is None or root is None:
         raise ConfigError("own certificates need all three: --certificate, --key and --root")
     return certificate, key, root
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo(("  " + "  ".join(cells)).rstrip())
 
 
 def _ago(when: Any) -> str:

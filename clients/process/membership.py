@@ -1,6 +1,7 @@
 """A node's place in a federation: its state folder, its key, its certificate."""
 
 import dataclasses
+import datetime
 import fcntl
 import json
 import os
@@ -31,6 +32,10 @@ from umbel.transport.keyfiles import KeyFileError, read_secret, write_secret
 from umbel.transport.link_pb2 import Certificate, EnrolRequest, RenewRequest
 
 _CALL_S = 20.0
+
+
+class ExpiredError(ConfigError):
+    """The node's certificate has expired, so that it cannot be renewed either."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +109,30 @@ class Membership:
     # ---- certificates
 
     def identity(self, settings: NodeSettings) -> Identity | None:
-        """The node's key and certificate, or None before it has enrolled."""
+        """The node's key and certificate, or None before it has enrolled.
+
+        Raises:
+            ExpiredError: the node was away for longer than its certificate is good for.
+            ConfigError: a file is damaged, or open to others.
+        """
         try:
             if settings.own_certificate is not None:
                 paths = [Path(each) for each in settings.own_certificate]
                 return load_identity(paths[0], paths[1], paths[2])
             file = self.folder / "identity.pem"
-            return read_identity(file) if file.exists() else None
+            if not file.exists():
+                return None
+            identity = read_identity(file)
+            ends = load_certificate(identity.certificate).not_valid_after_utc
         except (CertificateError, KeyFileError) as problem:
             raise ConfigError(str(problem)) from problem
+        if ends < datetime.datetime.now(datetime.UTC):
+            raise ExpiredError(
+                f"the certificate of node {settings.name} expired on {ends:%Y-%m-%d %H:%M} UTC; "
+                "start it once with --join and a new join file, which the operator makes with: "
+                f"umbel nodes add {settings.name}"
+            )
+        return identity
 
     async def enrol(self, join_file: Path) -> NodeSettings:
         """Exchange a join file for a certificate; the key is made here and stays here.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from umbel.clients.process.link import NodeLink
-from umbel.clients.process.membership import Membership, NodeSettings
+from umbel.clients.process.membership import ExpiredError, Membership, NodeSettings
 from umbel.clients.process.trainee import AppSettings, Trainee
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError, RunError
@@ -120,8 +120,10 @@ async def enrolled(membership: Membership, start: StartSettings) -> NodeSettings
             raise ConfigError("with --certificate, say where the coordinator is: --address")
         paths = (str(own[0].absolute()), str(own[1].absolute()), str(own[2].absolute()))
         settings = replace(before or NodeSettings(start.address), own_certificate=paths)
-    elif start.join is not None and (before is None or membership.identity(before) is None):
+    elif start.join is not None and not _has_identity(membership, before):
         settings = await _enrol(membership, start.join)
+        if before is not None:  # it comes again: its app and its configuration are what they were
+            settings = replace(before, address=settings.address, name=settings.name)
     elif before is None:
         raise ConfigError(
             f"{start.state} belongs to no federation yet; start it with --join FILE, which the "
@@ -140,6 +142,15 @@ async def enrolled(membership: Membership, start: StartSettings) -> NodeSettings
     if settings != before:
         membership.remember(settings)
     return settings
+
+
+def _has_identity(membership: Membership, settings: NodeSettings | None) -> bool:
+    if settings is None:
+        return False
+    try:
+        return membership.identity(settings) is not None
+    except ExpiredError:
+        return False
 
 
 def _identity_files(membership: Membership, settings: NodeSettings) -> str:

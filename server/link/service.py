@@ -143,6 +143,15 @@ class Service:
 
     # ---- status
 
+    def stand(self, line: Mapping[str, Any]) -> None:
+        """Where the run stands: `line` is what `metrics.jsonl` gets of its last round."""
+        self.position |= {
+            "round": line["round"],
+            "metrics": dict(line.get("metrics") or {}),
+            "epsilon": line.get("epsilon"),
+            "round_seconds": line.get("seconds"),
+        }
+
     def status(self) -> dict[str, Any]:
         """What `umbel status --json` prints."""
         traffic = self.hub.traffic
@@ -186,12 +195,7 @@ class WatchedProgress:
         self._shown.message_done(done, total)
 
     def round_done(self, line: Mapping[str, Any]) -> None:
-        self._service.position |= {
-            "round": line["round"],
-            "metrics": dict(line.get("metrics") or {}),
-            "epsilon": line.get("epsilon"),
-            "round_seconds": line.get("seconds"),
-        }
+        self._service.stand(line)
         self._shown.round_done(line)
 
     def note(self, text: str) -> None:
@@ -341,9 +345,13 @@ class _HubCollector(Collector):
             CounterMetricFamily("umbel_refusals", "Peers refused", traffic.refused),
             CounterMetricFamily("umbel_reconnects", "Nodes that came back", traffic.reconnects),
         ]
-        seconds = position.get("round_seconds")
-        if isinstance(seconds, int | float):
-            found.append(GaugeMetricFamily("umbel_round_seconds", "Of the last round", seconds))
+        for name, said, value in (
+            ("umbel_round_seconds", "Of the last round", position.get("round_seconds")),
+            ("umbel_rounds", "Rounds of this run", position.get("rounds")),
+            ("umbel_epsilon", "Privacy spent", position.get("epsilon")),
+        ):
+            if isinstance(value, int | float):
+                found.append(GaugeMetricFamily(name, said, value))
         values = GaugeMetricFamily("umbel_metric", "Of the last evaluation", labels=["name"])
         for name, value in (position.get("metrics") or {}).items():
             values.add_metric([name], float(value))

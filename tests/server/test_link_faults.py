@@ -61,8 +61,23 @@ def test_a_killed_server_continues_its_run(federation: Any) -> None:
     assert [line["round"] for line in lines(result) if line["round"]] == [*range(1, 11)]
 
 
+def test_a_server_that_is_told_to_end_says_goodbye_and_continues_later(federation: Any) -> None:
+    start_nodes(federation, "n1", "n2")
+    server = federation.server("-c", "pause=0.3 rounds=5")
+    wait_for(federation, (federation.marks / "0-3").exists)
+    server.terminate()
+    assert federation.wait("server") == 0
+    assert "the run goes on" in federation.log("server").splitlines()[-1]
+    assert federation.result() == {} and "Traceback" not in federation.log("server")
+    federation.server("-c", "pause=0.3 rounds=5")
+    assert federation.wait("server") == 0, federation.log("server")
+    result = federation.result()
+    assert np.array_equal(weights(result), expected(federation, options="rounds=5"))
+    assert [line["train"]["steps"] for line in lines(result) if line["round"]] == [*range(1, 6)]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_server_killed_at_twenty_random_instants_ends_with_the_same_model(
     federation: Any,
 ) -> None:

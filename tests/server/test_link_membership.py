@@ -112,6 +112,30 @@ def test_a_certificate_is_renewed_in_its_last_third_with_a_new_key(
         membership.close()
 
 
+def test_a_node_that_was_away_for_too_long_says_so_and_joins_again(
+    lab: Any, tmp_path: Path
+) -> None:
+    file = join(lab, tmp_path)
+    membership = Membership(tmp_path / "node")
+    try:
+        start = StartSettings(tmp_path / "node", tmp_path / "app", file)
+        settings = asyncio.run(enrolled(membership, start))
+        key = new_key()
+        old = lab.enrolment.issue("n1", make_request(key, "n1"), lab.authority, days=-0.01)
+        gone = Identity(old.public_bytes(Encoding.PEM), key, lab.authority.pem)
+        save_identity(tmp_path / "node" / "identity.pem", gone)
+        with pytest.raises(ConfigError, match=r"of node n1 expired on .*umbel nodes add n1"):
+            membership.identity(settings)
+        with pytest.raises(ConfigError, match="was used"):
+            asyncio.run(enrolled(membership, start))
+        again = StartSettings(tmp_path / "node", join=join(lab, tmp_path))
+        assert asyncio.run(enrolled(membership, again)) == settings
+        fresh = membership.identity(settings)
+        assert fresh is not None and lab.peer(fresh).connect().welcome.name == "n1"
+    finally:
+        membership.close()
+
+
 def test_certificates_brought_along_are_admitted_by_name(lab: Any) -> None:
     key = new_key()
     signed = sign_request(lab.authority, make_request(key, "own"), "own")

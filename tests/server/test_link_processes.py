@@ -94,7 +94,8 @@ def test_an_unmodified_flower_app_runs_under_watch_and_shuts_down(processes: Any
         ("n1", "connected"),
         ("n2", "connected"),
     }
-    assert "n1" in processes.umbel("status", "--state", "state").stdout
+    text = processes.umbel("status", "--state", "state").stdout
+    assert "round     3 of" in text and "s each" in text and "  n1    connected  now" in text
 
     # A second run by submission; then SIGTERM: both kinds of process end by themselves.
     processes.umbel("submit", "--state", "state", "-c", "rounds=1")
@@ -110,7 +111,7 @@ def test_an_unmodified_flower_app_runs_under_watch_and_shuts_down(processes: Any
 
 def wait_for(processes: Any, what: Any) -> None:
     """Until it is so, or a process has died."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 150
     while not what():
         for name, process in processes.running.items():
             assert process.poll() in (None, 0), processes.log(name)
@@ -173,6 +174,8 @@ def test_an_app_that_differs_is_refused_by_the_node(processes: Any) -> None:
         file.write("# one line more\n")
     done = processes.umbel("client", "changed", "--join", "n1.join", "--state", "n1", check=False)
     assert done.returncode == 2 and "differs from this node's" in done.stderr
+    processes.start("n1", "client", "--state", "n1", "--any-app")
+    wait_for(processes, lambda: "connected to" in processes.log("n1"))
 
 
 def test_a_full_disk_gives_one_sentence(processes: Any) -> None:

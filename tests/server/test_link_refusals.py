@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import ssl
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.server.conftest import eventually
 from umbel.clients.process.membership import refusal
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub
@@ -284,6 +286,18 @@ def test_a_peer_that_stops_reading_holds_nobody_up(lab: Any) -> None:
     assert small.result()[0].content == CONTENT
     assert asked.result() == []
     del deaf
+
+
+@pytest.mark.parametrize("since", ["heard", "sending_since"])
+def test_a_connection_that_is_only_half_there_is_closed(lab: Any, since: str) -> None:
+    """A cable was pulled: nothing arrives, or nothing is taken, and nobody says goodbye."""
+    node = lab.node("n1")
+    [line] = lab.hub.members()
+    setattr(line.session, since, time.monotonic() - 61)
+    code, said = node.status()
+    assert code == grpc.StatusCode.DEADLINE_EXCEEDED and "nothing was heard for too long" in said
+    eventually(lambda: lab.hub.connected() == 0)
+    still_works(lab)
 
 
 def test_a_flood_of_frames_holds_nobody_up(lab: Any) -> None:
