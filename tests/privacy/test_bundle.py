@@ -105,6 +105,16 @@ def test_large_rows_add_up_without_rounding() -> None:
     assert torch.equal(Vectors(rows.double()).clipped(1.9999).total()[2:], torch.zeros(1).double())
 
 
+@pytest.mark.parametrize("scale", [1e-18, 1e-3, 1.0, 1e12, 1e18])
+def test_long_rows_are_no_longer_than_the_norm_and_nearly_as_long(scale: float) -> None:
+    rows = torch.randn(3, 26_010, generator=torch.Generator().manual_seed(1)) * scale
+    norm = scale * 3
+    clipped = Vectors(rows).clipped(norm)
+    for i in range(3):
+        length = l2_norm(_dense(clipped, i))
+        assert 0.99 * norm < length <= norm
+
+
 def test_a_large_sum_of_outer_products_does_not_round() -> None:
     right = UnitRows.of(torch.ones(3000, 2))  # every coordinate as large as it can be
     clipped = OuterProducts(torch.full((3000, 3), 1.0), right).clipped(1.0)
