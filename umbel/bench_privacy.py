@@ -94,8 +94,8 @@ def privacy(
     if as_json:
         typer.echo(json.dumps({**privacy_report.to_json(report), "report": str(files[-1])}))
     else:
-        for table in privacy_report.tables(report):
-            Console().print(table)
+        for half in privacy_report.tables(report):
+            Console().print(half)
         for warning in report.warnings():
             typer.echo(f"warning: {warning}")
         typer.echo(f"report: {files[-1]}")

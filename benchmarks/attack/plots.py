@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from umbel.benchmarks.attack.suite import Report, Row
 from umbel.privacy.attacks.audit import true_positive_ceiling
@@ -34,6 +36,9 @@ COLOURS = (
     "#3d5a80",
 )
 
+NO_CLAIM = 16.0
+"""Where stacks stand that promise nothing, right of all that do."""
+
 
 def draw(report: Report, folder: Path) -> list[Path]:
     """Write every plot that the report has data for, as PNG.
@@ -57,16 +62,20 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 
 def frontier(rows: Sequence[Row]) -> Figure | None:
-    """Accuracy against the best membership attack, with intervals and the ceilings."""
-    points = [(row, row.accuracy(), worst_auc(row)) for row in rows]
-    found = [(row, a, m) for row, a, m in points if a is not None and m is not None]
-    if not found:
+    """Accuracy against what is claimed and measured, and against the best membership attack."""
+    known = [row for row in rows if row.accuracy() is not None and worst_auc(row) is not None]
+    if not known:
         return None
-    figure = Figure(figsize=(7.5, 4.5))
-    axes = figure.add_subplot()
-    for at, (row, accuracy, (value, low, high, ceiling)) in enumerate(found):
+    figure = Figure(figsize=(11.5, 4.6))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for at, row in enumerate(known):
         colour = COLOURS[at % len(COLOURS)]
-        axes.errorbar(
+        accuracy, worst = row.accuracy(), worst_auc(row)
+        assert accuracy is not None
+        assert worst is not None
+        _claim(left, row, accuracy[0], colour)
+        value, low, high, ceiling = worst
+        right.errorbar(
             value,
             accuracy[0],
             xerr=[[value - low], [high - value]],
@@ -76,15 +85,31 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
             label=_label(row),
         )
         if ceiling is not None:
-            axes.plot([ceiling], [accuracy[0]], marker="|", ms=14, color=colour)
-    axes.axvline(0.5, color=INK, lw=0.8, ls=":")
-    axes.annotate("chance", (0.5, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
-    axes.set_xlim(min(0.45, axes.get_xlim()[0]), 1.01)
-    axes.set_xlabel("AUC of the strongest attack (95 % interval; | is the ceiling of the claim)")
-    axes.set_ylabel("accuracy (95 % interval)")
-    axes.set_title(f"Privacy and usefulness, {rows[0].data}")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+            right.plot([ceiling], [accuracy[0]], marker="|", ms=14, color=colour)
+    left.set_xscale("symlog", linthresh=0.25)
+    ticks = [0, 0.25, 0.5, 1, 2, 4, 8, NO_CLAIM]
+    left.set_xticks(ticks, [*(f"{tick:g}" for tick in ticks[:-1]), "no\nclaim"])
+    left.set_xlabel("epsilon: o claimed to model users, | measured at least")
+    left.set_ylabel("accuracy (95 % interval)")
+    right.axvline(0.5, color=INK, lw=0.8, ls=":")
+    right.annotate("chance", (0.5, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
+    right.set_xlim(min(0.45, right.get_xlim()[0]), 1.01)
+    right.set_xlabel("AUC of the strongest attack (95 % interval), | ceiling")
+    figure.suptitle(f"Privacy and usefulness, {rows[0].data}")
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _claim(axes: Axes, row: Row, accuracy: float, colour: str) -> None:
+    """What a row claims, and the lower bounds that canaries measured of it."""
+    claimed = row.claimed("model-user")
+    place = NO_CLAIM if claimed is None or not np.isfinite(claimed) else claimed
+    bound = row.measured_bound("model-user")
+    if bound is not None:
+        axes.plot([bound, place], [accuracy, accuracy], color=colour, lw=0.8)
+        axes.plot([bound], [accuracy], marker="|", ms=12, color=colour)
+    full = "none" if place == NO_CLAIM else colour
+    axes.plot([place], [accuracy], "o", color=colour, markerfacecolor=full)
 
 
 def curves(rows: Sequence[Row]) -> Figure | None:
@@ -130,7 +155,7 @@ def curves(rows: Sequence[Row]) -> Figure | None:
 
 
 def pictures(rows: Sequence[Row], columns: int = 8) -> Figure | None:
-    """Originals above what each attack made of them, a pair of rows for each defence."""
+    """The originals, and below them what each attack made of them under each defence."""
     found = [
         (row.name, picture)
         for row in rows
@@ -140,39 +165,50 @@ def pictures(rows: Sequence[Row], columns: int = 8) -> Figure | None:
     side = round(float(np.sqrt(found[0][1].originals.shape[1]))) if found else 0
     if not found or side * side != found[0][1].originals.shape[1]:
         return None
-    figure = Figure(figsize=(columns * 0.8 + 2.2, 1.7 * len(found)))
+    originals = max((picture.originals for _, picture in found), key=len)[:columns]
+    figure = Figure(figsize=(0.75 * columns + 2, 0.85 * (len(found) + 1) + 0.5))
+    grid = figure.add_gridspec(len(found) + 1, columns, wspace=0.05, hspace=0.3)
+    _pictures(figure, grid[0, :], originals, [""] * len(originals), "originals")
+    for line, (name, picture) in enumerate(found, start=1):
+        shown = picture.guesses[:columns]
+        texts = [
+            f"{min(psnr(torch.from_numpy(a), torch.from_numpy(b)), 200.0):.0f} dB"
+            for a, b in zip(picture.originals, shown, strict=False)
+        ]
+        _pictures(figure, grid[line, :], shown, texts, f"{name}\n{picture.attack}", columns)
     blind = next(
         (one.chance for row in rows for _, one in row.findings if one.measure == "PSNR in dB"),
         0.0,
     )
-    figure.suptitle(
-        f"{rows[0].data}: originals above, reconstructions below with their PSNR. The mean of all "
-        f"images, which needs no attack, has {blind:.1f} dB; an exact copy has no limit.",
-        fontsize=9,
-        y=1.0,
-    )
-    for line, (name, picture) in enumerate(found):
-        originals = torch.from_numpy(picture.originals)
-        for half, images in enumerate((picture.originals, picture.guesses)):
-            for at in range(columns):
-                axes = figure.add_subplot(
-                    2 * len(found), columns, (2 * line + half) * columns + at + 1
-                )
-                axes.axis("off")
-                if at < len(images):
-                    axes.imshow(
-                        images[at].reshape(side, side).clip(0, 1), cmap="gray", vmin=0, vmax=1
-                    )
-                if at < len(images) and half == 1:
-                    quality = min(psnr(originals[at], torch.from_numpy(images[at])), 200.0)
-                    axes.set_title(f"{quality:.0f} dB", fontsize=7, pad=2)
-                if at == 0:
-                    text = f"{name}\n{picture.attack}" if half == 0 else "reconstructed"
-                    axes.text(
-                        -0.2, 0.5, text, fontsize=7, ha="right", va="center",
-                        transform=axes.transAxes,
-                    )  # fmt: skip
+    figure.text(
+        0.5, 0.9,
+        f"{rows[0].data}: what the server makes of an update. Guessing the mean of all images\n"
+        f"has {blind:.1f} dB: chance. The ceiling is an exact copy; 200 dB stands for it.",
+        ha="center", fontsize=9,
+    )  # fmt: skip
     return figure
+
+
+def _pictures(
+    figure: Figure,
+    place: Any,
+    images: NDArray[np.float32],
+    texts: Sequence[str],
+    label: str,
+    columns: int = 8,
+) -> None:
+    """A line of square images with texts above them and a label at its left."""
+    side = round(float(np.sqrt(images.shape[1])))
+    line = place.subgridspec(1, columns, wspace=0.05)
+    for at, (image, text) in enumerate(zip(images, texts, strict=True)):
+        axes = figure.add_subplot(line[0, at])
+        axes.axis("off")
+        axes.imshow(image.reshape(side, side).clip(0, 1), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(text, fontsize=6, pad=1)
+        if at == 0:
+            axes.text(
+                -0.15, 0.5, label, fontsize=7, ha="right", va="center", transform=axes.transAxes
+            )
 
 
 def _ceiling(axes: Axes, row: Row, colour: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from umbel.benchmarks.attack.audits import ADVERSARIES
@@ -117,13 +118,18 @@ def tables(report: Report) -> list[Table]:
             (f"{data}: what is promised, measured and paid", PROMISES),
             (f"{data}: what an attacker gets (95 % intervals)", ATTACKS),
         ):
-            half = Table(title=title)
+            half = Table(title=title, box=SIMPLE_HEAD)
             for head, _ in columns:
                 half.add_column(head, overflow="fold")
             for line in own:
-                half.add_row(*(getattr(line, name).replace(" (", "\n(") for _, name in columns))
+                half.add_row(*(_folded(getattr(line, name)) for _, name in columns))
             shown.append(half)
     return shown
+
+
+def _folded(cell: str) -> str:
+    """The interval below its number."""
+    return cell.replace(" ±", "\n±").replace(" (", "\n").removesuffix(")")
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -196,7 +202,7 @@ def _row(row: Row) -> dict[str, Any]:
         if accuracy is None
         else dict(zip(("value", "low", "high"), accuracy, strict=True)),
         "claimed": {} if training is None else dict(training.claimed),
-        "measured": {who: _bound(row, who) for who in ADVERSARIES},
+        "measured": {who: row.measured_bound(who) for who in ADVERSARIES},
         "membership": None
         if worst is None
         else dict(zip(("value", "low", "high"), worst[:3], strict=True)),
@@ -246,15 +252,8 @@ def _epsilon(value: float | None) -> str:
     return "none" if value is None or not math.isfinite(value) else f"{value:.2f}"
 
 
-def _bound(row: Row, adversary: str) -> float | None:
-    """The largest lower bound on what the row claims: for its nodes, or else for its records."""
-    audits = [a for a in row.audits if a.adversary == adversary and a.is_bound]
-    unit = "client" if any(a.unit == "client" for a in audits) else "example"
-    return max((a.measured for a in audits if a.unit == unit), default=None)
-
-
 def _measured(row: Row, adversary: str) -> str:
-    bound = _bound(row, adversary)
+    bound = row.measured_bound(adversary)
     return "-" if bound is None else f"{bound:.2f}"
 
 
@@ -324,7 +323,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: Any, form: str, absent: str = "-") -> str:
-    return absent if value is None else form.format(float(value))
+    known = value is not None and math.isfinite(float(value))
+    return form.format(float(value)) if known else absent
 
 
 def _legend(content: Mapping[str, Any]) -> str:

@@ -78,6 +78,12 @@ class Row:
         audited = [a.claimed for a in self.audits if a.adversary == adversary]
         return audited[0] if audited else None
 
+    def measured_bound(self, adversary: str) -> float | None:
+        """The largest lower bound on epsilon: of its nodes, or else of its records."""
+        own = [a for a in self.audits if a.adversary == adversary and a.is_bound]
+        nodes = [a.measured for a in own if a.unit == "client"]
+        return max(nodes or [a.measured for a in own], default=None)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -251,15 +257,17 @@ def _examples(task: Task, defence: Defence, scene: str, part: Measured) -> list[
 
 
 def _advice(defence: Defence, measured: Mapping[str, Measured]) -> list[str]:
-    """What a table does not say by itself."""
-    notes = []
-    for part in measured.values():
-        for one in part.findings:
-            alive = one.measure == "examples recovered" and one.low > 0.01
-            if defence.secure and defence.unit == "none" and alive:
-                notes.append(
-                    f"secure aggregation alone leaves {one.attack} alive: the {one.adversary} "
-                    f"recovered {one.value:.0%} of the examples of {defence.cohort} nodes from "
-                    "their sum; use larger cohorts and differential privacy"
-                )
-    return notes
+    """What a table does not say by itself: one sentence an attack, for who came furthest."""
+    if not defence.secure or defence.unit != "none":
+        return []
+    found = [one for part in measured.values() for one in part.findings]
+    alive = [one for one in found if one.measure == "examples recovered" and one.low > 0.01]
+    strongest: dict[str, Finding] = {}
+    for one in sorted(alive, key=lambda one: one.value, reverse=True):
+        strongest.setdefault(one.attack, one)
+    return [
+        f"secure aggregation alone leaves {one.attack} alive: the {one.adversary} recovered "
+        f"{one.value:.0%} of the examples of {defence.cohort} nodes from their sum; use larger "
+        "cohorts and differential privacy"
+        for one in strongest.values()
+    ]
