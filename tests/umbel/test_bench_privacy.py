@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.tiny_private_app import write_app
 from umbel.bench_privacy import opened
 from umbel.benchmarks.attack.plans import full, quick
 from umbel.cli import main
@@ -75,3 +76,43 @@ def test_plans_have_every_kind_of_defence() -> None:
         assert plan.defences[medical.data]
     cohorts = {row.cohort for row in full().defences["fashion-mnist"] if row.unit == "none"}
     assert {5, 20, 50} <= cohorts
+
+
+def test_accuracy_against_epsilon_of_whole_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("UMBEL_KEY", str(tmp_path / "coordinator.pem"))
+    app, out = write_app(tmp_path / "app"), tmp_path / "out"
+    task = (app / "task.py").read_text()
+    task = task.replace('"rounds": 3', '"rounds": 1, "recipe": "quick", "cohort-size": 20.0')
+    (app / "task.py").write_text(task.replace('{"loss"', '{"accuracy": 0.5, "loss"'))
+    words = ("--utility", "--app", str(app), "--recipes", "few", "--epsilons", "8")
+    assert umbel(monkeypatch, *words, "--repeats", "1", "--out", str(out), "--json") == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    assert result == json.loads((out / "utility.json").read_text())
+    assert [point["accuracies"] for point in result["points"]] == [[0.5]]
+    assert 7.2 < result["points"][0]["epsilon"] <= 8
+    assert result["machine"]["cpus"] >= 1
+    assert "tuning is not counted" in said.out
+    assert (out / "utility.png").stat().st_size > 1000
+    assert len(list((out / "runs").glob("*/certificate.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--recipes", "quack"), "it can have quick, best, cnn, few"),
+        (("--epsilons", "many"), "give numbers"),
+        (("--epsilons", "-1", "--recipes", "few"), "epsilon is -1"),
+    ],
+)
+def test_bad_plans_of_accuracy_are_one_sentence(
+    words: tuple[str, ...],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    assert umbel(monkeypatch, "--utility", *words, "--out", str(tmp_path / "out")) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
