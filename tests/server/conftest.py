@@ -223,7 +223,7 @@ class Processes:
             text=True,
             cwd=self.folder,
             env=self._environment,
-            timeout=120,
+            timeout=240,
         )
         assert not check or done.returncode == 0, done.stderr
         return done
@@ -268,7 +268,7 @@ class Processes:
         """What a process has said."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def wait(self, name: str, seconds: float = 120) -> int:
+    def wait(self, name: str, seconds: float = 240) -> int:
         """The exit status."""
         try:
             return self.running[name].wait(seconds)

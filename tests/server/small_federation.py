@@ -87,7 +87,7 @@ def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def wait_for(processes: Any, what: Callable[[], Any], seconds: float = 90) -> Any:
+def wait_for(processes: Any, what: Callable[[], Any], seconds: float = 200) -> Any:
     until = time.monotonic() + seconds
     while not (value := what()):
         assert time.monotonic() < until, {n: processes.log(n)[-3000:] for n in processes.running}

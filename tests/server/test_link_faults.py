@@ -109,7 +109,7 @@ def test_the_same_federation_moves_to_flowers_engine_and_back(federation: Any) -
         federation.server(
             "-c", "rounds=2 min-replies=2", "--engine", engine
         )  # one is not the app's
-        assert federation.wait("server", seconds=900) == 0, federation.log("server")
+        assert federation.wait("server", seconds=1500) == 0, federation.log("server")
         result = federation.result()
         assert result["stopped"] == "rounds" and ("flower_run" in result) == (engine == "flower")
         assert np.array_equal(weights(result), model), engine

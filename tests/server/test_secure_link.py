@@ -66,7 +66,7 @@ def test_three_enrolled_nodes_sum_in_secret_and_get_the_model_of_one_machine(
     for number, name in enumerate(names):
         words = f"partition-id={number} num-partitions=3"
         processes.node(name, "--engine", engine, "--node-config", words)
-    assert processes.wait("server", 900) == 0, processes.log("server")
+    assert processes.wait("server", 1500) == 0, processes.log("server")
     result = processes.result()
     secure = secure_lines(result)
     assert [one["nodes"] for one in secure] == [3, 3, 3]
