@@ -59,7 +59,7 @@ PROMISES = (
     ("server:\nclaimed", "server"),
     ("\nmeasured", "measured_server"),
     ("bytes", "bytes_"),
-    ("seconds", "seconds"),
+    ("s", "seconds"),
 )
 ATTACKS = (
     ("defence", "defence"),
@@ -118,11 +118,16 @@ def tables(report: Report) -> list[Table]:
             (f"{data}: what is promised, measured and paid", PROMISES),
             (f"{data}: what an attacker gets (95 % intervals)", ATTACKS),
         ):
-            half = Table(title=title, box=SIMPLE_HEAD)
-            for head, _ in columns:
-                half.add_column(head, overflow="fold")
-            for line in own:
-                half.add_row(*(_folded(getattr(line, name)) for _, name in columns))
+            half = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+            cells = [
+                (head, [_folded(getattr(line, name)) for line in own]) for head, name in columns
+            ]
+            cells = [(head, column) for head, column in cells if set(column) != {"-"}]
+            for head, _ in cells:
+                width = max(len(part) for part in head.split("\n"))
+                half.add_column(head, overflow="fold", min_width=width)
+            for line in zip(*(column for _, column in cells), strict=True):
+                half.add_row(*line)
             shown.append(half)
     return shown
 

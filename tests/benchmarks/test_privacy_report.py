@@ -1,12 +1,14 @@
 """The report: what counts as a problem, and that files hold what was measured."""
 
 import csv
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from umbel.bench_commands import app
@@ -142,6 +144,19 @@ def test_the_table_names_its_run_and_holds_the_reports_numbers(tmp_path: Path) -
     assert "seed 7" in legend
     whole = (tmp_path / "results.md").read_text()
     assert "| 2.00 / none | 1.25 / - |" in whole
+
+
+def test_the_terminal_shows_both_adversaries_and_no_empty_column() -> None:
+    console = Console(width=80, file=io.StringIO())
+    server = replace(audit(1.5, 1.31), adversary="server")
+    for table in privacy_report.tables(Report([row(audit(2.0, 1.25), server)])):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1.25" in shown
+    assert "1.31" in shown
+    assert shown.count("measured") == 3  # a title and two heads
+    assert "imprint" not in shown
+    assert max(len(line) for line in shown.splitlines()) <= 80
 
 
 def test_a_folder_without_a_report_has_no_table(tmp_path: Path) -> None:
