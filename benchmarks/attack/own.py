@@ -6,9 +6,10 @@ crowd       which nodes took part in a round
 pictures    what an update of one example shows, where the model can be inverted
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ from umbel.benchmarks.attack.views import Attackable, Played, play
 from umbel.clients.data.examples import Examples, Node, Split
 from umbel.clients.trainer import Options, Trainer, Weights
 from umbel.privacy.attacks.audit import Scores, one_run_audit
+from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.strategies.errors import ConfigError, UmbelError
 from umbel.strategies.layer import Facts
+from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.stack import Stack
 
 MOST_EXAMPLES = 400
@@ -98,7 +101,7 @@ def audit(
 
     def stack(given: Options) -> Stack:
         made = federation.stack_for(given)
-        return made if fault is None else fault(made)
+        return made if fault is None else fault(_noisy(made, given))
 
     given = {
         **{k: v for k, v in options.items() if k not in ("cohort-size", "cohort-cap")},
@@ -110,11 +113,13 @@ def audit(
     known = federation.complete({})
     if "sampling" in known:
         given["sampling"] = "all"
-    changed: Any = replace(federation, trainer=trainer, data=Coins(coins), test=None, stack=stack)  # type: ignore[type-var]
-    played = play(changed, canaries, given)
+    changes = {"trainer": trainer, "data": Coins(coins), "test": None, "stack": stack}
+    played = play(_complete(federation, changes), canaries, given)
     delta = _delta({**known, **options}, federation)
     schedule = audits.alone(canaries, delta)
-    claimed = audits.claims_of(played, federation.stack_for(federation.complete(given)), schedule)
+    complete = federation.complete(given)
+    honest = _noisy(federation.stack_for(complete), complete)
+    claimed = audits.claims_of(played, honest, schedule)
     run = CanaryRun(played, coins, schedule, trainer)
     found = []
     for adversary in audits.ADVERSARIES:
@@ -133,6 +138,32 @@ def audit(
             )
         )
     return found
+
+
+def _noisy(stack: Stack, options: Mapping[str, Any]) -> Stack:
+    """The stack with the noise that a plan gives it for one round in which everybody takes part.
+
+    A fault may hide from the run that its stack is private, and then nobody plans.
+    """
+    epsilon = float(options.get("epsilon", math.inf))
+    layers = [
+        layer.with_noise(noise_multiplier(epsilon, float(options["delta"]), 1.0, 1))
+        if isinstance(layer, Gaussian) and layer.noise_multiplier is None and math.isfinite(epsilon)
+        else layer
+        for layer in stack.layers
+    ]
+    return Stack(layers, stack.collect)
+
+
+def _complete(federation: Attackable, changes: Mapping[str, Any]) -> Any:
+    """The federation with a stack to which its options add no layer: that has happened already.
+
+    A broken layer is not recognised for what it claims to be, so it would be added again.
+    """
+    kind: Any = type(federation)
+    as_it_is = type(kind.__name__, (kind,), {"stack_for": lambda self, given: self.stack(given)})
+    known = {field.name: getattr(federation, field.name) for field in fields(kind) if field.init}
+    return as_it_is(**{**known, **changes})
 
 
 @dataclass(frozen=True)

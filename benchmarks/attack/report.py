@@ -123,6 +123,8 @@ def tables(report: Report) -> list[Table]:
                 (head, [_folded(getattr(line, name)) for line in own]) for head, name in columns
             ]
             cells = [(head, column) for head, column in cells if set(column) != {"-"}]
+            if len(cells) == 1:
+                continue  # names alone
             for head, _ in cells:
                 width = max(len(part) for part in head.split("\n"))
                 half.add_column(head, overflow="fold", min_width=width)

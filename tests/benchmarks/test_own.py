@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from umbel.benchmarks.attack import own
-from umbel.benchmarks.attack.defences import quarter_noise
+from umbel.benchmarks.attack.defences import quarter_noise, skip_clip, unbounded_weights
 from umbel.clients.data.partitioned import Partitioned
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.federation import Federation
@@ -52,6 +52,13 @@ def test_an_app_with_a_budget_is_held_to_it_and_caught_where_it_lies() -> None:
 def test_a_fault_in_an_app_is_a_problem(noise: dict[str, float]) -> None:
     options = {**noise, "delta": 1e-5, "rounds": 2}
     report = own.attack(FEDERATION, 20, options, name="digits", canaries=1000, fault=quarter_noise)
+    assert any("epsilon 1.00 is claimed" in problem for problem in report.problems())
+
+
+@pytest.mark.parametrize("fault", [skip_clip, unbounded_weights])
+def test_every_fault_can_be_put_into_an_app(fault: own.Fault) -> None:
+    options = {"epsilon": 1.0, "delta": 1e-5, "rounds": 2}
+    report = own.attack(FEDERATION, 20, options, name="digits", canaries=1000, fault=fault)
     assert any("epsilon 1.00 is claimed" in problem for problem in report.problems())
 
 
