@@ -1,6 +1,5 @@
 """The coordinator process around a run: state folder, doors, who is here, status, metrics."""
 
-import fcntl
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ from umbel.server.flower import UNAVAILABLE
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub, Line
 from umbel.server.link.listener import Doors, Listener
+from umbel.server.lock import take_lock
 from umbel.server.output.progress import Progress
 from umbel.strategies.errors import ConfigError
 from umbel.transport.allocator import share_one_arena
@@ -314,15 +314,10 @@ def _node_status(line: Line) -> dict[str, Any]:
 def _lock(state: Path) -> int:
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(
-            f"another server runs on {state}; stop it, or choose another folder with --state"
-        ) from None
     except OSError as problem:
         raise ConfigError(f"{state} cannot be used: {problem.strerror}") from problem
-    return lock
+    busy = f"another server runs on {state}; stop it, or choose another folder with --state"
+    return take_lock(state / "lock", busy)
 
 
 class _HubCollector(Collector):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from umbel.server.lock import locked
 from umbel.server.output import progress
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
@@ -60,13 +61,19 @@ _current: ContextVar[Session | None] = ContextVar("session", default=None)
 
 @contextlib.contextmanager
 def session(run: RunDirectory, shown: Progress) -> Iterator[Session]:
-    """The session that `current` finds while a server app runs."""
+    """The session that `current` finds while a server app runs; a run has one at a time.
+
+    Raises:
+        ConfigError: another process is at work on this run.
+    """
     opened = Session(run, shown)
-    token = _current.set(opened)
-    try:
-        yield opened
-    finally:
-        _current.reset(token)
+    busy = f"another process is at work on {run.path}; wait for its end, or start a new run"
+    with locked(run.path / ".lock", busy):
+        token = _current.set(opened)
+        try:
+            yield opened
+        finally:
+            _current.reset(token)
 
 
 def current(name: str, options: dict[str, Any]) -> Session:

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.fakes import APPS, Ended, WarmCommand
+from umbel.server.lock import locked
 from umbel.server.output.rundir import RunDirectory
 
 OPTIONS = {"rounds": 6, "optimizer": "fedadam", "server-learning-rate": 0.02}
@@ -122,6 +123,14 @@ def test_a_finished_run_may_be_resumed_to_more_rounds(
     assert all(one[k].numpy().tobytes() == other[k].numpy().tobytes() for k in one)
     again = resume(umbel, tmp_path, options={"rounds": 6})
     assert again.result["metrics"] == ended.result["metrics"]
+
+
+def test_a_run_has_one_process_at_a_time(umbel: WarmCommand, tmp_path: Path) -> None:
+    assert begin(umbel, tmp_path, options={**OPTIONS, "rounds": 2}).status == 0
+    with locked(tmp_path / "run" / ".lock", "held by the test"):
+        ended = resume(umbel, tmp_path, options={"rounds": 3})
+    assert ended.status and "ConfigError: another process is at work" in ended.err, ended.err
+    assert resume(umbel, tmp_path, options={"rounds": 3}).status == 0
 
 
 def test_worker_processes_change_nothing(umbel: WarmCommand, whole: Path, tmp_path: Path) -> None:
