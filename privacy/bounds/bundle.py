@@ -203,7 +203,8 @@ def _lengths(values: Tensor, norm: float) -> Tensor:
     plain = values.dtype != torch.float32 or norm < _TINY
     squares = values if plain else values.square()
     if plain or (len(squares) and float(squares.max()) > 1 / _TINY):  # they may leave float32
-        return torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
+        lengths: Tensor = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
+        return lengths
     even = squares.shape[1] // 32 * 32
     sums = squares[:, :even].reshape(len(values), -1, 32).sum(2).sum(1, dtype=torch.float64)
     return (sums + squares[:, even:].sum(1, dtype=torch.float64)).sqrt()
