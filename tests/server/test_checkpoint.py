@@ -90,9 +90,7 @@ def test_damage_is_a_sentence(damage: str, tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, position(1), {})
     (tmp_path / "blocked").write_text("")
-    with pytest.raises(
-        RunError, match=r"cannot be written .*; make room and continue the run"
-    ):
+    with pytest.raises(RunError, match=r"cannot be written .*; make room and continue the run"):
         save(tmp_path / "blocked", position(2), {})
     assert same(load(tmp_path), position(1))
     assert [file.name for file in tmp_path.glob("*.tmp")] == []
