@@ -97,7 +97,12 @@ def audit(
         ConfigError: the options cannot be used.
     """
     coins = np.random.default_rng([seed, 7]).random(canaries) < 0.5
-    trainer = CanaryTrainer(canaries, _norm(federation, options) * audits.LONGER, audits.WEIGHT)
+    trainer = CanaryTrainer(
+        canaries,
+        _norm(federation, options) * audits.LONGER,
+        audits.WEIGHT,
+        OPTIONS=dict(getattr(federation.trainer, "OPTIONS", {})),
+    )
 
     def stack(given: Options) -> Stack:
         made = federation.stack_for(given)
@@ -113,8 +118,8 @@ def audit(
     known = federation.complete({})
     if "sampling" in known:
         given["sampling"] = "all"
-    changes = {"trainer": trainer, "data": Coins(coins), "test": None, "stack": stack}
-    played = play(_complete(federation, changes), canaries, given)
+    changes = {"trainer": trainer, "data": Coins(coins), "stack": stack}
+    played = play(_complete(federation, _alone(federation) | changes), canaries, given)
     delta = _delta({**known, **options}, federation)
     schedule = audits.alone(canaries, delta)
     complete = federation.complete(given)
@@ -138,6 +143,13 @@ def audit(
             )
         )
     return found
+
+
+def _alone(federation: Attackable) -> dict[str, Any]:
+    """Changes that leave out what an app does beside training, which may need its own data."""
+    aside = {"test": None, "summary": None, "questions": ()}
+    known = {field.name for field in fields(federation)}  # type: ignore[arg-type]
+    return {name: value for name, value in aside.items() if name in known}
 
 
 def _noisy(stack: Stack, options: Mapping[str, Any]) -> Stack:
@@ -235,7 +247,8 @@ class _Own:
         y = torch.stack([torch.as_tensor(one.y[0]) for one in examples]).long()
         flat = Pool("own", x.flatten(1), y, x[:0], y[:0], int(y.max()) + 2, None)
         data: Callable[[Node, Options], Any] = lambda node, _: Split(examples[node.partition])  # noqa: E731
-        one: Any = replace(self.federation, data=data, test=None)  # type: ignore[type-var]
+        changes = {**_alone(self.federation), "data": data}
+        one: Any = replace(self.federation, **changes)  # type: ignore[type-var]
         given = {**self.options, "rounds": 1, "cohort": "all", "sampling": "all"}
         given["federated-every"] = -1
         given |= {"local-steps": 1, "momentum": 0.0, "batch-size": 0}

@@ -1,6 +1,7 @@
 """Somebody's own federation under attack, and the attack of the documentation."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from umbel.benchmarks.attack.defences import quarter_noise, skip_clip, unbounded
 from umbel.clients.data.partitioned import Partitioned
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.federation import Federation
+from umbel.server.rounds import Outcome
+from umbel.strategies.options import Options
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
@@ -60,6 +63,15 @@ def test_every_fault_can_be_put_into_an_app(fault: own.Fault) -> None:
     options = {"epsilon": 1.0, "delta": 1e-5, "rounds": 2}
     report = own.attack(FEDERATION, 20, options, name="digits", canaries=1000, fault=fault)
     assert any("epsilon 1.00 is claimed" in problem for problem in report.problems())
+
+
+def test_what_an_app_adds_to_its_results_is_left_aside() -> None:
+    def compare(outcome: Outcome, options: Options) -> dict[str, float]:  # noqa: ARG001
+        return {"accuracy": outcome.metrics["accuracy"]}  # canaries have none
+
+    app = replace(FEDERATION, summary=compare)
+    found = own.audit(app, {"epsilon": 4.0, "delta": 1e-5}, name="digits", canaries=50)
+    assert {audit.adversary for audit in found} == {"model-user", "server"}
 
 
 def test_the_documented_attack_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> None:
