@@ -96,7 +96,7 @@ def attacks(make: Make, seed: int) -> list[Check]:
     found = []
     for task in (
         Task(data="digits", pictures=40, optimised=0, suspects=400),
-        Task(raw=True, pictures=120, optimised=0),
+        Task(raw=True, pictures=80, optimised=0),
     ):
         what = f"of {task.pictures} images of {task.data}"
         open_ = scenes.pictures(make, replace(task, pictures=40), none)

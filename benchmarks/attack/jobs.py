@@ -34,7 +34,7 @@ ONLINE = "/online"
 
 def jobs_of(make: Make, plan: Plan, references: References) -> dict[str, Job]:
     """By a key that says where the result belongs; the slowest first."""
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, Job] = {"check/attacks": partial(checks.attacks, make, plan.seed)}
     for scene in ("training", "pictures", "crowd", "hospitals", "implant"):
         for task in plan.tasks:
             known = [references.get(task.data + kind, []) for kind in ("", ONLINE)]
@@ -53,7 +53,6 @@ def jobs_of(make: Make, plan: Plan, references: References) -> dict[str, Job]:
     jobs["alone/many runs"] = partial(_mechanism, make, plan)
     jobs["alone/one shot"] = partial(_one_shot, make, plan)
     jobs["check/values"] = checks.estimators
-    jobs["check/attacks"] = partial(checks.attacks, make, plan.seed)
     return jobs
 
 

@@ -42,7 +42,7 @@ class Task:
         local_steps: of a node in a round, on all of its examples.
         learning_rate: of them.
         suspects: examples that may be members, each with probability one half.
-        draws: whole runs, each with coins of its own; a quarter of it where nothing is claimed.
+        draws: whole runs, each with coins of its own; an eighth of it where nothing is claimed.
         norm: that private stacks clip to.
         delta: of all claims.
         pictures: images in the pictures scene.
@@ -94,7 +94,7 @@ class Task:
 
     def draws_of(self, defence: Defence) -> int:
         """Whole runs of a row; what a claim is held against must be known best."""
-        return self.draws if defence.unit != "none" else max(1, self.draws // 4)
+        return self.draws if defence.unit != "none" else max(1, self.draws // 8)
 
     def model(self, hidden: int | None = None, *, smooth: bool = False) -> Perceptron:
         """A perceptron for the data."""

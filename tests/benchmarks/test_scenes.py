@@ -120,7 +120,7 @@ def test_draws_are_trainings_with_coins_of_their_own_and_count_together() -> Non
     assert loss.high - loss.low < 0.8 * (lambda f: f.high - f.low)(
         find(one.findings, "loss threshold", "model-user", "AUC")
     )
-    assert replace(TASK, draws=8).draws_of(NONE) == 2
+    assert replace(TASK, draws=16).draws_of(NONE) == 2
 
 
 def test_a_run_reports_accuracy_cost_and_what_it_claims() -> None:
