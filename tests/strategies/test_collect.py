@@ -61,7 +61,7 @@ BAD = {
     "infinity": (reply(1002, torch.tensor([1.0, math.inf, 0, 0, 0, 0])), "NaN or infinity"),
     "minus infinity": (reply(1002, torch.full((6,), -math.inf)), "NaN or infinity"),
     "huge": (reply(1002, torch.full((6,), 1e12)), "the longest taken"),
-    "huge beyond squares": (reply(1002, torch.full((6,), 1e30)), "NaN or infinity"),
+    "huge beyond squares": (reply(1002, torch.full((6,), 1e30)), r"norm 2\.449\d*e\+30, but"),
     "short": (reply(1002, torch.ones(5)), r"shape \(5,\), not \(6,\)"),
     "long": (reply(1002, torch.ones(7)), r"shape \(7,\), not \(6,\)"),
     "a matrix": (reply(1002, torch.ones(2, 3)), r"shape \(2, 3\)"),
