@@ -31,6 +31,9 @@ ONE_RUN = (
 MEMBERSHIP = ("loss threshold", "LiRA", "RMIA")
 """How the names of membership attacks begin."""
 
+KNOWN = 0.06
+"""The widest interval of an AUC that is held against limits as far apart."""
+
 SMALL_EPSILON = 8.01
 """Calibrated noise comes to a total of 8 or a rounding error more."""
 
@@ -141,6 +144,8 @@ def attacks(make: Make, seed: int) -> list[Check]:
 def memberships(rows: Iterable[tuple[float | None, Sequence[Finding]]]) -> list[Check]:
     """Membership attacks come to nothing at epsilon 8 and below.
 
+    An AUC that few suspects leave uncertain by more than the limits is no evidence either way.
+
     Args:
         rows: for each defence and data set the epsilon that it claims against model users, and
             what was found.
@@ -151,6 +156,7 @@ def memberships(rows: Iterable[tuple[float | None, Sequence[Finding]]]) -> list[
         if epsilon is not None and epsilon <= SMALL_EPSILON
         for one in findings
         if one.measure == "AUC" and one.attack.startswith(MEMBERSHIP)
+        if one.high - one.low <= KNOWN
     ]
     if not found:
         return []

@@ -47,7 +47,7 @@ def test_a_small_plan_from_beginning_to_end() -> None:
     assert example.claimed("server") == 8.0
     assert all(row.accuracy() is not None for row in report.rows)
     assert len(report.faults) == 3
-    assert len(report.checks) == 20
+    assert len(report.checks) == 18  # 400 suspects are too few to judge a membership AUC
     assert {audit.unit for row in report.rows for audit in row.audits} == {"client", "example"}
     values = [one.value for row in report.rows for _, one in row.findings]
     assert values

@@ -173,6 +173,7 @@ def test_membership_at_small_epsilon_and_of_overfitted_models_is_checked() -> No
     assert not low.ok
     assert not high.ok
     assert checks.memberships([(None, found)]) == []
+    assert checks.memberships([(8.0, [replace(found[0], low=0.4, high=0.6)])]) == []
     loss, _ = roc_findings(
         "loss threshold", "model-user", RNG.normal(size=50) + 1, RNG.normal(size=50)
     )
