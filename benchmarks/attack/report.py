@@ -71,6 +71,12 @@ ATTACKS = (
 )
 """Heads of the terminal's two tables, and the fields of `Line` below them."""
 
+HEADINGS = {
+    "frontier": "Privacy and usefulness",
+    "roc": "Membership, true against false accusations",
+    "pictures": "Images that the server reconstructs",
+}
+
 BRIEF = (
     "none", "local DP 8", "central DP 8", "secure sum of 5", "secure sum of 20",
     "secure sum + DP 8", "example DP 8",
@@ -194,8 +200,14 @@ def html(report: Report, plots: Sequence[Path]) -> str:
         findings=[(row, scene, one) for row in report.rows for scene, one in row.findings],
         checks=report.checks,
         about=report.about,
-        plots=[(p.stem, base64.b64encode(p.read_bytes()).decode()) for p in plots],
+        plots=[(_heading(p.stem), base64.b64encode(p.read_bytes()).decode()) for p in plots],
     )
+
+
+def _heading(stem: str) -> str:
+    """A plot's heading from its file's name, which ends in the data set's."""
+    kind, _, data = stem.partition("-")
+    return f"{HEADINGS[kind]}: {data}"
 
 
 def _row(row: Row) -> dict[str, Any]:
