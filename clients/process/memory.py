@@ -39,7 +39,8 @@ class Memory:
     def step(self, run_id: int, message_id: str) -> Iterator[RecordDict]:
         """The state for an instruction; kept as it is when the block ends without exception."""
         self._open(run_id)
-        if message_id in self._before:
+        again = message_id in self._before
+        if again:
             self._go_back(message_id)
         before = self._now
         state = decode(before) if before else RecordDict()
@@ -49,8 +50,8 @@ class Memory:
         self._before[message_id] = before
         self._now = after
         self._forget()
-        if before or after:
-            self._save()
+        if after != before or (again and after):
+            self._save()  # a step that leaves all as it was needs no file: to repeat it is the same
 
     def _go_back(self, message_id: str) -> None:
         at = self._steps.index(message_id)

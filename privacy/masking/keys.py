@@ -7,6 +7,7 @@ has one. All of it comes from the `cryptography` package.
 """
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.poly1305 import Poly1305
 
 PUBLIC_BYTES = 32
 DIGEST_BYTES = 32
+_FIELD = struct.Struct(">cQ").pack
 
 
 def transcript(purpose: str, *fields: bytes | str | int) -> bytes:
@@ -34,12 +36,13 @@ def transcript(purpose: str, *fields: bytes | str | int) -> bytes:
     parts = [b"umbel-secure-1"]
     for field in (purpose, *fields):
         if isinstance(field, bytes):
-            raw, kind = field, b"b"
+            parts += (_FIELD(b"b", len(field)), field)
         elif isinstance(field, str):
-            raw, kind = field.encode(), b"s"
+            raw = field.encode()
+            parts += (_FIELD(b"s", len(raw)), raw)
         else:
-            raw, kind = field.to_bytes((field.bit_length() + 8) // 8, signed=True), b"i"
-        parts += (kind, len(raw).to_bytes(8), raw)
+            length = (field.bit_length() + 8) // 8
+            parts += (_FIELD(b"i", length), field.to_bytes(length, signed=True))
     return b"".join(parts)
 
 
