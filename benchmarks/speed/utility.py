@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 CAVEAT = (
-    "The recipes were chosen on a validation split of public data; the privacy cost of that "
-    "tuning is not counted."
+    "The recipes were tuned beforehand on public data; the privacy cost of that tuning is not "
+    "counted."
 )
 
 Run = Callable[..., Mapping[str, Any]]

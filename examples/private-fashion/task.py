@@ -173,7 +173,7 @@ PLAN = {
 
 
 def tuned(options):
-    """What a recipe sets, unless it is given; found on a validation split."""
+    """What a recipe sets, unless it is given; `quick` and `best`: found on a validation split."""
     tight = options["epsilon"] < 2
     changes = {
         "quick": {},
