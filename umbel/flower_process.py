@@ -32,6 +32,8 @@ class FlowerProcess:
         end_earlier(home)
         # A session of its own: Ctrl-C reaches the parent, which ends things in order.
         self._process = subprocess.Popen(command, start_new_session=True, **options)
+        while self.running() and not _command_of(self._process.pid):
+            time.sleep(0.01)  # it is not yet the program by whose name the next start knows it
         self._file.write_text(f"{self._process.pid} {command[0]}")
 
     def running(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 import numpy as np
@@ -206,9 +206,15 @@ def work(jobs: Mapping[str, Job], workers: int | None) -> Iterator[tuple[str, An
             yield key, *_timed(job)
         return
     with ProcessPoolExecutor(count, get_context("spawn"), _prepare) as pool:
-        running = {pool.submit(_timed, job): key for key, job in jobs.items()}
-        for ready in as_completed(running):
-            yield running[ready], *ready.result()
+        try:
+            running = {pool.submit(_timed, job): key for key, job in jobs.items()}
+            for ready in as_completed(running):
+                yield running[ready], *ready.result()
+        except BaseException:  # Ctrl-C must not wait for trainings that take minutes
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def _timed(job: Job) -> tuple[Any, float]:
