@@ -25,7 +25,7 @@ from umbel.transport.link_pb2 import Begin, Cancel, Done, Frame, Grant, Hello
 
 log = logging.getLogger("umbel.link")
 
-BEAT_S = 10.0
+BEAT_S = 12.0
 """How often a node says that it is alive."""
 SILENT_S = 45.0
 """A peer that has said nothing for this long is gone."""
