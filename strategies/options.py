@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.errors import ConfigError
@@ -15,6 +15,7 @@ from umbel.strategies.schedules import factor
 
 Value = bool | int | float | str
 Options = Mapping[str, Value]
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,12 @@ class RunOptions:
     @classmethod
     def defaults(cls) -> dict[str, Value]:
         """Every option with its default."""
-        return {dashed(field.name): field.default for field in fields(cls)}  # type: ignore[misc]
+        return defaults_of(cls)
 
     @classmethod
     def read(cls, options: Options) -> "RunOptions":
         """The options of a run; others in the mapping are left alone."""
-        own = cls.defaults()
-        return cls(
-            **{
-                name.replace("-", "_"): checked(name, value, own[name])  # type: ignore[arg-type]
-                for name, value in options.items()
-                if name in own
-            }
-        )
+        return read_into(cls, options)
 
     def learning_rate_factor(self, number: int) -> float:
         """What the nodes' learning rate is multiplied by in round `number`."""
@@ -152,6 +146,27 @@ def choose(name: str, value: str, allowed: Iterable[str]) -> str:
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
     return value
+
+
+def defaults_of(group: type[Any]) -> dict[str, Value]:
+    """The options of a group, a dataclass whose fields all have defaults."""
+    return {dashed(field.name): field.default for field in fields(group)}  # type: ignore[misc]  # all have one
+
+
+def read_into(group: type[Group], options: Options) -> Group:
+    """The group with what a run says of it; other names in the mapping are left alone.
+
+    Raises:
+        ConfigError: a value has the wrong type, or the group refuses it.
+    """
+    own = defaults_of(group)
+    return group(
+        **{
+            name.replace("-", "_"): checked(name, value, own[name])
+            for name, value in options.items()
+            if name in own
+        }
+    )
 
 
 def checked(name: str, value: Any, default: Value) -> Value:

@@ -31,6 +31,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed import superlink
+from umbel.benchmarks.speed.apps import write_echo
 from umbel.benchmarks.speed.processes import anonymous, resident
 from umbel.clients.process.membership import open_channel
 from umbel.server.link.enrolment import Enrolment
@@ -56,32 +57,7 @@ TARGETS = {
     "own": 300.0,
 }
 _PATIENCE_S = 180.0
-_APP = {
-    "pyproject.toml": """
-[project]
-name = "echo"
-version = "1"
-[tool.flwr.app]
-publisher = "umbel"
-[tool.flwr.app.components]
-serverapp = "server_app:app"
-clientapp = "client_app:app"
-[tool.flwr.app.config]
-rounds = 1
-""",
-    "server_app.py": "from flwr.serverapp import ServerApp\n\napp = ServerApp()\n",
-    "client_app.py": """
-from flwr.app import Message
-from flwr.clientapp import ClientApp
-
-app = ClientApp()
-
-
-@app.train()
-def train(message, context):
-    return Message(message.content, reply_to=message)
-""",
-}
+_SERVER = "from flwr.serverapp import ServerApp\n\napp = ServerApp()\n"
 
 
 def measure(
@@ -286,9 +262,7 @@ def _with_nodes(count: int, jobs: Sequence[tuple[int, int]]) -> list[dict[str, A
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="umbel-bench-") as name:
-        (Path(name) / "app").mkdir()
-        for file, text in _APP.items():
-            (Path(name) / "app" / file).write_text(text)
+        write_echo(Path(name) / "app", _SERVER)
         yield Path(name)
 
 

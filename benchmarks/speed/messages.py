@@ -10,7 +10,7 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from umbel.benchmarks.figures import Figure
-from umbel.benchmarks.speed import echo
+from umbel.benchmarks.speed import apps
 from umbel.benchmarks.speed.ray_side import echo_under_ray
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.strategies.records import to_array
@@ -34,7 +34,7 @@ def measure(*, quick: bool = False, flower: bool = False, workers: int = 2) -> l
     scale = 10 if quick else 1
     figures = []
     with tempfile.TemporaryDirectory() as where:
-        app = echo.folder(Path(where))
+        app = apps.write_echo(Path(where))
         for nodes, messages in ((n // scale, m // scale) for n, m in CASES):
             ray = {"Flower under Ray": 1e3 * echo_under_ray(nodes, messages)} if flower else {}
             for count in (0, workers):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel.benchmarks.figures import Figure
+from umbel.benchmarks.speed.apps import write_federation
 from umbel.benchmarks.speed.processes import Watched, watch
 
 NODES = 100
@@ -30,16 +31,7 @@ PRIVATE: Mapping[str, object] = {
 
 _UMBEL = "from umbel.cli import main; main()"
 
-_PROJECT = """\
-[project]
-name = "round"
-version = "1"
-[tool.flwr.app]
-publisher = "umbel"
-[tool.flwr.app.components]
-serverapp = "server_app:app"
-clientapp = "client_app:app"
-[tool.flwr.app.config]
+_CONFIG = """\
 work = "training"
 federated-every = -1
 """
@@ -100,13 +92,7 @@ class Work:
 
     def folder(self, path: Path) -> Path:
         """Make the app in `path`."""
-        path.mkdir(parents=True)
-        (path / "pyproject.toml").write_text(_PROJECT, encoding="utf-8")
-        (path / "task.py").write_text(_TASK % self.name, encoding="utf-8")
-        for side in ("client", "server"):
-            text = f"from task import federation\n\napp = federation.{side}_app()\n"
-            (path / f"{side}_app.py").write_text(text, encoding="utf-8")
-        return path
+        return write_federation(path, _TASK % self.name, name="round", config=_CONFIG)
 
 
 WORKS = (

@@ -18,7 +18,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from umbel.benchmarks.speed import echo
+from umbel.benchmarks.speed import apps
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.options import Options
@@ -82,7 +82,7 @@ def _echo(nodes: int, messages: int, rounds: int) -> None:
                 raise RunError("not every message came back")
         print(f"{_SECONDS}{statistics.median(times[1:])}", flush=True)
 
-    _simulate(server, echo.app, nodes)
+    _simulate(server, apps.app, nodes)
 
 
 def _app(folder: Path, nodes: int, options: Options) -> None:

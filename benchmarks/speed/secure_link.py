@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from umbel.benchmarks.speed.apps import write_federation
 from umbel.benchmarks.speed.processes import ended, umbel
 from umbel.strategies.errors import CheckError
 
 TARGET_S = 0.080
 _PATIENCE_S = 300.0
-_APP = {
-    "task.py": """
+_TASK = """\
 import numpy as np
 
 from umbel import Federation, FunctionTrainer
@@ -35,10 +35,7 @@ def initial(options):
 
 
 federation = Federation(FunctionTrainer(initial, train), lambda node, _: node.partition)
-""",
-    "server_app.py": "from task import federation\n\napp = federation.server_app()\n",
-    "client_app.py": "from task import federation\n\napp = federation.client_app()\n",
-}
+"""
 
 
 def measure_link(*, nodes: int = 10, rounds: int = 40) -> dict[str, Any]:
@@ -62,7 +59,8 @@ def measure_link(*, nodes: int = 10, rounds: int = 40) -> dict[str, Any]:
 def _median(nodes: int, rounds: int, *, secure: bool) -> float:
     with tempfile.TemporaryDirectory(prefix="umbel-secure-link-") as name:
         folder = Path(name)
-        _write_app(folder / "app", f"secure = {str(secure).lower()}\nrounds = {rounds}")
+        options = f"federated-every = -1\nsecure = {str(secure).lower()}\nrounds = {rounds}"
+        write_federation(folder / "app", _TASK, name="small", config=options)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -93,14 +91,3 @@ def _read(server: "subprocess.Popen[str]", folder: Path, nodes: int) -> float:
     if any(line["clients"] != nodes for line in timed):
         raise CheckError("a node was missing in a round of the benchmark; run it again")
     return float(statistics.median(line["seconds"] for line in timed))
-
-
-def _write_app(folder: Path, options: str) -> None:
-    folder.mkdir()
-    for name, text in _APP.items():
-        (folder / name).write_text(text)
-    (folder / "pyproject.toml").write_text(
-        '[project]\nname = "small"\nversion = "1"\n[tool.flwr.app]\npublisher = "umbel"\n'
-        '[tool.flwr.app.components]\nserverapp = "server_app:app"\n'
-        f'clientapp = "client_app:app"\n[tool.flwr.app.config]\nfederated-every = -1\n{options}\n'
-    )

@@ -13,27 +13,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from umbel.benchmarks.speed.apps import write_echo
 from umbel.benchmarks.speed.processes import ended, umbel
 from umbel.strategies.errors import CheckError
 
 _PATIENCE_S = 900.0
-_APP = {
-    "pyproject.toml": """
-[project]
-name = "echo"
-version = "1"
-[tool.flwr.app]
-publisher = "umbel"
-[tool.flwr.app.components]
-serverapp = "server_app:app"
-clientapp = "client_app:app"
-[tool.flwr.app.config]
+_CONFIG = """\
 sizes = "10"
 rounds = "3"
 nodes = 2
 out = ""
-""",
-    "server_app.py": """
+"""
+_SERVER = """\
 import json
 import time
 from pathlib import Path
@@ -63,19 +54,7 @@ def main(grid, context):
             seconds.append(time.perf_counter() - began)
         found.append(seconds)
     Path(config["out"]).write_text(json.dumps(found))
-""",
-    "client_app.py": """
-from flwr.app import Message
-from flwr.clientapp import ClientApp
-
-app = ClientApp()
-
-
-@app.train()
-def train(message, context):
-    return Message(message.content, reply_to=message)
-""",
-}
+"""
 
 
 def measure(*, parameters: int, quick: bool = False) -> dict[str, float]:
@@ -102,9 +81,7 @@ def measure(*, parameters: int, quick: bool = False) -> dict[str, float]:
 def _rounds(nodes: int, sizes: Sequence[int], rounds: Sequence[int]) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="umbel-superlink-") as name:
         folder = Path(name)
-        (folder / "app").mkdir()
-        for file, text in _APP.items():
-            (folder / "app" / file).write_text(text)
+        write_echo(folder / "app", _SERVER, _CONFIG)
         out, address = folder / "seconds.json", f"127.0.0.1:{_free_pair()}"
         words = f'sizes="{_list(sizes)}" rounds="{_list(rounds)}" nodes={nodes} out="{out}"'
         with contextlib.ExitStack() as stack:

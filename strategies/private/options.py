@@ -6,11 +6,11 @@ takes a second to import.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options, Value, checked, choose, dashed
+from umbel.strategies.options import Options, Value, choose, defaults_of, read_into
 
 MECHANISMS = ("gaussian", "local", "tree", "banded")
 
@@ -110,19 +110,12 @@ class PrivacyOptions:
     @classmethod
     def defaults(cls) -> dict[str, Value]:
         """Every option with its default."""
-        return {dashed(field.name): field.default for field in fields(cls)}  # type: ignore[misc]
+        return defaults_of(cls)
 
     @classmethod
     def read(cls, options: Options) -> "PrivacyOptions":
         """The privacy options among a run's; others in the mapping are left alone."""
-        own = cls.defaults()
-        return cls(
-            **{
-                name.replace("-", "_"): checked(name, value, own[name])  # type: ignore[arg-type]
-                for name, value in options.items()
-                if name in own
-            }
-        )
+        return read_into(cls, options)
 
     @classmethod
     def check_given(cls, changes: Mapping[str, Any]) -> None:

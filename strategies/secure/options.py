@@ -1,9 +1,9 @@
 """The options of a secure sum; what they build is in `umbel.strategies.secure.secure_stack`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options, Value, checked, choose, dashed
+from umbel.strategies.options import Options, Value, choose, dashed, defaults_of, read_into
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,9 @@ class SecureOptions:
     @classmethod
     def defaults(cls) -> dict[str, Value]:
         """Every option with its default."""
-        return {dashed(field.name): field.default for field in fields(cls)}  # type: ignore[misc]
+        return defaults_of(cls)
 
     @classmethod
     def read(cls, options: Options) -> "SecureOptions":
         """The options of a secure sum among a run's; others in the mapping are left alone."""
-        own = cls.defaults()
-        return cls(
-            **{
-                name.replace("-", "_"): checked(name, value, own[name])  # type: ignore[arg-type]
-                for name, value in options.items()
-                if name in own
-            }
-        )
+        return read_into(cls, options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from umbel.benchmarks.figures import Figure, plot, rows
-from umbel.benchmarks.speed import aggregation, bare, echo, link, messages
+from umbel.benchmarks.speed import aggregation, apps, bare, link, messages
 from umbel.benchmarks.speed import suite as speed
 from umbel.benchmarks.speed.processes import proportional, tree, watch
 from umbel.benchmarks.speed.training import Case
@@ -36,7 +36,7 @@ def test_a_plot_of_figures(tmp_path: Path) -> None:
 
 
 def test_messages_come_back_and_take_time(tmp_path: Path) -> None:
-    app = echo.folder(tmp_path / "echo")
+    app = apps.write_echo(tmp_path / "echo")
     assert messages.exchange(app, 5, 3, 10, 0, repeats=2) > 0
     assert messages.memcpy(1 << 20) > 0
 

@@ -3,8 +3,6 @@
 import itertools
 import math
 import multiprocessing
-import secrets
-from fractions import Fraction
 from typing import ClassVar
 
 import mpmath
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from umbel.benchmarks.speed.noise import exact
 from umbel.privacy.noise.entropy import Entropy
 from umbel.privacy.noise.lattice import LatticeGaussian, _table, _tilt
 
@@ -95,44 +94,9 @@ def test_the_guide_agrees_with_the_table_for_every_cell() -> None:
         assert np.array_equal(expected, drawn)
 
 
-def oracle(sigma2: Fraction) -> int:
-    """An exact discrete Gaussian: Canonne, Kamath and Steinke 2020, algorithms 1 to 3."""
-    t = math.isqrt(int(sigma2)) + 1
-    while True:
-        y = _discrete_laplace(t)
-        gap = abs(y) - sigma2 / t
-        if _bernoulli_exp(gap * gap / (2 * sigma2)):
-            return y
-
-
-def _discrete_laplace(t: int) -> int:
-    while True:
-        u = secrets.randbelow(t)
-        if not _bernoulli_exp(Fraction(u, t)):
-            continue
-        v = 0
-        while _bernoulli_exp(Fraction(1)):
-            v += 1
-        x = u + t * v
-        sign = secrets.randbits(1)
-        if not (sign and x == 0):
-            return -x if sign else x
-
-
-def _bernoulli_exp(gamma: Fraction) -> bool:
-    while gamma > 1:
-        if not _bernoulli_exp(Fraction(1)):
-            return False
-        gamma -= 1
-    k = 1
-    while secrets.randbelow(gamma.denominator * k) < gamma.numerator:
-        k += 1
-    return k % 2 == 1
-
-
 def test_the_exact_discrete_gaussian_cannot_be_told_apart() -> None:
     """At 64 steps the rounded and the discrete Gaussian differ by 3e-5 in total variation."""
-    theirs = np.array([oracle(Fraction(64**2)) for _ in range(4000)])
+    theirs = np.array([exact(64) for _ in range(4000)])
     ours = LatticeGaussian(64).sample(400_000)
     assert stats.ks_2samp(theirs, ours).pvalue > ALARM
 

@@ -1,0 +1,58 @@
+"""Apps that benchmarks write; the smallest returns what it got, so all of its time is the engine's.
+
+app                  the client app that returns its message
+write_app            a folder with any app
+write_echo           a folder with `app`, beside a server app if there is one
+write_federation     a folder whose two halves are those of a `task.py`
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+_PROJECT = """\
+[project]
+name = "%s"
+version = "1"
+[tool.flwr.app]
+publisher = "umbel"
+[tool.flwr.app.components]
+serverapp = "server_app:app"
+clientapp = "client_app:app"
+[tool.flwr.app.config]
+%s
+"""
+
+
+@app.train()
+def back(message: Message, context: Context) -> Message:  # noqa: ARG001 - Flower's signature
+    """The content of the message, as the reply."""
+    return Message(message.content, reply_to=message)
+
+
+def write_app(path: Path, files: Mapping[str, str], *, name: str, config: str = "") -> Path:
+    """Make an app folder in `path`; `config` is its options, as TOML."""
+    path.mkdir(parents=True, exist_ok=True)
+    for file, text in {"pyproject.toml": _PROJECT % (name, config), **files}.items():
+        (path / file).write_text(text, encoding="utf-8")
+    return path
+
+
+def write_echo(path: Path, server: str = "", config: str = "") -> Path:
+    """Make an app folder in `path` that holds this app, for engines that want one."""
+    files = {"client_app.py": f"from {__name__} import app\n"}
+    if server:
+        files["server_app.py"] = server
+    return write_app(path, files, name="echo", config=config)
+
+
+def write_federation(path: Path, task: str, *, name: str, config: str) -> Path:
+    """Make an app folder in `path` whose `task.py` defines `federation`."""
+    files = {"task.py": task}
+    for side in ("client", "server"):
+        files[f"{side}_app.py"] = f"from task import federation\n\napp = federation.{side}_app()\n"
+    return write_app(path, files, name=name, config=config)
