@@ -13,7 +13,6 @@ digest of the layout travels with it, so a node with another model says so.
 """
 
 import functools
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +55,9 @@ from umbel.strategies.stack import Stack
 LOCAL = "umbel.buffers"
 """The node's own record of the buffers that stay on it."""
 
+OptionsKey = tuple[tuple[str, type, Any], ...]
+"""A run's options as something to look up by; the type tells 1 from True."""
+
 
 @dataclass(frozen=True)
 class NodeHalf:
@@ -76,8 +78,10 @@ class NodeHalf:
     stack: Callable[[Options], Stack]
     questions: Questions = ()
     warm: int = 4
-    _splits: OrderedDict[tuple[int, str], Split] = field(default_factory=OrderedDict, repr=False)
-    _plans: dict[str, "_Plan"] = field(default_factory=dict, repr=False)
+    _splits: OrderedDict[tuple[int, OptionsKey], Split] = field(
+        default_factory=OrderedDict, repr=False
+    )
+    _plans: dict[OptionsKey, "_Plan"] = field(default_factory=dict, repr=False)
 
     def train(self, message: Message, context: Context) -> Message:
         """Answer a request to train."""
@@ -157,7 +161,7 @@ class NodeHalf:
         return answer_pool(message, bundles, plan.stack, plan.manifest.size)
 
     def _plan(self, context: Context) -> "_Plan":
-        key = json.dumps(dict(context.run_config), sort_keys=True)
+        key = _options_key(context)
         if key not in self._plans:
             options = self.options(context.run_config)
             self._plans.clear()
@@ -167,7 +171,7 @@ class NodeHalf:
         return self._plans[key]
 
     def _split(self, plan: "_Plan", context: Context) -> Split:
-        key = (context.node_id, json.dumps(dict(context.run_config), sort_keys=True))
+        key = (context.node_id, _options_key(context))
         if key in self._splits:
             self._splits.move_to_end(key)
             return self._splits[key]
@@ -288,6 +292,10 @@ class FederationClientApp(ClientApp):
     ) -> list[Message] | None:
         """See `NodeHalf.train_many`."""
         return self.half.train_many(messages, contexts)
+
+
+def _options_key(context: Context) -> OptionsKey:
+    return tuple((name, type(value), value) for name, value in context.run_config.items())
 
 
 def node_of(context: Context) -> Node:

@@ -6,7 +6,8 @@ native code costs one reply.
 
     parent -> child   start: the app's folder, the node's configuration
     child  -> parent  ready, or the sentence that says why not
-    parent -> child   do: an instruction; its content beside it, or in the shared file if large
+    parent -> child   do: an instruction; its content beside it, or in the shared file if large;
+                      the run's options where they are not those of the last one
     child  -> parent  done: the reply, likewise; or the error
 
 Headers are JSON behind their length; contents are bytes of `umbel.transport.codec`.
@@ -95,7 +96,7 @@ class Worker:
         self._pipe, self._out, self._in = pipe, outbound, inbound
         self._app: Any = None
         self._config: dict[str, Any] = {}
-        self._run_config: tuple[bytes, dict[str, Any]] = (b"", {})
+        self._run_config: dict[str, Any] = {}
         self._memory: Memory | None = None
 
     def serve(self) -> None:
@@ -154,18 +155,15 @@ class Worker:
         self._send(header["id"], reply)
 
     def _context(self, header: dict[str, Any]) -> Context:
-        raw = bytes.fromhex(header["run_config"])
-        if raw != self._run_config[0]:
-            self._run_config = (
-                raw,
-                dict(take_record(decode(raw), "c", ConfigRecord)) if raw else {},
-            )
+        if "run_config" in header:
+            raw = bytes.fromhex(header["run_config"])
+            self._run_config = dict(take_record(decode(raw), "c", ConfigRecord)) if raw else {}
         return Context(
             run_id=header["run_id"],
             node_id=header["node_id"],
             node_config=dict(self._config),
             state=RecordDict(),
-            run_config=dict(self._run_config[1]),
+            run_config=dict(self._run_config),
         )
 
     def _send(self, message_id: str, reply: Message) -> None:

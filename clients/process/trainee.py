@@ -76,6 +76,7 @@ class Trainee:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._told = b""  # the run's options that the process has
         self.device = ""
 
     @property
@@ -108,6 +109,7 @@ class Trainee:
         )
         theirs.close()
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
+        self._told = b""
         start = {
             "op": "start",
             "app": str(self._settings.app),
@@ -143,7 +145,6 @@ class Trainee:
             "group_id": begin.group_id,
             "message_type": begin.message_type,
             "ttl": begin.ttl,
-            "run_config": begin.run_config.hex(),
         }
         ready = False
         try:
@@ -151,6 +152,9 @@ class Trainee:
                 await self._ready()
                 ready = True
                 assert self._writer is not None
+                if self._told != begin.run_config:
+                    header["run_config"] = begin.run_config.hex()
+                    self._told = begin.run_config
                 self._writer.write(pack(header, begin.inline if begin.size <= BESIDE else b""))
                 said, beside = await self._hear()
         except TimeoutError:

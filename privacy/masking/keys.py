@@ -8,8 +8,8 @@ has one. All of it comes from the `cryptography` package.
 
 import hashlib
 import struct
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -34,15 +34,15 @@ def transcript(purpose: str, *fields: bytes | str | int) -> bytes:
         False
     """
     parts = [b"umbel-secure-1"]
-    for field in (purpose, *fields):
-        if isinstance(field, bytes):
-            parts += (_FIELD(b"b", len(field)), field)
-        elif isinstance(field, str):
-            raw = field.encode()
+    for part in (purpose, *fields):
+        if isinstance(part, bytes):
+            parts += (_FIELD(b"b", len(part)), part)
+        elif isinstance(part, str):
+            raw = part.encode()
             parts += (_FIELD(b"s", len(raw)), raw)
         else:
-            length = (field.bit_length() + 8) // 8
-            parts += (_FIELD(b"i", length), field.to_bytes(length, signed=True))
+            length = (part.bit_length() + 8) // 8
+            parts += (_FIELD(b"i", length), part.to_bytes(length, signed=True))
     return b"".join(parts)
 
 
@@ -67,22 +67,22 @@ class KeyPair:
 
     private: bytes
     public: bytes
+    # Kept, because making it of the private half costs as much as an exchange.
+    _key: x25519.X25519PrivateKey = field(compare=False)
 
     @staticmethod
     def generate() -> "KeyPair":
         """A fresh key from the operating system's entropy."""
-        return KeyPair.of(x25519.X25519PrivateKey.generate().private_bytes_raw())
+        return KeyPair._from(x25519.X25519PrivateKey.generate())
 
     @staticmethod
     def of(private: bytes) -> "KeyPair":
         """The pair of a private key."""
-        key = x25519.X25519PrivateKey.from_private_bytes(private)
-        return KeyPair(private, key.public_key().public_bytes_raw())
+        return KeyPair._from(x25519.X25519PrivateKey.from_private_bytes(private))
 
-    @cached_property
-    def _key(self) -> x25519.X25519PrivateKey:
-        # Kept, because making it costs as much as an exchange.
-        return x25519.X25519PrivateKey.from_private_bytes(self.private)
+    @staticmethod
+    def _from(key: x25519.X25519PrivateKey) -> "KeyPair":
+        return KeyPair(key.private_bytes_raw(), key.public_key().public_bytes_raw(), key)
 
     def agree(self, other: bytes, salt: bytes, info: bytes, length: int = 32) -> bytes:
         """The key material of `length` bytes that both holders derive for one purpose.
@@ -156,6 +156,16 @@ def sign(key: SigningKey, message: bytes) -> bytes:
     return key.sign(message, ec.ECDSA(hashes.SHA256()))
 
 
+@lru_cache(maxsize=1 << 12)
+def public_key(identity: bytes) -> object:
+    """The key of an identity; kept, because the first use of a new one costs half a verification.
+
+    Raises:
+        UnsupportedAlgorithm, ValueError: there is no such key.
+    """
+    return serialization.load_der_public_key(identity)
+
+
 @lru_cache(maxsize=1 << 16)
 def verify(identity: bytes, message: bytes, signature: bytes) -> bool:
     """Whether a signature is the identity's over exactly this message.
@@ -169,7 +179,7 @@ def verify(identity: bytes, message: bytes, signature: bytes) -> bool:
         signature: 64 bytes for Ed25519, DER for ECDSA.
     """
     try:
-        key = serialization.load_der_public_key(identity)
+        key = public_key(identity)
         if isinstance(key, ed25519.Ed25519PublicKey):
             key.verify(signature, message)
         elif isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):

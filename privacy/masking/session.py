@@ -13,6 +13,7 @@ model-inconsistency attack of Pasquini et al. 2022).
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Literal
 
 from umbel.privacy.masking import graph, keys
@@ -201,8 +202,12 @@ class Roster:
             raise ValueError("A roster is not in its one valid form.")
         return roster
 
-    def endorsed(self, included: bytes, signatures: bytes) -> int:
-        """How many included members validly signed this list of included members."""
+    def endorsed(self, included: bytes, signatures: bytes) -> bool:
+        """Whether a quorum of the included members validly signed this list of them.
+
+        Raises:
+            ValueError: there is not one signature, or an empty place, for each included member.
+        """
         return _endorsed(self, included, signatures)
 
     def __hash__(self) -> int:
@@ -210,17 +215,19 @@ class Roster:
 
 
 @lru_cache(maxsize=8)
-def _endorsed(roster: Roster, included: bytes, signatures: bytes) -> int:
+def _endorsed(roster: Roster, included: bytes, signatures: bytes) -> bool:
     message = included_message(roster.sid, included)
     places = positions(included, len(roster.members))
     fields = unpack_fields(signatures)
     if len(fields) != len(places):
         raise ValueError("Signatures were left out or added; each included node has its place.")
-    return sum(
-        keys.verify(roster.members[place].identity, message, signature)
+    valid = (
+        place
         for place, signature in zip(places, fields, strict=True)
-        if signature
+        if signature and keys.verify(roster.members[place].identity, message, signature)
     )
+    # The rest is not looked at: a list that a quorum signed is agreed upon.
+    return sum(1 for _ in islice(valid, roster.quorum)) == roster.quorum
 
 
 def forget_checked() -> None:
@@ -228,6 +235,7 @@ def forget_checked() -> None:
     Roster.read.cache_clear()
     _endorsed.cache_clear()
     keys.verify.cache_clear()
+    keys.public_key.cache_clear()
 
 
 def included_message(sid: bytes, included: bytes) -> bytes:

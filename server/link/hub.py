@@ -80,6 +80,7 @@ class Session:
         self.pace = Pace()
         self.sending_since: float | None = None
         self.granted: Instruction | None = None
+        self.taken = ""
 
     def send(self, item: Frame | Instruction) -> None:
         """Put something into the queue of what is written."""
@@ -188,6 +189,7 @@ class Hub:
             line.current = line.waiting.popleft()
         if line.current is not None and not line.current.sent and line.session is not None:
             line.current.sent = True
+            line.session.taken = ""  # what comes next says that the reply before has arrived
             line.session.send(line.current)
 
     def _cancel(self, message_ids: Sequence[str]) -> None:
@@ -232,7 +234,7 @@ class Hub:
         self.traffic.failures += reply.error is not None
         line = self.lines[instruction.node_id]
         line.current = None
-        session.send(Frame(done=Done(id=instruction.message_id)))
+        session.taken = instruction.message_id
         instruction.inbox.put(reply)
         self._advance(line)
 
@@ -324,6 +326,9 @@ class Hub:
                 if not line.lost and now - line.left > self.lost_after:
                     self._lose(line, f"node {line.node.name} has been away for too long")
                 continue
+            if session.taken:  # nothing followed
+                session.send(Frame(done=Done(id=session.taken)))
+                session.taken = ""
             stalled = session.sending_since is not None and now - session.sending_since > STALLED_S
             if now - session.heard > SILENT_S or stalled:
                 what = "takes nothing" if stalled else "says nothing"

@@ -10,6 +10,7 @@ of others are pinned on first use.
 
 import os
 import re
+from collections import deque
 from collections.abc import MutableMapping
 from dataclasses import replace
 from functools import lru_cache
@@ -62,17 +63,6 @@ def remember(me: Self, context: Context) -> None:
     context.state[_KEPT] = ConfigRecord({**_kept(context), "pins": pins})
 
 
-def is_new(ticket: bytes, context: Context) -> bool:
-    """Whether this node has not advertised for a ticket before; it is remembered."""
-    seen = _kept(context).get("tickets", b"")
-    seen = seen if isinstance(seen, bytes) else b""
-    if any(seen[at : at + 32] == ticket for at in range(0, len(seen), 32)):
-        return False
-    seen = (seen + ticket)[-32 * _TICKETS :]
-    context.state[_KEPT] = ConfigRecord({**_kept(context), "tickets": seen})
-    return True
-
-
 _PRIVATE = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.+?-----END [A-Z ]+-----", re.DOTALL)
 
 
@@ -81,6 +71,25 @@ class Sessions:
 
     def __init__(self) -> None:
         self._here: MutableMapping[tuple[int, int], Plain] = {}
+        self._tickets: deque[bytes] = deque(maxlen=_TICKETS)
+
+    def is_new(self, ticket: bytes, context: Context) -> bool:
+        """Whether this node has not advertised for a ticket before; it is remembered.
+
+        Where the session lives in the process, so does this: a new process has new keys and
+        nothing left of a session that could be played again.
+        """
+        if IDENTITY in context.node_config:
+            new = ticket not in self._tickets
+            self._tickets.append(ticket)
+            return new
+        seen = _kept(context).get("tickets", b"")
+        seen = seen if isinstance(seen, bytes) else b""
+        if any(seen[at : at + 32] == ticket for at in range(0, len(seen), 32)):
+            return False
+        seen = (seen + ticket)[-32 * _TICKETS :]
+        context.state[_KEPT] = ConfigRecord({**_kept(context), "tickets": seen})
+        return True
 
     def take(self, context: Context) -> Plain:
         """The node's session; it is not kept any longer."""

@@ -118,6 +118,7 @@ def advertise(
         "values": packing.pack(values, terms.bits),
         "sealing": sealing.private,
         "masking": masking.private,
+        "public": sealing.public + masking.public,
         "server": terms.server,
     }
     return memory, {
@@ -185,7 +186,7 @@ def share(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
     kept = memory | {"stage": "mask", "roster": roster.blob, "own": own, "share": mine}
     kept["openers"] = b"".join(openers)
     kept["tagging"] = vector_key(sealing, blob(memory, "server"), roster.sid)
-    del kept["sealing"]
+    del kept["sealing"], kept["public"]
     return kept, me.signed(
         "share",
         roster.sid,
@@ -259,7 +260,7 @@ def unmask(me: Self, memory: Plain, message: Plain) -> Plain:
     """Last: of each holder's secrets one share, never both. The caller forgets the session."""
     roster, place = reopen(me.node, memory, message, "unmask")
     listed = blob(memory, "included")
-    if roster.endorsed(listed, blob(message, "signatures")) < roster.quorum:
+    if not roster.endorsed(listed, blob(message, "signatures")):
         raise RefusalError(
             "quorum", "too few nodes signed the list of included nodes that I signed"
         )

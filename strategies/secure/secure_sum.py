@@ -46,7 +46,7 @@ from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL
 from umbel.strategies.records import find_record, from_array, take_record
 from umbel.strategies.secure.checks import AbortedError
-from umbel.strategies.secure.identity import Sessions, is_new, remember, whoami
+from umbel.strategies.secure.identity import Sessions, remember, whoami
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number, text
 from umbel.strategies.secure.policy import RefusalError
 from umbel.strategies.secure.protocol import Released, advertise, respond, serve
@@ -233,7 +233,7 @@ class SecureSum:
                 raise RefusalError("message", "the server wants an update without a secure sum")
             terms, step = self._offered(asked, request)
             me = whoami(context)
-            if not is_new(terms.ticket, context):
+            if not self._sessions.is_new(terms.ticket, context):
                 raise RefusalError("replay", "this node has been part of this session before")
             vector = from_array(take_record(content, UPDATE, ArrayRecord)[UPDATE])
             values = to_words(vector, step, terms.bits)
