@@ -10,7 +10,7 @@ native code costs one reply.
                       the run's options where they are not those of the last one
     child  -> parent  done: the reply, likewise; or the error
 
-Headers are JSON behind their length; contents are bytes of `umbel.transport.codec`.
+How they are framed says `pipe.py`; contents are bytes of `umbel.transport.codec`.
 """
 
 import ctypes
@@ -19,7 +19,6 @@ import mmap
 import os
 import signal
 import socket
-import struct
 import sys
 import tempfile
 import time
@@ -31,15 +30,12 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 
 from umbel.clients.process.memory import Memory
+from umbel.clients.process.pipe import BESIDE, HEAD_BYTES, lengths, pack
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.records import take_record
-from umbel.transport.codec import Buffer, CodecError, decode, encode, size_of
+from umbel.transport.codec import Buffer, decode, encode, size_of
 
-_HEAD = struct.Struct("<IQ")
-_LONGEST_HEADER = 1 << 20
-BESIDE = 64 << 10
-"""Contents up to this size travel beside their header, larger ones in a shared file."""
 SERVER_NODE = 1
 RAISED = 2
 """Flower's code of an exception in a client app."""
@@ -70,25 +66,6 @@ def read_shared(file: int, size: int) -> memoryview:
     return memoryview(mmap.mmap(file, size, prot=mmap.PROT_READ))[:size]
 
 
-def pack(header: Mapping[str, Any], beside: bytes = b"") -> bytes:
-    """A header and the bytes beside it."""
-    text = json.dumps(header).encode()
-    return _HEAD.pack(len(text), len(beside)) + text + beside
-
-
-def head_size() -> int:
-    """Bytes of what precedes a header."""
-    return _HEAD.size
-
-
-def lengths(head: bytes) -> tuple[int, int]:
-    """The lengths of a header and of what is beside it."""
-    text, beside = _HEAD.unpack(head)
-    if text > _LONGEST_HEADER or beside > BESIDE:
-        raise CodecError(f"a header of {text} bytes and {beside} beside it cannot be")
-    return text, beside
-
-
 class Worker:
     """The child's side: one app, one message at a time."""
 
@@ -102,7 +79,7 @@ class Worker:
     def serve(self) -> None:
         """Until the parent hangs up."""
         while True:
-            head = self._receive(_HEAD.size)
+            head = self._receive(HEAD_BYTES)
             if head is None:
                 return
             text, beside = lengths(head)

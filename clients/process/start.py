@@ -17,6 +17,7 @@ from umbel.clients.process.trainee import AppSettings, Trainee
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.secure.node import IDENTITY
+from umbel.transport import loop
 from umbel.transport.allocator import share_one_arena
 
 log = logging.getLogger("umbel.node")
@@ -62,7 +63,7 @@ def start_node(start: StartSettings, *, version: str) -> None:
     share_one_arena()
     membership = Membership(start.state)
     try:
-        asyncio.run(_run(membership, start, version))
+        loop.run(_run(membership, start, version))
     finally:
         membership.close()
 
@@ -79,10 +80,10 @@ async def _run(membership: Membership, start: StartSettings, version: str) -> No
             environment=gpu_environment(start.gpu, settings.node_config),
         )
     )
-    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    running, stopped = asyncio.get_running_loop(), asyncio.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(ValueError, RuntimeError):
-            loop.add_signal_handler(each, stopped.set)
+            running.add_signal_handler(each, stopped.set)
     link = NodeLink(
         membership,
         settings,

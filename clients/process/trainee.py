@@ -1,7 +1,6 @@
 """The parent's handle on the process that runs a node's app."""
 
 import asyncio
-import json
 import logging
 import os
 import socket
@@ -12,15 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbel.clients.process.node_process import (
-    BESIDE,
-    RAISED,
-    head_size,
-    lengths,
-    pack,
-    read_shared,
-    shared_file,
-)
+from umbel.clients.process.node_process import RAISED, read_shared, shared_file
+from umbel.clients.process.pipe import BESIDE, Pipe, pack
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.transport.codec import Buffer
 from umbel.transport.link_pb2 import Begin
@@ -73,8 +65,7 @@ class Trainee:
         self.inbound = (shared_file(), shared_file())
         self._outbound = shared_file()
         self._process: subprocess.Popen[bytes] | None = None
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._pipe: Pipe | None = None
         self._starting: asyncio.Task[None] | None = None
         self._told = b""  # the run's options that the process has
         self.device = ""
@@ -108,7 +99,8 @@ class Trainee:
             start_new_session=True,  # Ctrl-C is for the parent, which then ends the child
         )
         theirs.close()
-        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
+        connecting = asyncio.get_running_loop().create_connection(Pipe, sock=ours)
+        _, self._pipe = await connecting
         self._told = b""
         start = {
             "op": "start",
@@ -117,9 +109,9 @@ class Trainee:
             "node_config": dict(self._settings.node_config),
             "threads": self._settings.threads,
         }
-        self._writer.write(pack(start))
+        self._pipe.write(pack(start))
         try:
-            said, _ = await asyncio.wait_for(self._hear(), _LOADING_S)
+            said, _ = await asyncio.wait_for(self._pipe.hear(), _LOADING_S)
         except (EOFError, OSError) as problem:
             how = self._end()
             raise RunError(f"the app's process ended while it loaded the app ({how})") from problem
@@ -151,12 +143,12 @@ class Trainee:
             async with asyncio.timeout(limit_s):
                 await self._ready()
                 ready = True
-                assert self._writer is not None
+                assert self._pipe is not None
                 if self._told != begin.run_config:
                     header["run_config"] = begin.run_config.hex()
                     self._told = begin.run_config
-                self._writer.write(pack(header, begin.inline if begin.size <= BESIDE else b""))
-                said, beside = await self._hear()
+                self._pipe.write(pack(header, begin.inline if begin.size <= BESIDE else b""))
+                said, beside = await self._pipe.hear()
         except TimeoutError:
             if not ready:
                 return self._crashed(begin, "the app was not ready in time")
@@ -176,7 +168,7 @@ class Trainee:
 
     async def _ready(self) -> None:
         """Wait until a process has loaded the app; one that is starting is left alone."""
-        if self._writer is None and self._starting is None:
+        if self._pipe is None and self._starting is None:
             self._starting = asyncio.create_task(self.start())
         if self._starting is not None:
             try:
@@ -211,23 +203,14 @@ class Trainee:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 status = self._process.wait()
-        if self._writer is not None:
-            self._writer.close()
-        self._process = self._writer = self._reader = None
+        if self._pipe is not None:
+            self._pipe.close()
+        self._process = self._pipe = None
         if status is None:
             return "it was not there"
         if status == -9:
             return "killed, perhaps for lack of memory"
         return f"signal {-status}" if status < 0 else f"exit status {status}"
-
-    async def _hear(self) -> tuple[dict[str, Any], bytes]:
-        assert self._reader is not None
-        try:
-            text, beside = lengths(await self._reader.readexactly(head_size()))
-            body = await self._reader.readexactly(text + beside)
-        except asyncio.IncompleteReadError as problem:
-            raise EOFError from problem
-        return json.loads(body[:text]), body[text:]
 
 
 def _look_at(starting: "asyncio.Task[None]") -> None:

@@ -26,6 +26,7 @@ from umbel.server.link.connection import Connection, next_frame
 from umbel.server.link.enrolment import Enrolment, RefusedError
 from umbel.server.link.hub import BEAT_S, Hub, Session
 from umbel.strategies.errors import ConfigError, UmbelError
+from umbel.transport import loop
 from umbel.transport.certificates import Authority, Identity, common_name
 from umbel.transport.frames import (
     CHANNEL_OPTIONS,
@@ -102,7 +103,7 @@ class Listener:
         """
         started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._main(started)), name="umbel-link", daemon=True
+            target=lambda: loop.run(self._main(started)), name="umbel-link", daemon=True
         )
         self._thread.start()
         started.result()
