@@ -55,8 +55,8 @@ from umbel.strategies.stack import Stack
 LOCAL = "umbel.buffers"
 """The node's own record of the buffers that stay on it."""
 
-OptionsKey = tuple[tuple[str, type, Any], ...]
-"""A run's options as something to look up by; the type tells 1 from True."""
+OptionsKey = tuple[tuple[tuple[str, Any], ...], tuple[type, ...]]
+"""A run's options as something to look up by; the types tell 1 from True."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,8 @@ class FederationClientApp(ClientApp):
 
 
 def _options_key(context: Context) -> OptionsKey:
-    return tuple((name, type(value), value) for name, value in context.run_config.items())
+    config = context.run_config
+    return tuple(config.items()), tuple(map(type, config.values()))
 
 
 def node_of(context: Context) -> Node:

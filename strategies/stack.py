@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import RecordDict
@@ -85,6 +86,11 @@ class Stack:
                 facts = layer.check(facts, state)
         return config
 
+    @cached_property
+    def _attach(self) -> list[Callable[[Tensor, Metrics, Mapping[str, Any]], Tensor] | None]:
+        # Kept: to ask whether a layer has a protocol's methods takes longer than its work.
+        return [layer.attach if isinstance(layer, SeesMetrics) else None for layer in self.layers]
+
     @property
     def private(self) -> bool:
         """Whether a layer makes a privacy claim; nothing may then leave a node beside it."""
@@ -102,11 +108,11 @@ class Stack:
         `measured` is what the node found in training; under a private stack only layers see it.
         """
         metrics: dict[str, float] = {}
-        for layer in self.layers:
+        for layer, attach in zip(self.layers, self._attach, strict=True):
             prefix = f"{layer.name}."
             own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-            if isinstance(layer, SeesMetrics):
-                update = layer.attach(update, measured or {}, own)
+            if attach is not None:
+                update = attach(update, measured or {}, own)
             update, said = layer.encode(update, own, memory)
             metrics |= {prefix + name: value for name, value in said.items()}
         return update, {} if self.private else {**(measured or {}), **metrics}

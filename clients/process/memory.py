@@ -61,12 +61,14 @@ class Memory:
         del self._steps[at:]
 
     def _forget(self) -> None:
-        while len(self._steps) > _STEPS or (
-            len(self._steps) > 1
-            and sum({id(each): len(each) for each in self._before.values()}.values())
-            > _LARGEST_HISTORY
-        ):
+        while len(self._steps) > _STEPS or (len(self._steps) > 1 and self._history_is_too_large()):
             del self._before[self._steps.pop(0)]
+
+    def _history_is_too_large(self) -> bool:
+        if len(self._steps) * max(map(len, self._before.values())) <= _LARGEST_HISTORY:
+            return False
+        different = {id(each): len(each) for each in self._before.values()}
+        return sum(different.values()) > _LARGEST_HISTORY
 
     def _open(self, run_id: int) -> None:
         if run_id == self._run_id:

@@ -33,17 +33,23 @@ def transcript(purpose: str, *fields: bytes | str | int) -> bytes:
         >>> transcript("t", "ab", "c") == transcript("t", "a", "bc")
         False
     """
-    parts = [b"umbel-secure-1"]
-    for part in (purpose, *fields):
+    parts = [_begin(purpose)]
+    for part in fields:
         if isinstance(part, bytes):
-            parts += (_FIELD(b"b", len(part)), part)
+            kind, raw = b"b", part
         elif isinstance(part, str):
-            raw = part.encode()
-            parts += (_FIELD(b"s", len(raw)), raw)
+            kind, raw = b"s", part.encode()
         else:
-            length = (part.bit_length() + 8) // 8
-            parts += (_FIELD(b"i", length), part.to_bytes(length, signed=True))
+            kind, raw = b"i", part.to_bytes((part.bit_length() + 8) // 8, signed=True)
+        parts.append(_FIELD(kind, len(raw)))
+        parts.append(raw)
     return b"".join(parts)
+
+
+@lru_cache(maxsize=64)
+def _begin(purpose: str) -> bytes:
+    raw = purpose.encode()
+    return b"umbel-secure-1" + _FIELD(b"s", len(raw)) + raw
 
 
 def digest(purpose: str, *fields: bytes | str | int) -> bytes:

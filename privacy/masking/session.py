@@ -274,14 +274,13 @@ def unpack_fields(blob: bytes) -> list[bytes]:
     Raises:
         ValueError: the last field is cut off.
     """
-    fields, at = [], 0
-    while at < len(blob):
-        length = int.from_bytes(blob[at : at + 4])
-        field = blob[at + 4 : at + 4 + length]
-        if len(blob) < at + 4 or len(field) != length:
-            raise ValueError("A message was cut off.")
-        fields.append(field)
-        at += 4 + length
+    fields, at, end = [], 0, len(blob)
+    while at < end:
+        start = at + 4
+        at = start + int.from_bytes(blob[at:start])
+        fields.append(blob[start:at])
+    if at != end:  # only the last one can reach beyond
+        raise ValueError("A message was cut off.")
     return fields
 
 
@@ -297,7 +296,10 @@ def share_keys(own: keys.KeyPair, roster: Roster, place: int, other: int) -> tup
 
 def mask_key(own: keys.KeyPair, roster: Roster, other: int) -> bytes:
     """The mask key that a masking key and another member's have in common."""
-    return own.agree(roster.members[other].masking, roster.sid, keys.transcript("mask"))
+    return own.agree(roster.members[other].masking, roster.sid, _MASK)
+
+
+_MASK = keys.transcript("mask")
 
 
 def self_mask_key(sid: bytes, own: bytes) -> bytes:

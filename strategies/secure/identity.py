@@ -42,7 +42,7 @@ def whoami(context: Context) -> Self:
     Raises:
         ConfigError: its policy or identity file cannot be used.
     """
-    policy = _policy(str(context.node_config.get(POLICY, "")))
+    path = str(context.node_config.get(POLICY, ""))
     pinned = _kept(context).get("pins", b"")
     pins = {}
     if isinstance(pinned, bytes):
@@ -50,11 +50,10 @@ def whoami(context: Context) -> Self:
             pins[int.from_bytes(pinned[at : at + 8])] = pinned[at + 8 : at + _PIN]
     file = str(context.node_config.get(IDENTITY, ""))
     if not file:
-        return Self(context.node_id, keys.signing_key(_own_key(context)), b"", policy, pins)
+        own = keys.signing_key(_own_key(context))
+        return Self(context.node_id, own, b"", _policy(path, b""), pins)
     key, certificate, authority = _identity(file, _stamps(file))
-    if policy.authority is None and authority:
-        policy = replace(policy, authority=authority)
-    return Self(context.node_id, key, certificate, policy, pins)
+    return Self(context.node_id, key, certificate, _policy(path, authority), pins)
 
 
 def remember(me: Self, context: Context) -> None:
@@ -125,13 +124,15 @@ def _own_key(context: Context) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _policy(path: str) -> Policy:
-    return Policy.load(Path(path)) if path else Policy()
+def _policy(path: str, authority: bytes) -> Policy:
+    """The policy of a file; `authority` where it names none."""
+    policy = Policy.load(Path(path)) if path else Policy()
+    return policy if policy.authority or not authority else replace(policy, authority=authority)
 
 
 def _stamps(paths: str) -> tuple[int, ...]:
     try:
-        return tuple(Path(each).stat().st_mtime_ns for each in paths.split(os.pathsep))
+        return tuple(os.stat(each).st_mtime_ns for each in paths.split(os.pathsep))  # noqa: PTH116
     except OSError as error:
         raise ConfigError(f"the identity file {paths} cannot be used: {error}") from error
 
