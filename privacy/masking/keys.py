@@ -8,8 +8,9 @@ has one. All of it comes from the `cryptography` package.
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -21,6 +22,7 @@ from cryptography.hazmat.primitives.poly1305 import Poly1305
 PUBLIC_BYTES = 32
 DIGEST_BYTES = 32
 _FIELD = struct.Struct(">cQ").pack
+_ECDSA = ec.ECDSA(hashes.SHA256())
 
 
 def transcript(purpose: str, *fields: bytes | str | int) -> bytes:
@@ -159,17 +161,24 @@ def sign(key: SigningKey, message: bytes) -> bytes:
     """A signature with Ed25519, or ECDSA over SHA-256 for the P-256 key of a certificate."""
     if isinstance(key, ed25519.Ed25519PrivateKey):
         return key.sign(message)
-    return key.sign(message, ec.ECDSA(hashes.SHA256()))
+    return key.sign(message, _ECDSA)
 
 
 @lru_cache(maxsize=1 << 12)
-def public_key(identity: bytes) -> object:
-    """The key of an identity; kept, because the first use of a new one costs half a verification.
+def verifier(identity: bytes) -> Callable[[bytes, bytes], None] | None:
+    """What checks a signature over a message with the key of an identity; None for other keys.
+
+    It is kept, because the first use of a key that was just read costs half a verification.
 
     Raises:
         UnsupportedAlgorithm, ValueError: there is no such key.
     """
-    return serialization.load_der_public_key(identity)
+    key = serialization.load_der_public_key(identity)
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return key.verify
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
+        return partial(key.verify, signature_algorithm=_ECDSA)
+    return None
 
 
 @lru_cache(maxsize=1 << 16)
@@ -185,13 +194,10 @@ def verify(identity: bytes, message: bytes, signature: bytes) -> bool:
         signature: 64 bytes for Ed25519, DER for ECDSA.
     """
     try:
-        key = public_key(identity)
-        if isinstance(key, ed25519.Ed25519PublicKey):
-            key.verify(signature, message)
-        elif isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
-            key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-        else:
+        check = verifier(identity)
+        if check is None:
             return False
+        check(signature, message)
     except (InvalidSignature, UnsupportedAlgorithm, ValueError):
         return False
     return True

@@ -8,14 +8,18 @@ is laid at its sender's door and the others are used.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from umbel.privacy.masking import keys, shamir
-from umbel.privacy.masking.session import Roster, commitment, mask_key, self_mask_key, share_digest
+from umbel.privacy.masking.session import (
+    Roster,
+    Secret,
+    commitment,
+    mask_key,
+    self_mask_key,
+    share_digest,
+)
 from umbel.strategies.secure.checks import HALF, LOST, AbortedError, Attendance, Deal
 from umbel.strategies.secure.policy import RefusalError
-
-Kind = Literal["own", "masking"]
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Reveal:
                 (minus if j < i else plus).append(mask_key(pair, roster, j))
         return plus, minus
 
-    def _secret(self, dealer: int, kind: Kind, present: Attendance) -> bytes:
+    def _secret(self, dealer: int, kind: Secret, present: Attendance) -> bytes:
         shares = self._shares.get(dealer, {})
         secret = self._combine(shares)
         if secret is not None and self._fits(dealer, kind, secret):
@@ -91,7 +95,7 @@ class Reveal:
             revealed=True,
         )
 
-    def _fits(self, dealer: int, kind: Kind, secret: bytes) -> bool:
+    def _fits(self, dealer: int, kind: Secret, secret: bytes) -> bool:
         if kind == "own":
             return commitment(self.roster.sid, secret) == self.deals[dealer].commitment
         return keys.KeyPair.of(secret).public == self.roster.members[dealer].masking
