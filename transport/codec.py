@@ -226,6 +226,12 @@ def _read_record(reader: Reader) -> ArrayRecord | MetricRecord | ConfigRecord:
     many = reader.count(least=3)
     # Filled entry by entry: the constructors of Flower's records would copy every array's object.
     record: Any = _RECORDS[kind]()
+    if kind == _CONFIG:
+        values = {reader.name(): reader.value() for _ in range(many)}
+        if len(values) != many:
+            raise CodecError("a record has two entries of one name")
+        _fill(record, values)
+        return cast(ConfigRecord, record)
     read = reader.array if kind == _ARRAYS else reader.value
     for _ in range(many):
         key, value = reader.name(), read()
@@ -236,6 +242,18 @@ def _read_record(reader: Reader) -> ArrayRecord | MetricRecord | ConfigRecord:
     if len(record) != many:
         raise CodecError("a record has two entries of one name")
     return cast(ArrayRecord | MetricRecord | ConfigRecord, record)
+
+
+def _fill(record: ConfigRecord, values: dict[str, Any]) -> None:
+    """Put values of a reader, which gives no other types than Flower's, into a record at once.
+
+    Flower looks at each one's type again, in two microseconds: a third of the time of decoding.
+    """
+    entries = vars(record).get("_data")
+    if type(entries) is dict:
+        entries.update(values)
+    else:  # a Flower that keeps them elsewhere
+        record.update(values)
 
 
 def _seal(kind: int, writer: Writer, checksum: bool) -> list[Buffer]:

@@ -32,11 +32,14 @@ def word(bits: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype("<u4") if bits <= 32 else np.dtype("<u8")
 
 
+# The zero nonce is safe because a key makes one mask and is never used for anything else.
+_FROM_ZERO = modes.CTR(bytes(16))
+
+
 def _keystream(key: bytes) -> CipherContext:
     if len(key) != KEY_BYTES:
         raise ValueError(f"A mask key has {KEY_BYTES} bytes, not {len(key)}.")
-    # The zero nonce is safe because a key makes one mask and is never used for anything else.
-    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    return Cipher(algorithms.AES(key), _FROM_ZERO).encryptor()
 
 
 def fold(total: Words, *, plus: Sequence[bytes] = (), minus: Sequence[bytes] = ()) -> None:
