@@ -11,10 +11,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from umbel.clients.process.membership import Membership, NodeSettings
 from umbel.clients.process.node_process import write_shared
+from umbel.clients.process.pipe import Pipe, pack
 from umbel.clients.process.start import gpu_environment
 from umbel.clients.process.trainee import Answer, AppSettings, Trainee
 from umbel.strategies.errors import ConfigError
-from umbel.transport.codec import decode, encode, size_of
+from umbel.transport.codec import CodecError, decode, encode, size_of
 from umbel.transport.link_pb2 import Begin
 
 APP = """
@@ -164,3 +165,36 @@ def test_a_state_folder_has_one_owner_and_remembers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is damaged"):
         second.settings()
     second.close()
+
+
+def test_a_pipe_hears_whole_messages_however_they_come_in_pieces() -> None:
+    async def listen() -> list[tuple[dict[str, Any], bytes]]:
+        pipe = Pipe()
+        both = pack({"op": "ready"}) + pack({"op": "done", "size": 3}, b"abc")
+        for at in range(0, len(both), 5):
+            pipe.data_received(both[at : at + 5])
+        return [await pipe.hear(), await pipe.hear()]
+
+    assert asyncio.run(listen()) == [({"op": "ready"}, b""), ({"op": "done", "size": 3}, b"abc")]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", EOFError),
+        (pack({"op": "done"}, b"abc")[:-1], EOFError),
+        (b"\xff" * 12, CodecError),
+        (b"\x02" + bytes(11) + b"{]", ValueError),
+    ],
+)
+def test_a_pipe_that_is_cut_or_brings_nonsense_says_so(data: bytes, kind: type[Exception]) -> None:
+    async def listen() -> None:
+        pipe = Pipe()
+        heard = asyncio.ensure_future(pipe.hear())
+        await asyncio.sleep(0)
+        pipe.data_received(data)
+        pipe.connection_lost(None)
+        await heard
+
+    with pytest.raises(kind):
+        asyncio.run(listen())

@@ -34,6 +34,25 @@ def test_packed_vectors_add_up_modulo_the_modulus(size: int, bits: int, count: i
     assert masks.reduce(total, bits)[:size].tolist() == expected.tolist()
 
 
+@given(st.integers(1, 3000), BITS, st.integers(0, 99))
+@settings(deadline=None, max_examples=50)
+def test_short_and_long_vectors_are_packed_into_the_same_bits(
+    size: int, bits: int, seed: int
+) -> None:
+    """There are two ways to do it, one by single bits and one by rows; either must give what the
+    other gives, whatever the length at which they take turns."""
+    values, found = draw(size, bits, seed), []
+    for narrow in (0, 1000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packing, "_NARROW", narrow)
+            total = packing.empty_total(size, bits)
+            total[:size] = values
+            payload = packing.pack(values, bits)
+            packing.add_packed(total, payload, bits)
+            found.append((payload, masks.reduce(total, bits).tolist()))
+    assert found[0] == found[1]
+
+
 @given(st.integers(1, 100), BITS)
 @settings(deadline=None)
 def test_bits_above_the_modulus_never_reach_the_wire(size: int, bits: int) -> None:

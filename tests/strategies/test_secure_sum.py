@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from umbel.clients.data.examples import Node
@@ -21,6 +21,8 @@ from umbel.strategies.collect import PlainSum
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts
 from umbel.strategies.private.clip import Clip
+from umbel.strategies.secure.identity import Sessions
+from umbel.strategies.secure.node import IDENTITY
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SECURE, SecureSum, modulus_bits, to_words
@@ -188,6 +190,18 @@ def test_a_session_that_is_offered_twice_is_a_replay(tmp_path: Path) -> None:
     again = Message(first.content, first.metadata.dst_node_id, "train", group_id="9")
     reply = next(iter(grid.stream([again])))
     assert str(reply.content.config_records[SECURE]["refused"]).startswith("replay")
+
+
+def test_an_enrolled_node_knows_a_replay_without_a_word_on_its_disk() -> None:
+    """Its sessions live in its process; what a round leaves in its records would be written."""
+    sessions, state = Sessions(), RecordDict()
+    context = Context(
+        run_id=1, node_id=1, node_config={IDENTITY: "node.pem"}, state=state, run_config={}
+    )
+    tickets = [bytes([number]) * 32 for number in range(3)]
+    assert [sessions.is_new(each, context) for each in tickets] == [True] * 3
+    assert [sessions.is_new(each, context) for each in tickets] == [False] * 3
+    assert not state
 
 
 def test_another_model_or_setting_changes_the_session(tmp_path: Path) -> None:
