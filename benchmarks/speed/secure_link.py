@@ -38,11 +38,12 @@ federation = Federation(FunctionTrainer(initial, train), lambda node, _: node.pa
 """
 
 
-def measure_link(*, nodes: int = 10, rounds: int = 40) -> dict[str, Any]:
+def measure_link(*, nodes: int = 10, rounds: int = 200) -> dict[str, Any]:
     """Seconds of a round of ten floats over loopback, with and without the secure sum.
 
     Returns:
-        `link_round_s` and `link_plain_round_s` (medians after a warm-up), `nodes`, `target_s`.
+        `link_round_s` and `link_plain_round_s` (medians after the first tenth, in which processes
+        warm up), `nodes`, `target_s`.
 
     Raises:
         CheckError: a process failed, or the nodes did not all take part.
@@ -87,7 +88,7 @@ def _read(server: "subprocess.Popen[str]", folder: Path, nodes: int) -> float:
     if server.poll() != 0 or not files:
         raise CheckError(f"the coordinator failed: {(folder / 'log').read_text()[-2000:]}")
     lines = [json.loads(line) for line in files[0].read_text().splitlines()]
-    timed = [line for line in lines if line["round"] > 5]
+    timed = [line for line in lines if line["round"] > max(5, len(lines) // 10)]
     if any(line["clients"] != nodes for line in timed):
         raise CheckError("a node was missing in a round of the benchmark; run it again")
     return float(statistics.median(line["seconds"] for line in timed))
