@@ -13,6 +13,7 @@ native code costs one reply.
 How they are framed says `pipe.py`; contents are bytes of `umbel.transport.codec`.
 """
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -195,9 +196,17 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def _work_in_batches() -> None:
+    """Let the connection finish its step before the app takes the core from it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # forbidden in some containers
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def main() -> None:
     """Entry point of the child: the numbers of its socket and of its shared files."""
     _die_with_parent()
+    _work_in_batches()
     pipe, outbound, *inbound = (int(each) for each in sys.argv[1:])
     # What an app prints must not reach the parent's standard output, which may be JSON.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
