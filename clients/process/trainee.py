@@ -67,7 +67,7 @@ class Trainee:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Pipe | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._told = b""  # the run's options that the process has
+        self._told: bytes | None = None  # the run's options that the process surely has
         self.device = ""
 
     @property
@@ -101,7 +101,7 @@ class Trainee:
         theirs.close()
         connecting = asyncio.get_running_loop().create_connection(Pipe, sock=ours)
         _, self._pipe = await connecting
-        self._told = b""
+        self._told = None
         start = {
             "op": "start",
             "app": str(self._settings.app),
@@ -160,6 +160,7 @@ class Trainee:
             self.stop()
             return Answer(begin.id, error=(CRASHED, str(problem)))
         if said["op"] == "failed":
+            self._told = None  # perhaps it could not read them
             return Answer(begin.id, error=(said.get("code", RAISED), said["reason"]))
         parts: list[Buffer] = [beside]
         if said["size"] > BESIDE:
