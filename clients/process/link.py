@@ -331,7 +331,6 @@ class NodeLink:
     def _launch(self, task: Task) -> None:
         self._task = task
         self._work = asyncio.create_task(self._answer(task))
-        self._work.add_done_callback(self._worked)
 
     def _hurry(self, task: Task) -> None:
         """An instruction waits, and the app still hangs in one that nobody wants."""
@@ -341,20 +340,16 @@ class NodeLink:
 
     async def _answer(self, task: Task) -> None:
         left = None if task.due is None else max(0.01, task.due - time.monotonic())
-        task.answer = await self._trainee.run(task.begin, self._node_id, left, file=task.file)
-
-    def _worked(self, work: "asyncio.Task[None]") -> None:
-        if work.cancelled():
-            return
-        if (problem := work.exception()) is not None:
-            log.error("unexpected", exc_info=problem)
-            assert self._task is not None
-            self._task.answer = Answer(self._task.begin.id, error=(3, "the node had a fault"))
-        task, following = self._task, self._next
+        try:
+            task.answer = await self._trainee.run(task.begin, self._node_id, left, file=task.file)
+        except Exception:
+            log.exception("unexpected")
+            task.answer = Answer(task.begin.id, error=(3, "the node had a fault"))
+        following = self._next
         if following is not None:
             self._next = None
             self._launch(following)
-        elif task is not None and task.wanted:
+        elif task.wanted:
             self._deliver(task)
         else:
             self._task = None

@@ -156,15 +156,7 @@ class SecureSum:
             traffic = [0]
             for stage in STAGES:
                 asked = trips.send(_plain(replies, traffic))
-                replies = yield [
-                    Message(
-                        RecordDict({SECURE: ConfigRecord({**content})}),
-                        node,
-                        f"query.{_ACTION}{stage}",
-                        group_id=_group(terms),
-                    )
-                    for node, content in asked.items()
-                ]
+                replies = yield _requests(asked, f"query.{_ACTION}{stage}", _group(terms))
             trips.send(_plain(replies, traffic))
         except AbortedError as aborted:
             return Sum(
@@ -366,6 +358,18 @@ def _with_terms(requests: Sequence[Message], terms: Terms, step: float) -> list[
             )
         )
     return changed
+
+
+def _requests(asked: Mapping[int, Plain], kind: str, group: str) -> list[Message]:
+    """One message a node; what is told to all is one content, which engines encode once."""
+    contents: dict[int, RecordDict] = {}
+    messages = []
+    for node, told in asked.items():
+        content = contents.get(id(told))
+        if content is None:
+            content = contents[id(told)] = RecordDict({SECURE: ConfigRecord({**told})})
+        messages.append(Message(content, node, kind, group_id=group))
+    return messages
 
 
 def _group(terms: Terms) -> str:

@@ -110,6 +110,15 @@ def test_nothing_but_masked_integers_and_keys_leaves_a_node(tmp_path: Path) -> N
     assert lines[-1]["train"] == {}
 
 
+def test_what_is_told_to_all_is_one_content_which_engines_encode_once(tmp_path: Path) -> None:
+    _, grid, _ = federate(tmp_path, Stack(layers(), SecureSum()), nodes=6, rounds=1)
+    contents: dict[str, set[int]] = {}
+    for message in grid.sent:
+        contents.setdefault(message.metadata.message_type, set()).add(id(message.content))
+    # Only the sealed shares differ from node to node.
+    assert [len(each) for each in contents.values()] == [1, 1, 6, 1, 1]
+
+
 def test_a_node_that_fails_in_training_is_out_before_anything_depends_on_it(
     tmp_path: Path,
 ) -> None:
