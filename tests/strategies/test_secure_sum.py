@@ -235,10 +235,12 @@ def test_another_model_or_setting_changes_the_session(tmp_path: Path) -> None:
     assert len(tickets) == 3
 
 
-def test_a_secure_sum_of_a_hundred_and_two_nodes_on_the_embedded_engine(
-    tmp_path: Path,
+@pytest.mark.parametrize("nodes", [102, pytest.param(1000, marks=pytest.mark.slow)])
+def test_more_nodes_than_a_complete_graph_is_for_on_the_embedded_engine(
+    tmp_path: Path, nodes: int
 ) -> None:
-    outcome, _, lines = federate(tmp_path, Stack(layers(), SecureSum()), 102, rounds=1)
-    assert lines[-1]["clients"] == 102
-    plain, _, _ = federate(tmp_path, Stack(layers(), PlainSum(weighting="equal")), 102, rounds=1)
+    outcome, _, lines = federate(tmp_path, Stack(layers(), SecureSum()), nodes, rounds=1)
+    assert lines[-1]["clients"] == nodes
+    assert lines[-1]["secure"]["neighbours"] < nodes - 1
+    plain, _, _ = federate(tmp_path, Stack(layers(), PlainSum(weighting="equal")), nodes, rounds=1)
     assert torch.equal(outcome.parameters["slope"], plain.parameters["slope"])
