@@ -44,7 +44,8 @@ def write_app(path: Path, files: Mapping[str, str], *, name: str, config: str = 
 
 def write_echo(path: Path, server: str = "", config: str = "") -> Path:
     """Make an app folder in `path` that holds this app, for engines that want one."""
-    files = {"client_app.py": f"from {__name__} import app\n"}
+    # Flower looks for an assignment: a name that is only imported it does not find.
+    files = {"client_app.py": f"from {__name__} import app as echo\n\napp = echo\n"}
     if server:
         files["server_app.py"] = server
     return write_app(path, files, name="echo", config=config)

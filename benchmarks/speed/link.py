@@ -278,16 +278,15 @@ def _coordinator(
         str(folder),
         json.dumps(jobs),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        if not line.strip().isdigit():
-            raise CheckError("the coordinator of the benchmark did not start")
-        yield process, int(line)
-    finally:
-        process.terminate()
-        process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line.strip().isdigit():
+                raise CheckError("the coordinator of the benchmark did not start")
+            yield process, int(line)
+        finally:
+            process.terminate()
 
 
 def _read_result(process: "subprocess.Popen[str]") -> list[dict[str, Any]]:
