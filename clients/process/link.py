@@ -22,7 +22,7 @@ import grpc
 
 from umbel.clients.process.instruction import Receiving, Task, key
 from umbel.clients.process.membership import Membership, NodeSettings, open_channel, refusal
-from umbel.clients.process.trainee import Answer, Trainee
+from umbel.clients.process.trainee import CRASHED, Answer, Trainee
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.transport.certificates import Identity
 from umbel.transport.codec import size_of
@@ -344,7 +344,7 @@ class NodeLink:
             task.answer = await self._trainee.run(task.begin, self._node_id, left, file=task.file)
         except Exception:
             log.exception("unexpected")
-            task.answer = Answer(task.begin.id, error=(3, "the node had a fault"))
+            task.answer = Answer(task.begin.id, error=(CRASHED, "the node had a fault"))
         following = self._next
         if following is not None:
             self._next = None
@@ -362,7 +362,7 @@ class NodeLink:
         size = size_of(answer.parts)
         if size > stream.welcome.largest:
             reason = f"its reply of {size} bytes is larger than the coordinator takes"
-            task.answer = Answer(task.begin.id, error=(3, reason))
+            task.answer = Answer(task.begin.id, error=(CRASHED, reason))
             size = 0
         if size > OFFERED_ABOVE:
             stream.outgoing.put_nowait(Frame(offer=Offer(id=task.begin.id, size=size)))

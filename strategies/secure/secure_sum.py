@@ -22,7 +22,7 @@ bound and the noise. The page docs/security.md says what this protects, and what
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -343,33 +343,34 @@ def _with_terms(requests: Sequence[Message], terms: Terms, step: float) -> list[
             "step": math.frexp(step)[1] - 1,
         }
     )
-    contents: dict[int, RecordDict] = {}
-    changed = []
-    for message in requests:
-        content = message.content
-        if id(content) not in contents:
-            contents[id(content)] = RecordDict({**content, SECURE: offer})
-        changed.append(
-            Message(
-                contents[id(content)],
-                message.metadata.dst_node_id,
-                message.metadata.message_type,
-                group_id=_group(terms),
-            )
+    content = _once(lambda told: RecordDict({**told, SECURE: offer}))
+    return [
+        Message(
+            content(message.content),
+            message.metadata.dst_node_id,
+            message.metadata.message_type,
+            group_id=_group(terms),
         )
-    return changed
+        for message in requests
+    ]
 
 
 def _requests(asked: Mapping[int, Plain], kind: str, group: str) -> list[Message]:
-    """One message a node; what is told to all is one content, which engines encode once."""
-    contents: dict[int, RecordDict] = {}
-    messages = []
-    for node, told in asked.items():
-        content = contents.get(id(told))
-        if content is None:
-            content = contents[id(told)] = RecordDict({SECURE: ConfigRecord({**told})})
-        messages.append(Message(content, node, kind, group_id=group))
-    return messages
+    """One message a node; what is told to all is one content."""
+    content = _once(lambda told: RecordDict({SECURE: ConfigRecord({**told})}))
+    return [Message(content(told), node, kind, group_id=group) for node, told in asked.items()]
+
+
+def _once(make: Callable[[Any], RecordDict]) -> Callable[[Any], RecordDict]:
+    """Makes one content of the same object, which engines encode once; its caller keeps those."""
+    made: dict[int, RecordDict] = {}
+
+    def content(told: Any) -> RecordDict:
+        if id(told) not in made:
+            made[id(told)] = make(told)
+        return made[id(told)]
+
+    return content
 
 
 def _group(terms: Terms) -> str:
