@@ -8,12 +8,12 @@ native code costs one reply.
     child  -> parent  ready, or the sentence that says why not
     parent -> child   do: an instruction; its content beside it, or in the shared file if large;
                       the run's options where they are not those of the last one
-    child  -> parent  done: the reply, likewise; or the error
+    child  -> parent  done: the reply, likewise, and behind it the session of a secure sum that the
+                      app has begun; or the error
 
 How they are framed says `pipe.py`; contents are bytes of `umbel.transport.codec`.
 """
 
-import contextlib
 import ctypes
 import json
 import mmap
@@ -35,6 +35,8 @@ from umbel.clients.process.pipe import BESIDE, HEAD_BYTES, lengths, pack
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.records import take_record
+from umbel.strategies.secure.node import HANDOVER
+from umbel.strategies.secure.wire import SECURE
 from umbel.transport.codec import Buffer, decode, encode, size_of
 
 SERVER_NODE = 1
@@ -60,6 +62,12 @@ def write_shared(file: int, parts: Sequence[Buffer]) -> int:
             written = os.pwrite(file, view[: 1 << 30], at)
             at, view = at + written, view[written:]
     return at
+
+
+def wipe_shared(file: int, start: int, size: int) -> None:
+    """Overwrite a part of a shared file."""
+    for at in range(start, start + size, 1 << 20):
+        os.pwrite(file, bytes(min(1 << 20, start + size - at)), at)
 
 
 def read_shared(file: int, size: int) -> memoryview:
@@ -114,6 +122,7 @@ class Worker:
 
     def _do(self, header: dict[str, Any], beside: bytes) -> None:
         assert self._memory is not None
+        session: Sequence[Buffer] = ()
         try:
             data: Buffer = beside
             if header["size"] > BESIDE:
@@ -121,16 +130,21 @@ class Worker:
             content = decode(data, checksum=True)
             context = self._context(header)
             with self._memory.step(header["run_id"], header["id"]) as state:
+                if header["handover"] and SECURE in content:
+                    state[HANDOVER] = ConfigRecord()
                 context.state = state
                 reply = self._app(_message(header, content), context)
                 if not isinstance(reply, Message):
                     raise TypeError(f"the app returned a {type(reply).__name__}, not a Message")
+                handed = state.pop(HANDOVER, None)  # before anything is written to disk
+                if handed:
+                    session = encode(RecordDict({HANDOVER: handed}))
         except Exception as problem:
             traceback.print_exc()
             reason = f"{type(problem).__name__}: {problem}"
             self._pipe.sendall(pack({"op": "failed", "id": header["id"], "reason": reason[:2000]}))
             return
-        self._send(header["id"], reply)
+        self._send(header["id"], reply, session)
 
     def _context(self, header: dict[str, Any]) -> Context:
         if "run_config" in header:
@@ -144,15 +158,15 @@ class Worker:
             run_config=dict(self._run_config),
         )
 
-    def _send(self, message_id: str, reply: Message) -> None:
+    def _send(self, message_id: str, reply: Message, session: Sequence[Buffer]) -> None:
         if reply.has_error():
             code, reason = reply.error.code, str(reply.error.reason)
             said = {"op": "failed", "id": message_id, "reason": reason[:2000], "code": code}
             self._pipe.sendall(pack(said))
             return
-        parts = encode(reply.content)
-        size = size_of(parts)
-        header = {"op": "done", "id": message_id, "size": size}
+        parts = [*encode(reply.content), *session]
+        size, handed = size_of(parts), size_of(session)
+        header = {"op": "done", "id": message_id, "size": size, "session": handed}
         if size <= BESIDE:
             self._pipe.sendall(pack(header, b"".join(parts)))
             return
@@ -196,17 +210,9 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _work_in_batches() -> None:
-    """Let the connection finish its step before the app takes the core from it."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # forbidden in some containers
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
 def main() -> None:
     """Entry point of the child: the numbers of its socket and of its shared files."""
     _die_with_parent()
-    _work_in_batches()
     pipe, outbound, *inbound = (int(each) for each in sys.argv[1:])
     # What an app prints must not reach the parent's standard output, which may be JSON.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -19,6 +19,7 @@ from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.secure.node import IDENTITY
 from umbel.transport import loop
 from umbel.transport.allocator import share_one_arena
+from umbel.transport.scheduling import work_in_batches
 
 log = logging.getLogger("umbel.node")
 
@@ -61,6 +62,7 @@ def start_node(start: StartSettings, *, version: str) -> None:
         RunError: the coordinator could not be reached to enrol.
     """
     share_one_arena()
+    work_in_batches()
     membership = Membership(start.state)
     try:
         loop.run(_run(membership, start, version))

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbel.clients.process.node_process import RAISED, read_shared, shared_file
+from umbel.clients.process.node_process import RAISED, read_shared, shared_file, wipe_shared
 from umbel.clients.process.pipe import BESIDE, Pipe, pack
+from umbel.clients.process.sessions import SecureSessions
 from umbel.strategies.errors import ConfigError, RunError
-from umbel.transport.codec import Buffer
+from umbel.strategies.secure.policy import RefusalError
+from umbel.transport.codec import Buffer, CodecError
 from umbel.transport.link_pb2 import Begin
 
 log = logging.getLogger("umbel.node")
@@ -68,6 +70,7 @@ class Trainee:
         self._pipe: Pipe | None = None
         self._starting: asyncio.Task[None] | None = None
         self._told: bytes | None = None  # the run's options that the process surely has
+        self._sessions = SecureSessions(settings.node_config)
         self.device = ""
 
     @property
@@ -122,32 +125,32 @@ class Trainee:
     async def run(
         self, begin: Begin, node_id: int, limit_s: float | None, *, file: int = 0
     ) -> Answer:
-        """Let the app answer an instruction; its content is inside, or in `inbound[file]`.
+        """Answer an instruction, whose content is inside, or in `inbound[file]`.
 
-        A process that does not answer within `limit_s` is stopped, and replaced, like one that
-        died; the answer says so.
+        The app does, except in the later trips of a secure sum. A process that does not answer
+        within `limit_s` is stopped, and replaced, like one that died; the answer says so.
         """
-        header = {
-            "op": "do",
-            "id": begin.id,
-            "size": begin.size,
-            "file": file,
-            "run_id": begin.run_id,
-            "node_id": node_id,
-            "group_id": begin.group_id,
-            "message_type": begin.message_type,
-            "ttl": begin.ttl,
-        }
+        try:
+            stage = self._sessions.stage(begin.run_id, begin.message_type)
+            if stage is not None:
+                data = self._content(begin, file)
+                return Answer(begin.id, await self._sessions.answer(stage, node_id, data))
+            if begin.message_type == "train":
+                self._sessions.forget()
+            return await self._ask(begin, node_id, limit_s, file)
+        except (ConfigError, CodecError, RefusalError) as problem:
+            reason = f"{type(problem).__name__}: {problem}"
+            return Answer(begin.id, error=(RAISED, reason))
+
+    async def _ask(self, begin: Begin, node_id: int, limit_s: float | None, file: int) -> Answer:
+        """Let the app's process answer."""
         ready = False
         try:
             async with asyncio.timeout(limit_s):
                 await self._ready()
                 ready = True
                 assert self._pipe is not None
-                if self._told != begin.run_config:
-                    header["run_config"] = begin.run_config.hex()
-                    self._told = begin.run_config
-                self._pipe.write(pack(header, begin.inline if begin.size <= BESIDE else b""))
+                self._pipe.write(self._instruction(begin, node_id, file))
                 said, beside = await self._pipe.hear()
         except TimeoutError:
             if not ready:
@@ -162,10 +165,41 @@ class Trainee:
         if said["op"] == "failed":
             self._told = None  # perhaps it could not read them
             return Answer(begin.id, error=(said.get("code", RAISED), said["reason"]))
-        parts: list[Buffer] = [beside]
-        if said["size"] > BESIDE:
-            parts = [read_shared(self._outbound, said["size"])]
-        return Answer(begin.id, parts)
+        return Answer(begin.id, self._reply(begin, said["size"], said["session"], beside))
+
+    def _content(self, begin: Begin, file: int) -> Buffer:
+        if begin.size <= BESIDE:
+            return begin.inline
+        return read_shared(self.inbound[file], begin.size)
+
+    def _instruction(self, begin: Begin, node_id: int, file: int) -> bytes:
+        """An instruction as the app's process reads it."""
+        header = {
+            "op": "do",
+            "id": begin.id,
+            "size": begin.size,
+            "file": file,
+            "run_id": begin.run_id,
+            "node_id": node_id,
+            "group_id": begin.group_id,
+            "message_type": begin.message_type,
+            "ttl": begin.ttl,
+            "handover": self._sessions.wanted,
+        }
+        if self._told != begin.run_config:
+            header["run_config"] = begin.run_config.hex()
+            self._told = begin.run_config
+        return pack(header, begin.inline if begin.size <= BESIDE else b"")
+
+    def _reply(self, begin: Begin, size: int, handed: int, beside: bytes) -> Sequence[Buffer]:
+        """The bytes of a reply; the session that may follow them is taken over."""
+        whole: Buffer = beside if size <= BESIDE else read_shared(self._outbound, size)
+        if not handed:
+            return [whole]
+        content, session = whole[: size - handed], bytes(whole[size - handed :])
+        if size > BESIDE:
+            wipe_shared(self._outbound, size - handed, handed)
+        return self._sessions.take_over(begin.run_id, session) or [content]
 
     async def _ready(self) -> None:
         """Wait until a process has loaded the app; one that is starting is left alone."""

@@ -36,6 +36,7 @@ from umbel.transport.certificates import (
     save_identity,
 )
 from umbel.transport.keyfiles import KeyFileError
+from umbel.transport.scheduling import work_in_batches
 
 STALE_S = 10.0
 """A status that is older than this is of a server that no longer runs."""
@@ -92,6 +93,7 @@ class Service:
     def start(self) -> None:
         """Listen, and keep the status up to date."""
         share_one_arena()
+        work_in_batches()
         self.listener.start()
         if self.settings.metrics:
             self._metrics = _serve_metrics(self.settings.metrics, self)

@@ -1,20 +1,20 @@
 """Who a node is to the others, where its session lives, and whom it has met.
 
 An identity file (PEM: certificate, key, the authority's certificate, as the link keeps it) makes
-the node sign with its enrolled key and check everybody's certificate. Its process then also keeps
-the session in memory only: never on disk, gone with the process, and out of reach of a server
-that asks for an earlier step again. Without one (virtual nodes, Flower's SuperNodes) the node
-makes a key on first use and keeps it, like the session, in Flower's `Context.state`; identities
-of others are pinned on first use.
+the node sign with its enrolled key and check everybody's certificate. A node process of the link
+also takes the session over (see HANDOVER): it is in memory only, never on disk, gone with the
+process, and out of reach of a server that asks for an earlier step again. Elsewhere (virtual nodes,
+Flower's SuperNodes) the node makes a key on first use and keeps it, like the session, in Flower's
+`Context.state`; identities of others are pinned on first use.
 """
 
 import os
 import re
-from collections import deque
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -25,15 +25,17 @@ from umbel.privacy.masking import keys
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.records import find_record
 from umbel.strategies.secure.message import Plain, blob
-from umbel.strategies.secure.node import IDENTITY
+from umbel.strategies.secure.node import HANDOVER, IDENTITY
 from umbel.strategies.secure.policy import POLICY, Policy
 from umbel.strategies.secure.protocol import Self
+from umbel.strategies.secure.wire import plain_of
 
 _KEPT = "umbel.secure"
 """The node's own record of its key and of the identities that it has met."""
 _SESSION = "umbel.secure.session"
 _PIN = 8 + 16  # a node's id, and half of the SHA-256 of its identity
-_TICKETS = 64  # sessions that a replay is recognised against
+TICKETS = 64
+"""So many sessions a replay is recognised against."""
 
 
 def whoami(context: Context) -> Self:
@@ -42,18 +44,26 @@ def whoami(context: Context) -> Self:
     Raises:
         ConfigError: its policy or identity file cannot be used.
     """
-    path = str(context.node_config.get(POLICY, ""))
+    if context.node_config.get(IDENTITY):
+        return enrolled(context.node_id, context.node_config)
     pinned = _kept(context).get("pins", b"")
     pins = {}
     if isinstance(pinned, bytes):
         for at in range(0, len(pinned), _PIN):
             pins[int.from_bytes(pinned[at : at + 8])] = pinned[at + 8 : at + _PIN]
-    file = str(context.node_config.get(IDENTITY, ""))
-    if not file:
-        own = keys.signing_key(_own_key(context))
-        return Self(context.node_id, own, b"", _policy(path, b""), pins)
+    own = keys.signing_key(_own_key(context))
+    return Self(context.node_id, own, b"", _policy(_policy_path(context.node_config), b""), pins)
+
+
+def enrolled(node: int, config: Mapping[str, Any]) -> Self:
+    """The node whose configuration names an identity file.
+
+    Raises:
+        ConfigError: its policy or identity file cannot be used.
+    """
+    file = str(config[IDENTITY])
     key, certificate, authority = _identity(file, _stamps(file))
-    return Self(context.node_id, key, certificate, _policy(path, authority), pins)
+    return Self(node, key, certificate, _policy(_policy_path(config), authority))
 
 
 def remember(me: Self, context: Context) -> None:
@@ -65,49 +75,35 @@ def remember(me: Self, context: Context) -> None:
 _PRIVATE = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.+?-----END [A-Z ]+-----", re.DOTALL)
 
 
-class Sessions:
-    """Where the sessions of a process's nodes are between two messages."""
-
-    def __init__(self) -> None:
-        self._here: MutableMapping[tuple[int, int], Plain] = {}
-        self._tickets: deque[bytes] = deque(maxlen=_TICKETS)
-
-    def is_new(self, ticket: bytes, context: Context) -> bool:
-        """Whether this node has not advertised for a ticket before; it is remembered.
-
-        Where the session lives in the process, so does this: a new process has new keys and
-        nothing left of a session that could be played again.
-        """
-        if IDENTITY in context.node_config:
-            new = ticket not in self._tickets
-            self._tickets.append(ticket)
-            return new
-        seen = _kept(context).get("tickets", b"")
-        seen = seen if isinstance(seen, bytes) else b""
-        if any(seen[at : at + 32] == ticket for at in range(0, len(seen), 32)):
-            return False
-        seen = (seen + ticket)[-32 * _TICKETS :]
-        context.state[_KEPT] = ConfigRecord({**_kept(context), "tickets": seen})
+def is_new(ticket: bytes, context: Context) -> bool:
+    """Whether this node has not advertised for a ticket before; it is remembered."""
+    if HANDOVER in context.state:  # whoever takes sessions over looks at their tickets too
         return True
+    seen = _kept(context).get("tickets", b"")
+    seen = seen if isinstance(seen, bytes) else b""
+    if any(seen[at : at + 32] == ticket for at in range(0, len(seen), 32)):
+        return False
+    seen = (seen + ticket)[-32 * TICKETS :]
+    context.state[_KEPT] = ConfigRecord({**_kept(context), "tickets": seen})
+    return True
 
-    def take(self, context: Context) -> Plain:
-        """The node's session; it is not kept any longer."""
-        if IDENTITY in context.node_config:
-            return self._here.pop((context.run_id, context.node_id), {})
-        record = find_record(context.state, _SESSION, ConfigRecord)
-        if record is None:
-            return {}
-        del context.state[_SESSION]
-        return {k: v for k, v in record.items() if isinstance(v, int | str | bytes)}
 
-    def keep(self, memory: Plain, context: Context) -> None:
-        """Keep the session until the node's next message."""
-        if not memory:
-            return
-        if IDENTITY in context.node_config:
-            self._here = {(context.run_id, context.node_id): memory}
-        else:
-            context.state[_SESSION] = ConfigRecord({**memory})
+def take_session(context: Context) -> Plain:
+    """The node's session; it is not kept any longer."""
+    session = plain_of(context.state, _SESSION)
+    context.state.pop(_SESSION, None)
+    return session
+
+
+def keep_session(memory: Plain, context: Context) -> None:
+    """Keep the session until the node's next message, or hand it over."""
+    if memory:
+        place = HANDOVER if HANDOVER in context.state else _SESSION
+        context.state[place] = ConfigRecord({**memory})
+
+
+def _policy_path(config: Mapping[str, Any]) -> str:
+    return str(config.get(POLICY, ""))
 
 
 def _kept(context: Context) -> Plain:

@@ -1,5 +1,9 @@
-"""The name under which a node process tells its app where the node's identity is."""
+"""Names on which a node process and the secure sum in its app agree."""
 
 IDENTITY = "secure-identity"
 """Key of a node's configuration: the file with its certificate, key and authority, or the three
 files, separated as in PATH."""
+
+HANDOVER = "umbel.secure.handover"
+"""Record that a node process lays into `Context.state` for a session: it keeps sessions itself,
+recognises replays of them, and writes them nowhere."""

@@ -46,16 +46,24 @@ from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL
 from umbel.strategies.records import find_record, from_array, take_record
 from umbel.strategies.secure.checks import AbortedError
-from umbel.strategies.secure.identity import Sessions, remember, whoami
+from umbel.strategies.secure.identity import (
+    is_new,
+    keep_session,
+    remember,
+    take_session,
+    whoami,
+)
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number, text
 from umbel.strategies.secure.policy import RefusalError
 from umbel.strategies.secure.protocol import Released, advertise, respond, serve
-
-SECURE = "umbel.secure"
-"""Name of the ConfigRecord of this protocol in every message."""
-
-STAGES = ("share", "mask", "agree", "unmask")
-_ACTION = "umbel_secure_"
+from umbel.strategies.secure.wire import (
+    SECURE,
+    STAGES,
+    action_of,
+    content_of,
+    plain_of,
+    query_of,
+)
 
 FEW = 20
 """Below this many nodes a run is told that its exact sums say much about each."""
@@ -87,7 +95,6 @@ class SecureSum:
     min_cohort: int = 3
     weighting: Literal["equal", "fixed"] = "equal"
     name: str = "secure-sum"
-    _sessions: Sessions = field(default_factory=Sessions, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "malicious", "semi-honest"):
@@ -135,7 +142,7 @@ class SecureSum:
         return lines
 
     def answers(self) -> Mapping[str, ClientFn]:
-        return {_ACTION + stage: partial(self._answer, stage) for stage in STAGES}
+        return {action_of(stage): partial(_answer, stage) for stage in STAGES}
 
     # ---- the server's half
 
@@ -156,7 +163,7 @@ class SecureSum:
             traffic = [0]
             for stage in STAGES:
                 asked = trips.send(_plain(replies, traffic))
-                replies = yield _requests(asked, f"query.{_ACTION}{stage}", _group(terms))
+                replies = yield _requests(asked, query_of(stage), _group(terms))
             trips.send(_plain(replies, traffic))
         except AbortedError as aborted:
             return Sum(
@@ -218,23 +225,23 @@ class SecureSum:
 
     def seal(self, content: RecordDict, request: Message, context: Context) -> RecordDict:
         """In place of the update: fresh keys. A request without terms gets no update at all."""
-        self._sessions.take(context)  # whatever was left of an earlier session is gone
+        take_session(context)  # whatever was left of an earlier session is gone
         try:
-            asked = _record(request.content)
+            asked = plain_of(request.content)
             if not asked:
                 raise RefusalError("message", "the server wants an update without a secure sum")
             terms, step = self._offered(asked, request)
             me = whoami(context)
-            if not self._sessions.is_new(terms.ticket, context):
+            if not is_new(terms.ticket, context):
                 raise RefusalError("replay", "this node has been part of this session before")
             vector = from_array(take_record(content, UPDATE, ArrayRecord)[UPDATE])
             values = to_words(vector, step, terms.bits)
             told = dict(take_record(request.content, CONFIG, ConfigRecord))
             memory, reply = advertise(me, terms, values, told)
         except RefusalError as refusal:
-            return RecordDict({SECURE: ConfigRecord({REFUSED: str(refusal)})})
-        self._sessions.keep(memory, context)
-        return RecordDict({SECURE: ConfigRecord({**reply})})
+            return content_of({REFUSED: str(refusal)})
+        keep_session(memory, context)
+        return content_of(reply)
 
     def _offered(self, asked: Plain, request: Message) -> tuple[Terms, float]:
         """The terms, with the hashes of what this node itself received."""
@@ -254,15 +261,16 @@ class SecureSum:
         )
         return terms, step
 
-    def _answer(self, stage: str, message: Message, context: Context) -> Message:
-        memory = self._sessions.take(context)
-        me = whoami(context)
-        known = len(me.pins)
-        memory, reply = respond(me, stage, memory, _record(message.content))
-        self._sessions.keep(memory, context)
-        if len(me.pins) > known:
-            remember(me, context)
-        return Message(RecordDict({SECURE: ConfigRecord({**reply})}), reply_to=message)
+
+def _answer(stage: str, message: Message, context: Context) -> Message:
+    """The node's half of a trip after the first."""
+    me = whoami(context)
+    known = len(me.pins)
+    memory, reply = respond(me, stage, take_session(context), plain_of(message.content))
+    keep_session(memory, context)
+    if len(me.pins) > known:
+        remember(me, context)
+    return Message(content_of(reply), reply_to=message)
 
 
 def modulus_bits(facts: Facts, count: int) -> int:
@@ -357,7 +365,7 @@ def _with_terms(requests: Sequence[Message], terms: Terms, step: float) -> list[
 
 def _requests(asked: Mapping[int, Plain], kind: str, group: str) -> list[Message]:
     """One message a node; what is told to all is one content."""
-    content = _once(lambda told: RecordDict({SECURE: ConfigRecord({**told})}))
+    content = _once(content_of)
     return [Message(content(told), node, kind, group_id=group) for node, told in asked.items()]
 
 
@@ -378,13 +386,6 @@ def _group(terms: Terms) -> str:
     return f"{terms.round}.{terms.nonce[:8].hex()}"
 
 
-def _record(content: RecordDict) -> Plain:
-    record = find_record(content, SECURE, ConfigRecord)
-    if record is None:
-        return {}
-    return {k: v for k, v in record.items() if isinstance(v, int | str | bytes)}
-
-
 def _plain(replies: Iterator[Message], traffic: list[int]) -> Iterator[tuple[int, Plain]]:
     """Flower's messages as the protocol's; an error is a refusal."""
     for message in replies:
@@ -392,6 +393,6 @@ def _plain(replies: Iterator[Message], traffic: list[int]) -> Iterator[tuple[int
         if message.has_error():
             yield node, {REFUSED: message.error.reason or f"error code {message.error.code}"}
             continue
-        content = _record(message.content)
+        content = plain_of(message.content)
         traffic[0] += sum(len(v) for v in content.values() if isinstance(v, bytes | str))
         yield node, content

@@ -1,0 +1,92 @@
+"""A node's part in a secure sum after its first message, answered beside the connection.
+
+    app -> connection   with its masked-to-be update: the session that it has begun
+    connection          answers share, mask, agree and unmask; the app is not woken for them
+
+So an app that crashes or hangs cannot lose or repeat a session whose update it has given, a
+server that asks for an earlier step again finds nothing, and a trip does not wait until a second
+process has its memory in the processor's caches again.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from umbel.privacy.masking import keys
+from umbel.strategies.secure.identity import TICKETS, enrolled
+from umbel.strategies.secure.message import REFUSED, Plain, blob, number
+from umbel.strategies.secure.node import HANDOVER, IDENTITY
+from umbel.strategies.secure.policy import RefusalError
+from umbel.strategies.secure.protocol import respond
+from umbel.strategies.secure.wire import content_of, plain_of, stage_of
+from umbel.transport.codec import Buffer, decode, encode
+
+_LONG = 1 << 23
+"""So many integers of masks take about as long as other things of a connection may wait."""
+
+
+class SecureSessions:
+    """Holds one session, in memory only.
+
+    Args:
+        node_config: of the node; without an identity in it there are no sessions.
+    """
+
+    def __init__(self, node_config: Mapping[str, Any]) -> None:
+        self._config = node_config
+        self._run_id = 0
+        self._session: Plain = {}
+        self._tickets: deque[bytes] = deque(maxlen=TICKETS)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the app is to hand its sessions over."""
+        return bool(self._config.get(IDENTITY))
+
+    def forget(self) -> None:
+        """Whatever was left of a session is gone."""
+        self._session = {}
+
+    def take_over(self, run_id: int, session: Buffer) -> list[Buffer] | None:
+        """Keep a session that the app has begun.
+
+        Returns:
+            None; or, if this node was part of the session before, what it says in place of the
+            app's reply.
+        """
+        taken = plain_of(decode(session, checksum=True), HANDOVER)
+        ticket = blob(taken, "ticket", keys.DIGEST_BYTES)
+        if ticket in self._tickets:
+            again = RefusalError("replay", "this node has been part of this session before")
+            return encode(content_of({REFUSED: str(again)}))
+        self._tickets.append(ticket)
+        self._run_id, self._session = run_id, taken
+        return None
+
+    def stage(self, run_id: int, message_type: str) -> str | None:
+        """The stage of the session that is held which an instruction asks for."""
+        held = bool(self._session) and run_id == self._run_id
+        return stage_of(message_type) if held else None
+
+    async def answer(self, stage: str, node_id: int, content: Buffer) -> list[Buffer]:
+        """The node's reply at a stage.
+
+        Raises:
+            ConfigError: the node's policy or identity file cannot be used.
+            CodecError: the instruction cannot be read.
+        """
+        message = plain_of(decode(content, checksum=True))
+        me = enrolled(node_id, self._config)
+        session, self._session = self._session, {}
+        work = partial(respond, me, stage, session, message)
+        kept, reply = await asyncio.to_thread(work) if _is_long(stage, session) else work()
+        self._session = kept
+        return encode(content_of(reply))
+
+
+def _is_long(stage: str, session: Plain) -> bool:
+    if stage != "mask" or session.get("stage") != "mask":
+        return False
+    return number(session, "size") * len(blob(session, "openers")) > _LONG * keys.DIGEST_BYTES
