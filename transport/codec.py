@@ -26,7 +26,7 @@ faulty buffer. Against people there is TLS underneath.
 """
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from zlib import crc32
@@ -100,6 +100,32 @@ def decode(
         CodecError: these bytes are not an encoding.
     """
     return _content(Source(data), limits, checksum)
+
+
+def encode_values(name: str, values: Mapping[str, Any]) -> list[Buffer]:
+    """What `encode` makes of a content with one ConfigRecord, without Flower's objects.
+
+    Those look at each entry's type twice, which is most of the time of a small message.
+    """
+    writer = Writer()
+    writer.count(1)
+    _write_entries(writer, name, _CONFIG, values)
+    return _seal(_CONTENT, writer, checksum=True)
+
+
+def decode_values(data: Buffer, name: str) -> dict[str, Any]:
+    """The entries of a content's only record, a ConfigRecord of that name.
+
+    Raises:
+        CodecError: these bytes are not an encoding of such a content.
+    """
+    source = Source(data)
+    reader = _open(_CONTENT, source, DEFAULT_LIMITS, checksum=True)
+    if reader.count(least=7) != 1 or reader.name() != name or reader.byte() != _CONFIG:
+        raise CodecError(f"a content that has not {name!r} for its only record")
+    values = _read_values(reader)
+    _finish(reader, source)
+    return values
 
 
 def encode_message(
@@ -181,10 +207,14 @@ def size_of(parts: Iterable[Buffer]) -> int:
 def _content(source: Source, limits: Limits, checksum: bool) -> RecordDict:
     reader = _open(_CONTENT, source, limits, checksum)
     content = _read_content(reader)
+    _finish(reader, source)
+    return content
+
+
+def _finish(reader: Reader, source: Source) -> None:
     reader.finish()
     if source.left:
         raise CodecError(f"{source.left} bytes follow the end of a message")
-    return content
 
 
 def _error(reader: Reader) -> Error:
@@ -197,25 +227,31 @@ def _error(reader: Reader) -> Error:
 def _write_content(writer: Writer, content: RecordDict) -> None:
     writer.count(len(content))
     for name, record in content.items():
-        writer.name(name)
         kind = _KINDS.get(type(record))
         if kind is None:
             raise CodecError(f"record {name!r} is a {type(record).__name__}, which has no encoding")
-        writer.byte(kind)
-        writer.count(len(record))
-        write: Callable[[Any], None] = writer.array if kind == _ARRAYS else writer.value
-        for key, value in record.items():
-            writer.name(key)
-            write(value)
+        _write_entries(writer, name, kind, record)
+
+
+def _write_entries(writer: Writer, name: str, kind: int, record: Mapping[str, Any]) -> None:
+    writer.name(name)
+    writer.byte(kind)
+    writer.count(len(record))
+    write: Callable[[Any], None] = writer.array if kind == _ARRAYS else writer.value
+    for key, value in record.items():
+        writer.name(key)
+        write(value)
 
 
 def _read_content(reader: Reader) -> RecordDict:
-    content = RecordDict()
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
     for _ in range(reader.count(least=7)):
         name = reader.name()
-        if name in content:
+        if name in records:
             raise CodecError(f"record {name!r:.80} is there twice")
-        content[name] = _read_record(reader)
+        records[name] = _read_record(reader)
+    content = RecordDict()
+    _fill(content, records)
     return content
 
 
@@ -223,15 +259,12 @@ def _read_record(reader: Reader) -> ArrayRecord | MetricRecord | ConfigRecord:
     kind = reader.byte()
     if kind not in _RECORDS:
         raise CodecError(f"there is no record of kind {kind}")
-    many = reader.count(least=3)
     # Filled entry by entry: the constructors of Flower's records would copy every array's object.
     record: Any = _RECORDS[kind]()
     if kind == _CONFIG:
-        values = {reader.name(): reader.value() for _ in range(many)}
-        if len(values) != many:
-            raise CodecError("a record has two entries of one name")
-        _fill(record, values)
+        _fill(record, _read_values(reader))
         return cast(ConfigRecord, record)
+    many = reader.count(least=3)
     read = reader.array if kind == _ARRAYS else reader.value
     for _ in range(many):
         key, value = reader.name(), read()
@@ -244,7 +277,15 @@ def _read_record(reader: Reader) -> ArrayRecord | MetricRecord | ConfigRecord:
     return cast(ArrayRecord | MetricRecord | ConfigRecord, record)
 
 
-def _fill(record: ConfigRecord, values: dict[str, Any]) -> None:
+def _read_values(reader: Reader) -> dict[str, Any]:
+    many = reader.count(least=3)
+    values = {reader.name(): reader.value() for _ in range(many)}
+    if len(values) != many:
+        raise CodecError("a record has two entries of one name")
+    return values
+
+
+def _fill(record: ConfigRecord | RecordDict, values: Mapping[str, Any]) -> None:
     """Put values of a reader, which gives no other types than Flower's, into a record at once.
 
     Flower looks at each one's type again, in two microseconds: a third of the time of decoding.

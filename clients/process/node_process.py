@@ -37,7 +37,7 @@ from umbel.strategies.errors import ConfigError
 from umbel.strategies.records import take_record
 from umbel.strategies.secure.node import HANDOVER
 from umbel.strategies.secure.wire import SECURE
-from umbel.transport.codec import Buffer, decode, encode, size_of
+from umbel.transport.codec import Buffer, decode, encode, encode_values, size_of
 
 SERVER_NODE = 1
 RAISED = 2
@@ -138,7 +138,7 @@ class Worker:
                     raise TypeError(f"the app returned a {type(reply).__name__}, not a Message")
                 handed = state.pop(HANDOVER, None)  # before anything is written to disk
                 if handed:
-                    session = encode(RecordDict({HANDOVER: handed}))
+                    session = encode_values(HANDOVER, handed)
         except Exception as problem:
             traceback.print_exc()
             reason = f"{type(problem).__name__}: {problem}"

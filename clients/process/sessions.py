@@ -19,9 +19,9 @@ from umbel.strategies.secure.identity import TICKETS, enrolled
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number
 from umbel.strategies.secure.node import HANDOVER, IDENTITY
 from umbel.strategies.secure.policy import RefusalError
-from umbel.strategies.secure.protocol import respond
-from umbel.strategies.secure.wire import content_of, plain_of, stage_of
-from umbel.transport.codec import Buffer, decode, encode
+from umbel.strategies.secure.protocol import Self, respond
+from umbel.strategies.secure.wire import SECURE, stage_of
+from umbel.transport.codec import Buffer, decode_values, encode_values
 
 _LONG = 1 << 23
 """So many integers of masks take about as long as other things of a connection may wait."""
@@ -38,6 +38,7 @@ class SecureSessions:
         self._config = node_config
         self._run_id = 0
         self._session: Plain = {}
+        self._me: Self | None = None
         self._tickets: deque[bytes] = deque(maxlen=TICKETS)
 
     @property
@@ -49,19 +50,23 @@ class SecureSessions:
         """Whatever was left of a session is gone."""
         self._session = {}
 
-    def take_over(self, run_id: int, session: Buffer) -> list[Buffer] | None:
-        """Keep a session that the app has begun.
+    def take_over(self, run_id: int, node_id: int, session: Buffer) -> list[Buffer] | None:
+        """Keep a session that the app has begun; its identity stays what it is now.
 
         Returns:
             None; or, if this node was part of the session before, what it says in place of the
             app's reply.
+
+        Raises:
+            ConfigError: the node's policy or identity file cannot be used.
         """
-        taken = plain_of(decode(session, checksum=True), HANDOVER)
+        taken = decode_values(session, HANDOVER)
         ticket = blob(taken, "ticket", keys.DIGEST_BYTES)
         if ticket in self._tickets:
             again = RefusalError("replay", "this node has been part of this session before")
-            return encode(content_of({REFUSED: str(again)}))
+            return encode_values(SECURE, {REFUSED: str(again)})
         self._tickets.append(ticket)
+        self._me = enrolled(node_id, self._config)
         self._run_id, self._session = run_id, taken
         return None
 
@@ -70,20 +75,19 @@ class SecureSessions:
         held = bool(self._session) and run_id == self._run_id
         return stage_of(message_type) if held else None
 
-    async def answer(self, stage: str, node_id: int, content: Buffer) -> list[Buffer]:
-        """The node's reply at a stage.
+    async def answer(self, stage: str, content: Buffer) -> list[Buffer]:
+        """The node's reply at a stage, while there is a session.
 
         Raises:
-            ConfigError: the node's policy or identity file cannot be used.
             CodecError: the instruction cannot be read.
         """
-        message = plain_of(decode(content, checksum=True))
-        me = enrolled(node_id, self._config)
+        assert self._me is not None
+        message = decode_values(content, SECURE)
         session, self._session = self._session, {}
-        work = partial(respond, me, stage, session, message)
+        work = partial(respond, self._me, stage, session, message)
         kept, reply = await asyncio.to_thread(work) if _is_long(stage, session) else work()
         self._session = kept
-        return encode(content_of(reply))
+        return encode_values(SECURE, reply)
 
 
 def _is_long(stage: str, session: Plain) -> bool:

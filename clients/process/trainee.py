@@ -133,8 +133,8 @@ class Trainee:
         try:
             stage = self._sessions.stage(begin.run_id, begin.message_type)
             if stage is not None:
-                data = self._content(begin, file)
-                return Answer(begin.id, await self._sessions.answer(stage, node_id, data))
+                content = self._content(begin, file)
+                return Answer(begin.id, await self._sessions.answer(stage, content))
             if begin.message_type == "train":
                 self._sessions.forget()
             return await self._ask(begin, node_id, limit_s, file)
@@ -165,7 +165,10 @@ class Trainee:
         if said["op"] == "failed":
             self._told = None  # perhaps it could not read them
             return Answer(begin.id, error=(said.get("code", RAISED), said["reason"]))
-        return Answer(begin.id, self._reply(begin, said["size"], said["session"], beside))
+        content, session = self._reply(said["size"], said["session"], beside)
+        if session:
+            content = self._sessions.take_over(begin.run_id, node_id, session) or content
+        return Answer(begin.id, content)
 
     def _content(self, begin: Begin, file: int) -> Buffer:
         if begin.size <= BESIDE:
@@ -191,15 +194,16 @@ class Trainee:
             self._told = begin.run_config
         return pack(header, begin.inline if begin.size <= BESIDE else b"")
 
-    def _reply(self, begin: Begin, size: int, handed: int, beside: bytes) -> Sequence[Buffer]:
-        """The bytes of a reply; the session that may follow them is taken over."""
+    def _reply(self, size: int, handed: int, beside: bytes) -> tuple[Sequence[Buffer], bytes]:
+        """The bytes of a reply, and of the session that the app hands over behind it."""
         whole: Buffer = beside if size <= BESIDE else read_shared(self._outbound, size)
         if not handed:
-            return [whole]
-        content, session = whole[: size - handed], bytes(whole[size - handed :])
+            return [whole], b""
+        end = size - handed
+        content, session = whole[:end], bytes(whole[end:])
         if size > BESIDE:
-            wipe_shared(self._outbound, size - handed, handed)
-        return self._sessions.take_over(begin.run_id, session) or [content]
+            wipe_shared(self._outbound, end, handed)
+        return [content], session
 
     async def _ready(self) -> None:
         """Wait until a process has loaded the app; one that is starting is left alone."""

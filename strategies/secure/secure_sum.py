@@ -23,7 +23,7 @@ bound and the noise. The page docs/security.md says what this protects, and what
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 

@@ -21,11 +21,12 @@ from umbel.strategies.collect import PlainSum
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts
 from umbel.strategies.private.clip import Clip
-from umbel.strategies.secure.identity import Sessions
-from umbel.strategies.secure.node import IDENTITY
+from umbel.strategies.secure.identity import is_new, keep_session, take_session
+from umbel.strategies.secure.node import HANDOVER
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
-from umbel.strategies.secure.secure_sum import SECURE, SecureSum, modulus_bits, to_words
+from umbel.strategies.secure.secure_sum import SecureSum, modulus_bits, to_words
+from umbel.strategies.secure.wire import SECURE
 from umbel.strategies.stack import Stack
 
 SIZE = 50
@@ -201,16 +202,23 @@ def test_a_session_that_is_offered_twice_is_a_replay(tmp_path: Path) -> None:
     assert str(reply.content.config_records[SECURE]["refused"]).startswith("replay")
 
 
-def test_an_enrolled_node_knows_a_replay_without_a_word_on_its_disk() -> None:
-    """Its sessions live in its process; what a round leaves in its records would be written."""
-    sessions, state = Sessions(), RecordDict()
-    context = Context(
-        run_id=1, node_id=1, node_config={IDENTITY: "node.pem"}, state=state, run_config={}
-    )
-    tickets = [bytes([number]) * 32 for number in range(3)]
-    assert [sessions.is_new(each, context) for each in tickets] == [True] * 3
-    assert [sessions.is_new(each, context) for each in tickets] == [False] * 3
+def test_a_session_goes_where_its_node_keeps_sessions_and_leaves_nothing_else() -> None:
+    """What a round leaves in a node's records would be written to its disk."""
+    state = RecordDict({HANDOVER: ConfigRecord()})
+    context = Context(run_id=1, node_id=1, node_config={}, state=state, run_config={})
+    ticket = bytes(32)
+    assert is_new(ticket, context)
+    keep_session({"ticket": ticket}, context)
+    assert dict(state[HANDOVER]) == {"ticket": ticket}
+    assert take_session(context) == {}
+    del state[HANDOVER]
     assert not state
+    # Without such a place the node keeps both itself.
+    assert is_new(ticket, context)
+    assert not is_new(ticket, context)
+    keep_session({"ticket": ticket}, context)
+    assert take_session(context) == {"ticket": ticket}
+    assert take_session(context) == {}
 
 
 def test_another_model_or_setting_changes_the_session(tmp_path: Path) -> None:

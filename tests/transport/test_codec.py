@@ -25,8 +25,10 @@ from umbel.transport.codec import (
     Limits,
     decode,
     decode_message,
+    decode_values,
     encode,
     encode_message,
+    encode_values,
     size_of,
 )
 
@@ -157,6 +159,35 @@ SAMPLE = RecordDict(
         "config": ConfigRecord({"a": "text", "b": b"x" * 5000, "c": [True], "d": ["s"], "e": []}),
     }
 )
+
+
+VALUES = st.dictionaries(
+    st.text(st.characters(codec="utf-8"), max_size=9),
+    st.one_of(st.integers(), st.text(max_size=9), st.binary(max_size=5000)),
+    max_size=5,
+)
+
+
+@given(VALUES)
+def test_values_without_flower_s_objects_are_the_same_bytes(values: dict[str, Any]) -> None:
+    content = RecordDict({"secure": ConfigRecord({**values})})
+    data = b"".join(encode_values("secure", values))
+    assert data == b"".join(encode(content))
+    assert decode_values(data, "secure") == values
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"other": ConfigRecord()}),
+        RecordDict({"secure": MetricRecord({"a": 1})}),
+        RecordDict({"secure": ConfigRecord(), "other": ConfigRecord()}),
+    ],
+)
+def test_values_are_read_from_nothing_else(content: RecordDict) -> None:
+    with pytest.raises(CodecError):
+        decode_values(b"".join(encode(content)), "secure")
 
 
 @pytest.mark.parametrize("checksum", [True, False])

@@ -1,0 +1,227 @@
+"""Sessions of a secure sum in node processes: who holds them, who answers, what is left of them.
+
+Three nodes with certificates and apps in processes of their own; the server's half of the
+protocol drives them as a coordinator's connection would.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from umbel.clients.process.node_process import write_shared
+from umbel.clients.process.pipe import BESIDE
+from umbel.clients.process.sessions import SecureSessions
+from umbel.clients.process.trainee import Answer, AppSettings, Trainee
+from umbel.server.flower import take_identity
+from umbel.strategies.collect import Gathering, Sum
+from umbel.strategies.layer import Facts
+from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.records import Manifest, to_array
+from umbel.strategies.secure.node import HANDOVER, IDENTITY
+from umbel.strategies.secure.quantize import Quantize
+from umbel.strategies.secure.secure_sum import SecureSum
+from umbel.strategies.secure.wire import SECURE, STAGES, query_of, stage_of
+from umbel.strategies.stack import Stack
+from umbel.transport.certificates import make_server_identity, open_authority, save_identity
+from umbel.transport.codec import decode, encode, encode_values
+from umbel.transport.link_pb2 import Begin
+
+NODES = (1001, 1002, 1003)
+TASK = """
+import numpy as np
+
+from umbel import Federation, FunctionTrainer
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.secure.quantize import Quantize
+from umbel.strategies.secure.secure_sum import SecureSum
+from umbel.strategies.stack import Stack
+
+
+def train(arrays, examples, job):
+    return {"w": arrays["w"] + np.float32(examples)}, 1, {}
+
+
+def initial(options):
+    return {"w": np.zeros(SIZE, "f4")}
+
+
+federation = Federation(
+    FunctionTrainer(initial, train),
+    lambda node, _: node.partition + 1,
+    stack=Stack((Clip(2048), Quantize(levels=1 << 16)), SecureSum()),
+)
+"""
+
+
+class Nodes:
+    """Nodes whose apps run, and what was sent to them and came back."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        app = folder / "app"
+        app.mkdir()
+        (app / "task.py").write_text(TASK.replace("SIZE", str(size)))
+        for half in ("server", "client"):
+            text = f"from task import federation\n\napp = federation.{half}_app()\n"
+            (app / f"{half}_app.py").write_text(text)
+        (app / "pyproject.toml").write_text(
+            '[project]\nname = "x"\nversion = "1"\n[tool.flwr.app.components]\n'
+            'serverapp = "server_app:app"\nclientapp = "client_app:app"\n'
+        )
+        authority = open_authority(folder)
+        self.trainees: dict[int, Trainee] = {}
+        self.size, self.asked, self.memory = size, 0, folder / "memory"
+        for partition, node in enumerate(NODES):
+            identity = folder / f"{node}.pem"
+            save_identity(identity, make_server_identity(authority, [f"node-{node}"]))
+            config = {IDENTITY: str(identity), "partition-id": partition, "num-partitions": 3}
+            self.trainees[node] = Trainee(AppSettings(app, self.memory / str(node), config, 1))
+
+    async def ask(self, message: Message) -> Answer:
+        """Send a message to its node."""
+        self.asked += 1
+        data = b"".join(encode(message.content))
+        trainee = self.trainees[message.metadata.dst_node_id]
+        if len(data) > BESIDE:
+            write_shared(trainee.inbound[0], [data])
+        begin = Begin(
+            id=f"m{self.asked}",
+            size=len(data),
+            inline=data if len(data) <= BESIDE else b"",
+            run_id=1,
+            message_type=message.metadata.message_type,
+            ttl=60,
+        )
+        return await trainee.run(begin, message.metadata.dst_node_id, 120)
+
+    async def sum(self, before: Callable[[str, list[Message]], Any] = lambda *_: None) -> Sum:
+        """One round; `before` is told of each trip, and may do something to the nodes."""
+        stack = Stack((Clip(2048), Quantize(levels=1 << 16)), SecureSum())
+        facts = stack.check(Facts(size=self.size, max_replies=3), stack.init(self.size))
+        manifest = Manifest.of({"w": torch.zeros(self.size)})
+        config = ConfigRecord({"round": 1, "manifest": manifest.digest})
+        published = stack.publish(stack.init(self.size), Facts(size=self.size))
+        for name, value in published.items():
+            config[name] = value
+        model = ArrayRecord({PARAMETERS: to_array(torch.zeros(self.size))})
+        content = RecordDict({MODEL: model, CONFIG: config})
+        requests: Any = [Message(content, node, "train") for node in NODES]
+        round_ = Gathering(1, self.size, torch.float32, 3.0, facts, run_id=1)
+        gathering = stack.collect.gather(requests, round_)
+        requests = next(gathering)
+        try:
+            while True:
+                before(requests[0].metadata.message_type, requests)
+                answers = await asyncio.gather(*map(self.ask, requests))
+                replies = [
+                    Message(decode(answer.parts, checksum=True), reply_to=request)
+                    for answer, request in zip(answers, requests, strict=True)
+                ]
+                requests = gathering.send(iter(replies))
+        except StopIteration as end:
+            result: Sum = end.value
+            return result
+
+
+def with_nodes(folder: Path, size: int, use: Callable[[Nodes], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        nodes = Nodes(folder, size)
+        try:
+            await asyncio.gather(*(trainee.start() for trainee in nodes.trainees.values()))
+            await use(nodes)
+        finally:
+            for trainee in nodes.trainees.values():
+                trainee.stop()
+
+    take_identity(1)
+    asyncio.run(run())
+
+
+def refusal(answer: Answer) -> str:
+    return str(decode(answer.parts, checksum=True).config_records[SECURE]["refused"])
+
+
+def test_apps_that_die_after_training_lose_no_sum_and_replays_find_nothing(tmp_path: Path) -> None:
+    async def use(nodes: Nodes) -> None:
+        seen: dict[str, list[Message]] = {}
+        first = {node: trainee.pid for node, trainee in nodes.trainees.items()}
+
+        def kill(kind: str, requests: list[Message]) -> None:
+            seen[kind] = requests
+            if kind == query_of("mask"):
+                for trainee in nodes.trainees.values():
+                    trainee.stop()
+
+        sum_ = await nodes.sum(kill)
+        assert not sum_.aborted, sum_.rejected
+        assert sum_.replies == 3
+        assert sum_.about["identities"] == "authority"
+        assert sum_.total.numpy() == pytest.approx(np.full(nodes.size, 6.0), abs=0.01)
+        assert all(trainee.pid is None for trainee in nodes.trainees.values())
+
+        # The session is gone: a second unmasking wakes the app, which knows nothing of it.
+        again = await nodes.ask(seen[query_of("unmask")][0])
+        assert refusal(again).startswith("stage")
+        assert nodes.trainees[NODES[0]].pid not in (None, first[NODES[0]])
+        # The app that was started anew cannot know the ticket; whoever held the session does.
+        replay = await nodes.ask(seen["train"][0])
+        assert refusal(replay).startswith("replay")
+        assert not nodes.memory.exists()
+        # And the next round is as good as the first.
+        assert (await nodes.sum()).replies == 3
+
+    with_nodes(tmp_path, 10, use)
+
+
+def test_a_large_session_passes_through_shared_memory_and_is_wiped_from_it(tmp_path: Path) -> None:
+    async def use(nodes: Nodes) -> None:
+        sizes: dict[int, int] = {}
+
+        def look(kind: str, _: list[Message]) -> None:
+            if kind == query_of("share"):
+                for node, trainee in nodes.trainees.items():
+                    file = trainee._outbound
+                    sizes[node] = os.fstat(file).st_size
+                    end = os.pread(file, sizes[node], sizes[node] - BESIDE)
+                    assert not end.strip(b"\0")
+
+        sum_ = await nodes.sum(look)
+        assert sum_.total.numpy() == pytest.approx(np.full(nodes.size, 6.0), abs=0.01)
+        assert all(size > 2 * nodes.size for size in sizes.values())  # it did pass through
+        assert not nodes.memory.exists()
+
+    with_nodes(tmp_path, 200_000, use)
+
+
+def test_a_session_is_of_one_run_and_ends_where_training_begins_again(tmp_path: Path) -> None:
+    authority = open_authority(tmp_path)
+    file = tmp_path / "identity.pem"
+    save_identity(file, make_server_identity(authority, ["node"]))
+    sessions = SecureSessions({IDENTITY: str(file)})
+    assert sessions.wanted
+    assert not SecureSessions({}).wanted
+    session = b"".join(encode_values(HANDOVER, {"ticket": bytes(32), "stage": "share"}))
+    assert sessions.take_over(7, 1001, session) is None
+    assert sessions.stage(7, query_of("mask")) == "mask"
+    assert sessions.stage(8, query_of("mask")) is None
+    assert sessions.stage(7, "query.umbel_hello") is None
+    sessions.forget()
+    assert sessions.stage(7, query_of("mask")) is None
+    again = sessions.take_over(7, 1001, session)
+    assert again is not None
+    assert refusal(Answer("m", again)).startswith("replay")
+    assert sessions.stage(7, query_of("mask")) is None
+
+
+def test_only_later_trips_are_stages() -> None:
+    assert [stage_of(query_of(stage)) for stage in STAGES] == list(STAGES)
+    assert {stage_of(each) for each in ("train", "share", "query", "query.umbel_secure_x")} == {
+        None
+    }
