@@ -212,7 +212,11 @@ def figures(*, quick: bool = False) -> list[Figure]:
             {"Flower": "flower_shamir_split_s", "Flower's PEM": "flower_shamir_split_pem_s"},
         ),
         ("a mask", "mask_s", {"keystream": "keystream_one_s", "Flower": "flower_mask_s"}),
-        ("link: round of 10 nodes", "link_round_s", {"plain sum": "link_plain_round_s"}),
+        (
+            "link: round of 10 nodes",
+            "link_round_s",
+            {"plain sum": "link_plain_round_s", "bare gRPC": "link_bare_round_s"},
+        ),
     ]
     found["mask_s"] = found["client_masking_s"] / found["nodes"]
     found["keystream_one_s"] = found["keystream_s"] / found["nodes"]

@@ -1,6 +1,6 @@
 """A node's part in a secure sum after its first message, answered beside the connection.
 
-    app -> connection   with its masked-to-be update: the session that it has begun
+    app -> connection   behind its reply to the request to train: the session that it has begun
     connection          answers share, mask, agree and unmask; the app is not woken for them
 
 So an app that crashes or hangs cannot lose or repeat a session whose update it has given, a
@@ -24,7 +24,7 @@ from umbel.strategies.secure.wire import SECURE, stage_of
 from umbel.transport.codec import Buffer, decode_values, encode_values
 
 _LONG = 1 << 23
-"""So many integers of masks take about as long as other things of a connection may wait."""
+"""More integers of masks are made in a thread: the connection has other things to do meanwhile."""
 
 
 class SecureSessions:
