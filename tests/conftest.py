@@ -1,9 +1,11 @@
 """What every test of this project starts from."""
 
+import multiprocessing
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,3 +48,16 @@ def nursery() -> "Iterator[SharedNursery]":
     shared = SharedNursery(preload=["umbel.federation"])
     yield shared
     shared.end()
+
+
+@pytest.fixture
+def fresh_processes(monkeypatch: pytest.MonkeyPatch) -> ForkServerContext:
+    """Makes processes, for functions of tests, from one that has no threads.
+
+    A fork of the tests' own process can wait forever for a lock that one of its threads (gRPC's,
+    say) held at that instant.
+    """
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "pytest", "umbel.server.private.run"])
+    return context

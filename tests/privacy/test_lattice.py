@@ -3,6 +3,8 @@
 import itertools
 import math
 import multiprocessing
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import ClassVar
 
 import mpmath
@@ -151,18 +153,26 @@ def test_only_an_insecure_seed_repeats() -> None:
     assert not Entropy(insecure_seed=1).secure
 
 
-def _draw_in_child(noise: LatticeGaussian, answers: "multiprocessing.Queue[list[int]]") -> None:
-    answers.put(noise.sample(50).tolist())
+def _draw(noise: LatticeGaussian, answers: Connection) -> None:
+    answers.send(noise.sample(50).tolist())
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_does_not_repeat_its_parents_noise() -> None:
+def _draw_and_fork(answers: Connection) -> None:
     noise = LatticeGaussian(128)
     noise.sample(10)
-    context = multiprocessing.get_context("fork")
-    answers: multiprocessing.Queue[list[int]] = context.Queue()
-    child = context.Process(target=_draw_in_child, args=(noise, answers))
+    child = multiprocessing.get_context("fork").Process(target=_draw, args=(noise, answers))
     child.start()
-    theirs = answers.get(timeout=60)
     child.join()
-    assert theirs != noise.sample(50).tolist()
+    _draw(noise, answers)
+
+
+def test_a_forked_process_does_not_repeat_its_parents_noise(
+    fresh_processes: ForkServerContext,
+) -> None:
+    answers, ours = fresh_processes.Pipe(duplex=False)
+    with answers, ours:
+        parent = fresh_processes.Process(target=_draw_and_fork, args=(ours,))
+        parent.start()
+        parent.join(60)
+        assert parent.exitcode == 0
+        assert answers.recv() != answers.recv()

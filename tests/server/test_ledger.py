@@ -1,11 +1,13 @@
 """The ledger only grows, shows edits, and is on disk before anything is released."""
 
+import contextlib
 import json
-import os
-import select
 import signal
 import sqlite3
+import time
 from contextlib import closing
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -133,32 +135,40 @@ def test_a_copy_is_a_whole_ledger(path: Path, tmp_path: Path) -> None:
         assert ledger.head == (4, entries(path)[-1].hash)
 
 
-def charge_and_release(path: Path, out: int) -> None:
+def charge_and_release(path: Path, out: Connection) -> None:
     """In a child process: charge, say so, and again, until killed."""
     ledger = Ledger(path, "people")
     while True:
         ledger.charge("run", "a round", "model-user", [Charge(poisson(2.0, 0.1))])
-        os.write(out, b"released\n")
+        out.send("released")
 
 
-def test_killed_at_any_instant_it_has_charged_what_was_released(path: Path) -> None:
+def count_to_the_end(said: Connection) -> int:
+    """How much more was said before the other end fell silent."""
+    count = 0
+    with contextlib.suppress(EOFError):
+        while said.recv():
+            count += 1
+    return count
+
+
+def test_killed_at_any_instant_it_has_charged_what_was_released(
+    path: Path, fresh_processes: ForkServerContext
+) -> None:
     """Real processes, killed without warning after a millisecond more each time."""
     released = 0
     for kill in range(30):
-        answers, out = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                charge_and_release(path, out)
-            finally:
-                os._exit(1)
-        os.close(out)
-        with os.fdopen(answers, "rb") as said:
-            assert said.readline() == b"released\n"
-            select.select([], [], [], kill / 1000)
-            os.kill(child, signal.SIGKILL)
-            released += 1 + said.read().count(b"\n")
-        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        said, out = fresh_processes.Pipe(duplex=False)
+        child = fresh_processes.Process(target=charge_and_release, args=(path, out))
+        child.start()
+        out.close()
+        with said:
+            assert said.recv() == "released"
+            time.sleep(kill / 1000)
+            child.kill()
+            released += 1 + count_to_the_end(said)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
         with Ledger(path, "people") as ledger:
             assert sum(ledger.spent("model-user").values()) >= released
     assert released >= 30

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import sqlite3
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fakes import WarmCommand
 from tests.server.tiny_private_app import write_app
 from umbel.privacy.budget.accounting import epsilon, spent
 from umbel.privacy.budget.events import RELATIONS
@@ -145,38 +145,27 @@ def test_a_ledger_of_another_population_is_refused(lab: Lab) -> None:
         lab.run("two", epsilon=2.0, population="other", ledger=ledger)
 
 
-class KillsAt(SilentProgress):
-    """Kills its process, without warning, when a round has ended."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def round_done(self, line: Mapping[str, Any]) -> None:
-        if line["round"] == self.number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.parametrize("mechanism", ["gaussian", "banded"])
-def test_a_killed_run_goes_on_and_pays_for_repeated_rounds(lab: Lab, mechanism: str) -> None:
+def test_a_killed_run_goes_on_and_pays_for_repeated_rounds(
+    umbel: WarmCommand, lab: Lab, mechanism: str
+) -> None:
     options: dict[str, Any] = {"noise-multiplier": 4.0, "rounds": 6, "population": "people"}
     options |= {"mechanism": mechanism, "separation": 3 if mechanism == "banded" else 0}
     out = lab.folder / "runs" / "run"
-    child = os.fork()
-    if child == 0:
-        try:
-            run(lab.app, options=options, workers=0, out=out, progress=KillsAt(4))
-        finally:
-            os._exit(1)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    deaths = [("umbel.server.checkpoint:save", 4, "before")]
+    killed = umbel.run(
+        cwd=lab.folder, app=lab.app, options=options, workers=0, out=out, deaths=deaths
+    )
+    assert killed.status == -signal.SIGKILL, killed.err
     ledger = lab.folder / "runs" / "populations" / "people.sqlite"
-    killed = charges_in(entries(ledger))["model-user"]
+    before = charges_in(entries(ledger))["model-user"]
     result = run(resume=out, workers=0, progress=Heard())
     assert result["rounds"] == 6
     rounds = [row.body["round"] for row in entries(ledger) if "round" in row.body]
     assert set(rounds) == {1, 2, 3, 4, 5, 6}
     assert len(rounds) > 6  # the round that ended without a checkpoint was paid twice
     after = charges_in(entries(ledger))["model-user"]
-    assert killed <= after
+    assert before <= after
     assert result["epsilon"] == pytest.approx(spent(after, 1e-5).epsilon)
     assert result["epsilon"] > _uninterrupted(mechanism)
     assert verify(out) == []
