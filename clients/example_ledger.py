@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, RecordDict
 from umbel.privacy.budget.accounting import COARSE, poisson, spent
 from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.privacy.budget.events import Charge
-from umbel.strategies.records import find_record
+from umbel.strategies.contents import find_record
 
 RECORD = "umbel.example-ledger"
 

@@ -39,6 +39,7 @@ from umbel.clients.pooling import (
 )
 from umbel.clients.trainer import CohortTrainer, Job, Options, Trained, Trainer, Tree, Weights
 from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS, UPDATE, Seals
+from umbel.strategies.contents import find_record, take_record
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.layout import (
     CONFIG,
@@ -49,7 +50,7 @@ from umbel.strategies.layout import (
     local_buffers,
 )
 from umbel.strategies.private.pooled import ASK, POOL
-from umbel.strategies.records import Manifest, find_record, from_array, take_record, to_array
+from umbel.strategies.records import Manifest, from_array, to_array
 from umbel.strategies.stack import Stack
 
 LOCAL = "umbel.buffers"

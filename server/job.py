@@ -10,8 +10,8 @@ from torch import Tensor
 
 from umbel.server.guard import Guard, NoGuard
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import RunOptions
 from umbel.strategies.records import Tree
+from umbel.strategies.run_options import RunOptions
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:  # its mathematics takes a second to import

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.collect import EXAMPLES, MeanMetrics
-from umbel.strategies.records import records_of
+from umbel.strategies.contents import records_of
 
 
 class NamesNodes(Protocol):

@@ -12,9 +12,9 @@ from typing import Protocol, runtime_checkable
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from umbel.strategies.contents import take_record
 from umbel.strategies.errors import RunError
 from umbel.strategies.layout import CONFIG, HELLO
-from umbel.strategies.records import take_record
 
 POLL_S = 1.0
 REFUSALS = 3

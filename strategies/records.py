@@ -7,20 +7,19 @@ what Flower's `Array` stores; they are written with one copy and read with none.
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array
 from numpy.lib import format as npy
 from torch import Tensor
 
 Tree = dict[str, Tensor]
-Kind = TypeVar("Kind", ArrayRecord, ConfigRecord, MetricRecord)
 
 _STYPE = "numpy.ndarray"
 _PLAIN = frozenset(np.dtype(code) for code in "fde?BHILQbhilq")
@@ -146,31 +145,3 @@ def _read_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     if dtype not in _PLAIN or (fortran_order and len(shape) > 1):
         raise ValueError(f"an array has the dtype {dtype}, which is not plain numbers in C order")
     return dtype, shape, len(header)
-
-
-# Flower's `content.array_records` and its sisters copy the directory into an object that refers
-# to itself, so that every content they are asked of stays in memory until Python looks for
-# cycles: with models of 40 MB, long after the next round. These three do not.
-
-
-def find_record(content: RecordDict, name: str, kind: type[Kind]) -> Kind | None:
-    """The record of that name; None where there is none of that kind."""
-    record = content.get(name)
-    return record if isinstance(record, kind) else None
-
-
-def take_record(content: RecordDict, name: str, kind: type[Kind]) -> Kind:
-    """The record of that name.
-
-    Raises:
-        KeyError: there is none of that kind.
-    """
-    record = find_record(content, name, kind)
-    if record is None:
-        raise KeyError(f"the content has no {kind.__name__} named {name!r}")
-    return record
-
-
-def records_of(content: RecordDict, kind: type[Kind]) -> Iterator[Kind]:
-    """All records of one kind, in the content's order."""
-    return (record for record in content.values() if isinstance(record, kind))

@@ -26,8 +26,9 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
-from umbel.strategies.options import Options, RunOptions, Value, checked, override
+from umbel.strategies.options import Options, Value, checked, override
 from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 

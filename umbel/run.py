@@ -21,8 +21,9 @@ from umbel.server.output.rundir import RunDirectory, machine, versions
 from umbel.server.output.session import session
 from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options, RunOptions, override
+from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.run_options import RunOptions
 
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""

@@ -34,9 +34,10 @@ from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import session
 from umbel.strategies.collect import UPDATE, Collect, Gather, Gathering, Sum, read_vector
+from umbel.strategies.contents import records_of, take_record
 from umbel.strategies.layout import MODEL, PARAMETERS
 from umbel.strategies.options import Options
-from umbel.strategies.records import Manifest, from_array, records_of, take_record
+from umbel.strategies.records import Manifest, from_array
 from umbel.strategies.stack import Stack
 
 Adversary = Literal["server", "malicious-server", "other-node", "model-user"]

@@ -39,8 +39,8 @@ from umbel.server.link.grid import LinkGrid
 from umbel.server.link.hub import BEAT_S
 from umbel.server.link.service import ServerSettings, Service
 from umbel.strategies.app import open_app
+from umbel.strategies.contents import take_record
 from umbel.strategies.errors import CheckError
-from umbel.strategies.records import take_record
 from umbel.transport.certificates import Identity, make_request, new_key, open_authority
 from umbel.transport.frames import PROTOCOL, SERVICE, from_wire, to_wire
 from umbel.transport.join import write_join_file

@@ -33,8 +33,8 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from umbel.clients.process.memory import Memory
 from umbel.clients.process.pipe import BESIDE, HEAD_BYTES, lengths, pack
 from umbel.strategies.app import open_app
+from umbel.strategies.contents import take_record
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.records import take_record
 from umbel.strategies.secure.node import HANDOVER
 from umbel.strategies.secure.wire import SECURE
 from umbel.transport.codec import Buffer, decode, encode, encode_values, size_of

@@ -30,9 +30,9 @@ from umbel.server.private.ledger import Ledger
 from umbel.strategies.cohort import Cohort, FixedSize, Poisson, cohort_named
 from umbel.strategies.errors import ConfigError, StackError
 from umbel.strategies.layer import Claim, Facts
-from umbel.strategies.options import RunOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.private.private_mean import PrivateMean
+from umbel.strategies.run_options import RunOptions
 from umbel.strategies.stack import Stack
 
 SAFETY = 1 - 1e-7

@@ -27,8 +27,8 @@ from umbel.strategies.collect import (
     numbers,
     read_vector,
 )
+from umbel.strategies.contents import take_record
 from umbel.strategies.layout import MODEL
-from umbel.strategies.records import take_record
 
 POOL = "umbel_pool"
 """The query by which a process is asked for the sum of several nodes' updates."""

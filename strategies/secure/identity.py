@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from flwr.app import ConfigRecord, Context
 
 from umbel.privacy.masking import keys
+from umbel.strategies.contents import find_record
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.records import find_record
 from umbel.strategies.secure.message import Plain, blob
 from umbel.strategies.secure.node import HANDOVER, IDENTITY
 from umbel.strategies.secure.policy import POLICY, Policy

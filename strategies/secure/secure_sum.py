@@ -41,10 +41,11 @@ from umbel.strategies.collect import (
     Rejected,
     Sum,
 )
+from umbel.strategies.contents import find_record, take_record
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL
-from umbel.strategies.records import find_record, from_array, take_record
+from umbel.strategies.records import from_array
 from umbel.strategies.secure.checks import AbortedError
 from umbel.strategies.secure.identity import (
     is_new,

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import RunOptions, checked, flatten, override, parse
+from umbel.strategies.options import checked, flatten, override, parse
+from umbel.strategies.run_options import RunOptions
 
 NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
 VALUES = st.booleans() | st.integers(-(10**9), 10**9) | st.floats(-1e9, 1e9) | NAMES
