@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from umbel.server.flower import CRASHED, give_id, take_identity
+from umbel.server.flower import CRASHED, NodeInfo, give_id, take_identity
 from umbel.server.link.hub import Hub, Instruction, Reply
 from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid
@@ -71,11 +71,23 @@ class LinkGrid(OwnGrid):
 
     # ---- what Flower asks of a grid
 
+    # An app that waits for nodes or replies asks again and again, and is stopped there.
+
+    def get_node_ids(self) -> list[int]:
+        self._go_on()
+        return super().get_node_ids()
+
+    def get_nodes(self) -> list[NodeInfo]:
+        self._go_on()
+        return super().get_nodes()
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        self._go_on()
         return self._push(messages, self._inbox, None)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to these messages that are here; it does not wait."""
+        self._go_on()
         while not self._inbox.empty():
             reply = self._message(self._inbox.get())
             if reply is not None:
@@ -86,6 +98,10 @@ class LinkGrid(OwnGrid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         return list(self.stream(messages, timeout))
+
+    def _go_on(self) -> None:
+        if self.stopping:
+            raise StoppedError
 
     # ---- what only engines of Umbel have
 

@@ -290,14 +290,18 @@ class Processes:
         return found
 
     def close(self) -> None:
+        """End all of them. One that does not end when it is told to fails the test."""
+        stubborn = []
         for process in self.running.values():
             process.terminate()
-        for process in self.running.values():
+        for name, process in self.running.items():
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+                stubborn.append(name)
+        assert not stubborn, f"{stubborn} did not end: {self.log(stubborn[0])[-3000:]}"
 
 
 @pytest.fixture
