@@ -42,6 +42,7 @@ def fill(file: Path) -> None:
         os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_server_with_a_sentence_and_costs_no_round(
     small_disk: Any,
 ) -> None:

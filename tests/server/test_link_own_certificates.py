@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -77,6 +78,7 @@ def build(
     return builder.sign(issuer_key, hashes.SHA256())
 
 
+@pytest.mark.slow
 def test_server_and_nodes_with_certificates_of_their_own_train_and_are_revoked(
     federation: Any,
 ) -> None:

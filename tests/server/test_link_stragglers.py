@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from tests.server.small_federation import lines, start_nodes, wait_for
@@ -47,6 +48,7 @@ def test_four_of_five_are_enough_to_train_and_all_five_evaluate(lab: Any) -> Non
     assert len(asked.result()) == 5
 
 
+@pytest.mark.slow
 def test_a_run_does_not_wait_for_a_node_that_hangs(federation: Any) -> None:
     """The round would last three hours; the node stays, and trains again in later rounds."""
     start_nodes(federation, "n1", "n2")
