@@ -5,14 +5,13 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from umbel.strategies.errors import ConfigError
 
 Value = bool | int | float | str
 Options = Mapping[str, Value]
-Group = TypeVar("Group")
 
 
 def dashed(name: str) -> str:
@@ -28,25 +27,30 @@ def choose(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def defaults_of(group: type[Any]) -> dict[str, Value]:
-    """The options of a group, a dataclass whose fields all have defaults."""
-    return {dashed(field.name): field.default for field in fields(group)}  # type: ignore[misc]  # all have one
+@dataclass(frozen=True)
+class OptionGroup:
+    """Options that belong together; a dataclass made of this has them as fields with defaults."""
 
+    @classmethod
+    def defaults(cls) -> dict[str, Value]:
+        """Every option with its default."""
+        return {dashed(field.name): field.default for field in fields(cls)}  # type: ignore[misc]  # all have one
 
-def read_into(group: type[Group], options: Options) -> Group:
-    """The group with what a run says of it; other names in the mapping are left alone.
+    @classmethod
+    def read(cls, options: Options) -> Self:
+        """The group with what a run says of it; other names in the mapping are left alone.
 
-    Raises:
-        ConfigError: a value has the wrong type, or the group refuses it.
-    """
-    own = defaults_of(group)
-    return group(
-        **{
-            name.replace("-", "_"): checked(name, value, own[name])
-            for name, value in options.items()
-            if name in own
-        }
-    )
+        Raises:
+            ConfigError: a value has the wrong type, or the group refuses it.
+        """
+        own = cls.defaults()
+        return cls(
+            **{
+                name.replace("-", "_"): checked(name, value, own[name])
+                for name, value in options.items()
+                if name in own
+            }
+        )
 
 
 def checked(name: str, value: Any, default: Value) -> Value:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.optimizers import optimizer_named
-from umbel.strategies.options import Options, Value, choose, dashed, defaults_of, read_into
+from umbel.strategies.options import OptionGroup, choose, dashed
 from umbel.strategies.schedules import factor
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(OptionGroup):
     """How a federation is run; the option names are these with dashes for underscores.
 
     Attributes:
@@ -104,16 +104,6 @@ class RunOptions:
                     f"{dashed(name)} is {getattr(self, name)}; "
                     f"it must be at least {least.get(name, 0)}"
                 )
-
-    @classmethod
-    def defaults(cls) -> dict[str, Value]:
-        """Every option with its default."""
-        return defaults_of(cls)
-
-    @classmethod
-    def read(cls, options: Options) -> "RunOptions":
-        """The options of a run; others in the mapping are left alone."""
-        return read_into(cls, options)
 
     def learning_rate_factor(self, number: int) -> float:
         """What the nodes' learning rate is multiplied by in round `number`."""

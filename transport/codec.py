@@ -2,6 +2,8 @@
 
     encode(content, *, checksum=True) -> list[bytes | memoryview]
     decode(data, *, limits=Limits(), checksum=False) -> RecordDict
+    encode_values(name, values) -> list[bytes | memoryview]
+    decode_values(data, name) -> dict
     encode_message(message, *, body=None, checksum=True) -> list[bytes | memoryview]
     decode_message(data, *, limits=Limits(), checksum=False) -> Message
 
@@ -57,8 +59,10 @@ __all__ = [
     "Limits",
     "decode",
     "decode_message",
+    "decode_values",
     "encode",
     "encode_message",
+    "encode_values",
     "size_of",
 ]
 

@@ -150,14 +150,14 @@ class LinkGrid(OwnGrid):
                 self.hub.cancel(waiting)
 
     def _next(self, inbox: "queue.SimpleQueue[Reply]", deadline: float | None) -> Reply | None:
-        while not self.stopping:
+        while True:
+            self._go_on()
             left = _LOOK_UP_S if deadline is None else deadline - time.monotonic()
             try:
                 return inbox.get(timeout=min(_LOOK_UP_S, max(0.0, left)))
             except queue.Empty:
                 if deadline is not None and left <= 0:
                     return None
-        raise StoppedError
 
     def _push(
         self,

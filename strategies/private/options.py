@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options, Value, choose, defaults_of, read_into
+from umbel.strategies.options import OptionGroup, choose
 
 MECHANISMS = ("gaussian", "local", "tree", "banded")
 
 
 @dataclass(frozen=True)
-class PrivacyOptions:
+class PrivacyOptions(OptionGroup):
     """The options of a private run; the option names are these with dashes for underscores.
 
     Attributes:
@@ -106,16 +106,6 @@ class PrivacyOptions:
     def seed(self) -> int | None:
         """The insecure seed of the noise, where there is one."""
         return None if self.insecure_noise_seed < 0 else self.insecure_noise_seed
-
-    @classmethod
-    def defaults(cls) -> dict[str, Value]:
-        """Every option with its default."""
-        return defaults_of(cls)
-
-    @classmethod
-    def read(cls, options: Options) -> "PrivacyOptions":
-        """The privacy options among a run's; others in the mapping are left alone."""
-        return read_into(cls, options)
 
     @classmethod
     def check_given(cls, changes: Mapping[str, Any]) -> None:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options, Value, choose, dashed, defaults_of, read_into
+from umbel.strategies.options import OptionGroup, choose, dashed
 
 
 @dataclass(frozen=True)
-class SecureOptions:
+class SecureOptions(OptionGroup):
     """The options of a secure sum; the option names are these with dashes for underscores.
 
     Attributes:
@@ -49,13 +49,3 @@ class SecureOptions:
         for name in ("secure_min_cohort", "secure_colluders", "secure_levels"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{dashed(name)} is {getattr(self, name)}; it cannot be below 0")
-
-    @classmethod
-    def defaults(cls) -> dict[str, Value]:
-        """Every option with its default."""
-        return defaults_of(cls)
-
-    @classmethod
-    def read(cls, options: Options) -> "SecureOptions":
-        """The options of a secure sum among a run's; others in the mapping are left alone."""
-        return read_into(cls, options)

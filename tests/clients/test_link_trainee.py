@@ -1,6 +1,8 @@
 """The app's process: answers, errors, hangs and crashes; and what a node needs to start."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -198,3 +200,9 @@ def test_a_pipe_that_is_cut_or_brings_nonsense_says_so(data: bytes, kind: type[E
 
     with pytest.raises(kind):
         asyncio.run(listen())
+
+
+def test_a_connection_needs_no_pytorch() -> None:
+    """It holds no tensor, and on a small device PyTorch is most of its memory and of its start."""
+    code = "import sys, umbel.clients.process.start; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,6 +15,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from umbel.benchmarks.speed.apps import write_federation
 from umbel.clients.process.node_process import write_shared
 from umbel.clients.process.pipe import BESIDE
 from umbel.clients.process.sessions import SecureSessions
@@ -65,16 +66,8 @@ class Nodes:
     """Nodes whose apps run, and what was sent to them and came back."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        app = folder / "app"
-        app.mkdir()
-        (app / "task.py").write_text(TASK.replace("SIZE", str(size)))
-        for half in ("server", "client"):
-            text = f"from task import federation\n\napp = federation.{half}_app()\n"
-            (app / f"{half}_app.py").write_text(text)
-        (app / "pyproject.toml").write_text(
-            '[project]\nname = "x"\nversion = "1"\n[tool.flwr.app.components]\n'
-            'serverapp = "server_app:app"\nclientapp = "client_app:app"\n'
-        )
+        task = TASK.replace("SIZE", str(size))
+        app = write_federation(folder / "app", task, name="x", config="")
         authority = open_authority(folder)
         self.trainees: dict[int, Trainee] = {}
         self.size, self.asked, self.memory = size, 0, folder / "memory"

@@ -11,6 +11,7 @@ import torch
 from flwr.app import RecordDict
 from scipy import stats
 
+from umbel.benchmarks.speed.apps import write_federation
 from umbel.clients.data.examples import Node
 from umbel.clients.function_trainer import FunctionTrainer
 from umbel.federation import Federation
@@ -218,17 +219,7 @@ federation = Federation(FunctionTrainer(initial, train), lambda node, _: node.pa
 def test_a_round_that_was_given_up_is_not_charged_and_the_next_goes_on(tmp_path: Path) -> None:
     from umbel.run import run
 
-    app = tmp_path / "app"
-    app.mkdir()
-    (app / "task.py").write_text(FAILING)
-    for half in ("server", "client"):
-        text = f"from task import federation\n\napp = federation.{half}_app()\n"
-        (app / f"{half}_app.py").write_text(text)
-    (app / "pyproject.toml").write_text(
-        '[project]\nname = "failing"\nversion = "1"\n[tool.flwr.app]\npublisher = "x"\n'
-        '[tool.flwr.app.components]\nserverapp = "server_app:app"\nclientapp = "client_app:app"\n'
-        "[tool.flwr.app.config]\nrounds = 3\n"
-    )
+    app = write_federation(tmp_path / "app", FAILING, name="failing", config="rounds = 3")
     options = {"secure": True, "noise-multiplier": 2.0, "delta": 1e-3}
     out = tmp_path / "run"
     run(app, options=options, nodes=6, workers=0, out=out, progress=SilentProgress())
