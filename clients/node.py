@@ -24,6 +24,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from umbel.clients.charging import (
+    Charging,
+    LimitsOf,
+    answered,
+    charging_layers,
+    leaves,
+    no_policy,
+    releases_of,
+)
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.pooling import (
     Questions,
@@ -51,6 +60,7 @@ from umbel.strategies.layout import (
 )
 from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.records import Manifest, from_array, to_array
+from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack
 
 LOCAL = "umbel.buffers"
@@ -71,6 +81,7 @@ class NodeHalf:
         stack: the layers, from the options.
         questions: the private means that may be asked.
         warm: how many nodes' data are kept between messages.
+        limits: what the node's owner allows its ledger, from the node's configuration.
     """
 
     trainer: Trainer
@@ -79,6 +90,7 @@ class NodeHalf:
     stack: Callable[[Options], Stack]
     questions: Questions = ()
     warm: int = 4
+    limits: LimitsOf = no_policy
     _splits: OrderedDict[tuple[int, OptionsKey], Split] = field(
         default_factory=OrderedDict, repr=False
     )
@@ -87,7 +99,7 @@ class NodeHalf:
     def train(self, message: Message, context: Context) -> Message:
         """Answer a request to train."""
         plan = self._plan(context)
-        task = plan.receive(message, context, self._split(plan, context))
+        task = plan.receive(message, context, self._split(plan, context), self.limits)
         return plan.reply(task, self.trainer.train(task.weights, task.split.train, task.job))
 
     def train_many(
@@ -100,7 +112,7 @@ class NodeHalf:
         if isinstance(self.trainer, CohortTrainer) and len(messages) > 1:
             plan = self._plan(contexts[0])
             tasks = [
-                plan.receive(message, context, self._split(plan, context))
+                plan.receive(message, context, self._split(plan, context), self.limits)
                 for message, context in zip(messages, contexts, strict=True)
             ]
             trained = self.trainer.train_cohort(
@@ -140,6 +152,8 @@ class NodeHalf:
         answers = self._plan(context).stack.collect.answers()
         if action not in answers:
             raise ConfigError(f"no query is registered under {action!r}")
+        if action == action_of("mask"):
+            leaves(context)
         return answers[action](message, context)
 
     def _ask(self, message: Message, context: Context) -> Message:
@@ -194,6 +208,7 @@ class _Received:
     weights: Weights
     vector: Tensor
     job: Job
+    account: Charging
 
 
 @dataclass(frozen=True)
@@ -209,11 +224,18 @@ class _Plan:
         return Manifest.of(self.first.parameters)
 
     @functools.cached_property
+    def charging(self) -> tuple[Any, ...]:
+        """The layers that the node's ledger is charged for."""
+        return charging_layers(self.stack)
+
+    @functools.cached_property
     def travelling(self) -> Manifest:
         """The buffers that are averaged."""
         return Manifest.of(averaged_buffers(self.first.buffers, str(self.options["buffers"])))
 
-    def receive(self, message: Message, context: Context, split: Split) -> _Received:
+    def receive(
+        self, message: Message, context: Context, split: Split, limits: LimitsOf = no_policy
+    ) -> _Received:
         config = take_record(message.content, CONFIG, ConfigRecord)
         if config["manifest"] != self.manifest.digest:
             raise ConfigError(
@@ -228,6 +250,7 @@ class _Plan:
         buffers |= public_of(message)
         number = int(config["round"])  # type: ignore[arg-type]
         rate = config.get("learning-rate")
+        account = Charging(message, context, self.options, limits)
         job = Job(
             round=number,
             seed=job_seed(int(self.options["seed"]), number, node_of(context).partition),
@@ -235,9 +258,10 @@ class _Plan:
             learning_rate=None if rate is None else float(rate),  # type: ignore[arg-type]
             node=context.node_config,
             memory=context.state,
+            ledger=account,
         )
         weights = Weights(self.manifest.unflatten(vector), buffers)
-        return _Received(message, context, split, weights, vector, job)
+        return _Received(message, context, split, weights, vector, job, account)
 
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
@@ -253,8 +277,11 @@ class _Plan:
         self._keep(task.context, own)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
+        sealed = isinstance(self.stack.collect, Seals)
         if isinstance(self.stack.collect, Seals):
             content = self.stack.collect.seal(content, task.message, task.context)
+        releases = releases_of(self.charging, config, encoded.numel(), self.options)
+        content = task.account.finish(content, releases, sealed=sealed)
         return Message(content, reply_to=task.message)
 
     def _keep(self, context: Context, buffers: Tree) -> None:
@@ -283,6 +310,9 @@ class FederationClientApp(ClientApp):
         self.query(HELLO)(half.hello)
 
     def __call__(self, message: Message, context: Context) -> Message:
+        again = answered(message, context)
+        if again is not None:
+            return again
         category, _, action = message.metadata.message_type.partition(".")
         if category == "query" and action not in ("", HELLO):
             return self.half.answer(action, message, context)

@@ -12,7 +12,9 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from umbel.clients.node_ledger import Receipt
     from umbel.privacy.bounds.bundle import Bundle
+    from umbel.strategies.release import Release
 
 Options = Mapping[str, bool | int | float | str]
 """The run's options, as in `[tool.flwr.app.config]` and `-c`."""
@@ -34,6 +36,18 @@ class Weights:
     buffers: Tree = field(default_factory=dict)
 
 
+class Charges(Protocol):
+    """A node's ledger, as a trainer sees it that makes its updates private by itself."""
+
+    def charge(self, release: "Release") -> "Receipt":
+        """Charge the node's records, before anything is made of them.
+
+        Raises:
+            RunError: their budget is spent, or the ledger cannot be written; nothing may be made.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """What one node is asked to do in one round.
@@ -46,6 +60,7 @@ class Job:
             the trainer.
         node: the node's own configuration (`partition-id` and the like).
         memory: the node's own records, kept between rounds.
+        ledger: of the node; None is one in `memory`.
     """
 
     round: int
@@ -54,6 +69,7 @@ class Job:
     learning_rate: float | None = None
     node: Options = field(default_factory=dict)
     memory: RecordDict = field(default_factory=RecordDict)
+    ledger: Charges | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
+from umbel.clients.ledger_names import COORDINATOR, STATE
 from umbel.clients.process.membership import Membership, NodeSettings
 from umbel.clients.process.start import StartSettings, enrolled, gpu_environment
 from umbel.flower_process import FlowerProcess, environment, program
@@ -79,7 +80,9 @@ def _command(membership: Membership, settings: NodeSettings) -> list[str]:
     write_secret(home / "node.key", key)
     (home / "root.crt").write_bytes(identity.root)
     host, _, port = settings.address.rpartition(":")
-    words = " ".join(f"{k}={toml(v)}" for k, v in settings.node_config.items())
+    # The ledger lies in the node's folder on this engine too, and names who asked.
+    config = {STATE: str(membership.folder.absolute()), COORDINATOR: settings.address}
+    words = " ".join(f"{k}={toml(v)}" for k, v in (config | dict(settings.node_config)).items())
     return [
         program("flower-supernode"),
         *("--superlink", f"{host}:{int(port) + 1}"),

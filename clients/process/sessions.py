@@ -12,9 +12,13 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from umbel.clients.ledger_database import settle
+from umbel.clients.ledger_names import LEDGER, STATE
 from umbel.privacy.masking import keys
+from umbel.strategies.errors import RunError
 from umbel.strategies.secure.identity import TICKETS, enrolled
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number
 from umbel.strategies.secure.node import HANDOVER, IDENTITY
@@ -84,10 +88,21 @@ class SecureSessions:
         assert self._me is not None
         message = decode_values(content, SECURE)
         session, self._session = self._session, {}
+        if stage == "mask":
+            try:
+                await asyncio.to_thread(self._leaves, session)
+            except RunError as problem:
+                return encode_values(SECURE, {REFUSED: f"budget: {problem}"})
         work = partial(respond, self._me, stage, session, message)
         kept, reply = await asyncio.to_thread(work) if _is_long(stage, session) else work()
         self._session = kept
         return encode_values(SECURE, reply)
+
+    def _leaves(self, session: Plain) -> None:
+        """The masked vector is about to leave: what it takes is charged to the node's ledger."""
+        folder = self._config.get(STATE)
+        if folder and (Path(str(folder)) / LEDGER).exists():
+            settle(Path(str(folder)), blob(session, "ticket", keys.DIGEST_BYTES))
 
 
 def _is_long(stage: str, session: Plain) -> bool:

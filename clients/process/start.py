@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from umbel.clients.ledger_names import COORDINATOR, STATE
 from umbel.clients.process.link import NodeLink
 from umbel.clients.process.membership import ExpiredError, Membership, NodeSettings
 from umbel.clients.process.trainee import AppSettings, Trainee
@@ -77,7 +78,7 @@ async def _run(membership: Membership, start: StartSettings, version: str) -> No
         AppSettings(
             app=folder.path,
             memory=membership.folder / "memory",
-            node_config={IDENTITY: _identity_files(membership, settings), **settings.node_config},
+            node_config=app_config(membership, settings),
             threads=start.threads,
             environment=gpu_environment(start.gpu, settings.node_config),
         )
@@ -154,6 +155,16 @@ def _has_identity(membership: Membership, settings: NodeSettings | None) -> bool
         return membership.identity(settings) is not None
     except ExpiredError:
         return False
+
+
+def app_config(membership: Membership, settings: NodeSettings) -> dict[str, Any]:
+    """The node's configuration as its app sees it: who it is, and where its ledger lies."""
+    return {
+        IDENTITY: _identity_files(membership, settings),
+        STATE: str(membership.folder.absolute()),
+        COORDINATOR: settings.address,
+        **settings.node_config,
+    }
 
 
 def _identity_files(membership: Membership, settings: NodeSettings) -> str:
