@@ -23,6 +23,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from umbel.clients.ledger_names import COORDINATOR, DATA, IDENTITY_FILE, LEDGER, STATE
 from umbel.strategies.contents import find_record
 from umbel.strategies.layout import CONFIG
+from umbel.strategies.node_policy import policy_of
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.release import ChargesNode, Promise, Release
 from umbel.strategies.secure.node import HANDOVER, IDENTITY
@@ -37,14 +38,6 @@ if TYPE_CHECKING:  # what accounts for privacy takes a second to import
 
 DEFAULT = "default"
 """What a population or data are called that nobody named."""
-
-LimitsOf = Callable[[Mapping[str, Any]], "Limits | None"]
-"""From a node's configuration to what its owner allows; None is no policy."""
-
-
-def no_policy(_: Mapping[str, Any]) -> "Limits | None":
-    """The limits of a node whose owner has none."""
-    return None
 
 
 def answered(message: Message, context: Context) -> Message | None:
@@ -90,13 +83,11 @@ class Charging:
         message: that is being answered.
         context: of the node.
         options: complete.
-        limits: of the node's owner.
     """
 
     message: Message
     context: Context
     options: Mapping[str, Any]
-    limits: LimitsOf = no_policy
     receipts: "list[Receipt]" = field(default_factory=list)
     _opened: "Account | None" = None
     _ledger: "LedgerFile | None" = None
@@ -122,7 +113,11 @@ class Charging:
             RunError: a limit is reached, or the ledger cannot be written; nothing may leave.
         """
         if not releases and not self.receipts:
-            return content
+            if not self._counts_all():
+                return content
+            from umbel.clients.node_ledger import attendance
+
+            releases = [attendance()]
         if sealed:
             self._hold(content, releases)
         else:
@@ -139,6 +134,11 @@ class Charging:
             return content
         size = int.from_bytes(first[:8], "little")
         return decode(first[8 : 8 + size])
+
+    def _counts_all(self) -> bool:
+        """Whether the node's owner limits participations, protected or not."""
+        config = self.context.node_config
+        return bool(config.get(STATE)) and policy_of(config).participations is not None
 
     def _hold(self, content: RecordDict, releases: Sequence[Release]) -> None:
         """Hold what the session will release; without it there is no session."""
@@ -161,7 +161,7 @@ class Charging:
             if folder:
                 from umbel.clients.ledger_file import LedgerFile
 
-                self._ledger = LedgerFile(Path(str(folder)), self.limits(self.context.node_config))
+                self._ledger = LedgerFile(Path(str(folder)), _limits(self.context.node_config))
                 self._asked = self._facts()
                 self._opened = self._ledger.account(self._asked)
             else:
@@ -188,12 +188,14 @@ class Charging:
 
     def _state(self, content: RecordDict) -> None:
         """Add a signed statement of each unit's last charge."""
+        from umbel.clients.node_ledger import UNPROTECTED
         from umbel.strategies import statement as statements
 
-        if not self.receipts:
-            return  # a session that the node itself has refused
+        protected = [r for r in self.receipts if r.release.mechanism != UNPROTECTED]
+        if not protected:
+            return  # or it is a session that the node itself has refused
         key, account = _key(self.context.node_config), self._account()
-        latest = {receipt.release.unit: receipt for receipt in self.receipts}
+        latest = {receipt.release.unit: receipt for receipt in protected}
         signed = []
         for unit, receipt in sorted(latest.items(), reverse=True):
             saying = self._saying(receipt, key)
@@ -276,6 +278,14 @@ def leaves(context: Context) -> None:
     except BaseException:
         take_session(context)
         raise
+
+
+def _limits(config: Mapping[str, Any]) -> "Limits":
+    """What the node's policy allows."""
+    from umbel.clients.node_ledger import Limits
+
+    policy = policy_of(config)
+    return Limits(policy.participations, policy.epsilon, policy.record_epsilon)
 
 
 def _name(message: Message, context: Context) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from umbel.clients.ledger_database import Asked, LedgerDatabase, insert, last_charge, settle
 from umbel.clients.node_ledger import (
+    UNPROTECTED,
     Charges,
     Limits,
     Receipt,
@@ -32,6 +33,8 @@ KEPT_REPLIES = 24
 """So many protected replies are kept for coordinators that ask again."""
 KEPT_BYTES = 256 << 20
 _SETTLED_S = 600.0
+_NO_DELTA = 1e-5
+"""Where nobody has promised anything; epsilon is then 0 or infinite."""
 
 
 class GoneError(RunError):
@@ -43,10 +46,10 @@ class LedgerFile(LedgerDatabase):
 
     Args:
         folder: the node's.
-        limits: of the node's owner; None freezes what runs promise first.
+        limits: of the node's owner; where there is none, what was promised first is frozen.
     """
 
-    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+    def __init__(self, folder: Path, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
         super().__init__(folder)
         self.limits = limits
 
@@ -142,8 +145,8 @@ class LedgerFile(LedgerDatabase):
                 ).fetchall()
                 for name, unit in rows:
                     sums = _Scope(scope, name, unit)
-                    delta = self._delta(database, sums)
-                    limit = self._limit(database, sums)
+                    delta = sums.promise(database)[1]
+                    limit, own = self._limit(database, sums), self.limits.of(unit)
                     epsilon, relation = total(sums.charges(database), delta)
                     last = database.execute(
                         f"SELECT run, coordinator, time FROM charge WHERE {scope} = ? AND unit = ?"
@@ -156,10 +159,10 @@ class LedgerFile(LedgerDatabase):
                             "name": name,
                             "unit": unit,
                             "participations": sums.participations(database),
-                            "participations_limit": self.limits and self.limits.participations,
+                            "participations_limit": self.limits.participations,
                             "epsilon": epsilon if math.isfinite(epsilon) else None,
                             "epsilon_limit": limit if math.isfinite(limit) else None,
-                            "limit_from": "policy" if self.limits else "first promise",
+                            "limit_from": "first promise" if own is None else "policy",
                             "delta": delta,
                             "relation": relation,
                             "last_run": last[0],
@@ -170,15 +173,8 @@ class LedgerFile(LedgerDatabase):
         return found
 
     def _limit(self, database: sqlite3.Connection, sums: "_Scope") -> float:
-        if self.limits is not None and sums.scope != "run":
-            own = self.limits.of(sums.unit)
-            return math.inf if own is None else own
-        return sums.promise(database)[0]
-
-    def _delta(self, database: sqlite3.Connection, sums: "_Scope") -> float:
-        if self.limits is not None and self.limits.delta is not None and sums.scope != "run":
-            return self.limits.delta
-        return sums.promise(database)[1]
+        own = self.limits.of(sums.unit)
+        return sums.promise(database)[0] if own is None or sums.scope == "run" else own
 
 
 @dataclass(frozen=True)
@@ -207,11 +203,11 @@ class _Scope:
         except ValueError as problem:
             raise ConfigError(f"the node's ledger holds what is no charge: {problem}") from problem
 
-    def participations(self, database: sqlite3.Connection) -> int:
-        """Replies charged so far."""
+    def participations(self, database: sqlite3.Connection, *, any_unit: bool = False) -> int:
+        """Replies charged so far: of this unit, or all."""
         row = database.execute(
-            f"SELECT COUNT(DISTINCT reply) FROM charge WHERE {self.scope} = ? AND unit = ?",
-            (self.name, self.unit),
+            f"SELECT COUNT(DISTINCT reply) FROM charge WHERE {self.scope} = ? AND unit LIKE ?",
+            (self.name, "%" if any_unit else self.unit),
         )
         return int(row.fetchone()[0])
 
@@ -221,6 +217,8 @@ class _Scope:
             "SELECT epsilon, delta FROM promise WHERE scope = ? AND name = ? AND unit = ?",
             (self.scope, self.name, self.unit),
         ).fetchone()
+        if row is None:  # replies that nothing protects promise nothing
+            return math.inf, _NO_DELTA
         return (math.inf if row[0] is None else row[0]), row[1]
 
 
@@ -240,7 +238,7 @@ class FileAccount:
     def hold(self, ticket: bytes, releases: Sequence[Release]) -> list[Receipt]:
         body: dict[str, Any] = {
             "asked": asdict(self.asked),
-            "limits": self.ledger.limits and asdict(self.ledger.limits),
+            "limits": asdict(self.ledger.limits),
             "releases": [_as_json(release) for release in releases],
             "charges": [_row(release) for release in releases],
         }
@@ -276,7 +274,7 @@ class FileAccount:
         names = (("run", self.asked.run), ("population", self.asked.population))
         scopes = [_Scope(scope, name, unit) for scope, name in (*names, ("data", self.asked.data))]
         offer = promised(release)
-        for sums in scopes:
+        for sums in scopes if release.mechanism != UNPROTECTED else ():
             database.execute(
                 "INSERT OR IGNORE INTO promise VALUES (?, ?, ?, ?, ?, ?)",
                 (
@@ -284,17 +282,18 @@ class FileAccount:
                     *(offer if math.isfinite(offer) else None, release.delta, self.asked.run),
                 ),
             )
-        delta = own._delta(database, scopes[-1])
+        delta = scopes[-1].promise(database)[1]
         values, counts, limits, relation = [], [], [], ""
         for sums in scopes:
             whole = sums.charges(database) + Counter({release.charge: release.count})
             limit = own._limit(database, sums)
             number = sums.participations(database) + self._is_first(database, unit)
-            refuse_beyond(
-                total(whole, own._delta(database, sums))[0], limit, unit, self._whose(sums)
-            )
-            if sums.scope != "run" and own.limits is not None:
-                refuse_more(number, own.limits.participations, unit)
+            at_its_own = total(whole, sums.promise(database)[1])[0]
+            refuse_beyond(at_its_own, limit, unit, self._whose(sums))
+            if sums.scope != "run":
+                attended = sums.participations(database, any_unit=True)
+                attended += self._is_first(database, None)
+                refuse_more(attended, own.limits.participations)
             epsilon, relation = total(whole, delta)
             values.append(epsilon)
             counts.append(number)
@@ -312,17 +311,17 @@ class FileAccount:
     def _whose(self, sums: _Scope) -> str:
         if sums.scope == "run":
             return f"run {sums.name} promised it in its first message"
-        if self.ledger.limits is not None:
+        if self.ledger.limits.of(sums.unit) is not None:
             return f"the policy of this node, for the {sums.scope} {sums.name!r}"
         return (
             f"the first run about the {sums.scope} {sums.name!r} promised it; the node's owner "
             "can allow more in the node's policy"
         )
 
-    def _is_first(self, database: sqlite3.Connection, unit: Unit) -> int:
-        """1 if nothing of this unit was charged for this reply yet."""
+    def _is_first(self, database: sqlite3.Connection, unit: Unit | None) -> int:
+        """1 if nothing of this unit, or nothing at all, was charged for this reply yet."""
         found = database.execute(
-            "SELECT 1 FROM charge WHERE reply = ? AND unit = ?", (self.asked.reply, unit)
+            "SELECT 1 FROM charge WHERE reply = ? AND unit LIKE ?", (self.asked.reply, unit or "%")
         )
         return 0 if found.fetchone() else 1
 
@@ -336,8 +335,8 @@ def weigh_again(folder: Path, database: sqlite3.Connection, body: Mapping[str, A
     Raises:
         RunError: it would exceed one.
     """
-    limits = body["limits"] and Limits(**body["limits"])
-    account = FileAccount(LedgerFile(folder, limits), Asked(**body["asked"]))
+    ledger = LedgerFile(folder, Limits(**body["limits"]))
+    account = FileAccount(ledger, Asked(**body["asked"]))
     for release in body["releases"]:
         account._weigh(database, _from_json(release))
 

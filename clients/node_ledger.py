@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting import GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent
 from flwr.app import ConfigRecord, RecordDict
 
 from umbel.privacy.budget.accounting import COARSE, spent
@@ -38,6 +38,9 @@ from umbel.strategies.statement import Signed
 
 Charges = Counter[Charge]
 
+UNPROTECTED = "none"
+"""The mechanism of a reply that is counted only because its owner limits participations."""
+
 _WHOM: Mapping[Unit, str] = {"record": "this node's records", "node": "this node"}
 _SAME = 1 + 1e-9
 """A budget is met, not exceeded, by a sum that differs from it in its last bits."""
@@ -48,16 +51,15 @@ class Limits:
     """What a node's owner allows, over all runs, coordinators and populations.
 
     Attributes:
-        participations: protected replies of one unit; None is any number.
-        epsilon: of the node as a whole (noise on the node, shares of noise of a secure sum).
-        record_epsilon: of each of its records (DP-SGD).
-        delta: of both; None takes the one that the first run promised.
+        participations: replies to requests to train, protected or not; None is any number.
+        epsilon: of the node as a whole (noise on the node, shares of noise of a secure sum);
+            None leaves it to what was promised first.
+        record_epsilon: likewise of each of its records (DP-SGD).
     """
 
     participations: int | None = None
     epsilon: float | None = None
     record_epsilon: float | None = None
-    delta: float | None = None
 
     def of(self, unit: Unit) -> float | None:
         """The largest epsilon of a unit."""
@@ -157,6 +159,8 @@ def _is_hopeless(charges: Iterable[tuple[Charge, int]]) -> bool:
 def _total(charges: frozenset[tuple[Charge, int]], delta: float) -> tuple[float, str]:
     by_relation: dict[str, dict[Charge, int]] = {}
     for charge, count in charges:
+        if isinstance(charge.event, NoOpDpEvent):
+            continue
         by_relation.setdefault(relation_name(charge.relation), {})[charge] = count
     if not by_relation:
         return 0.0, relation_name(ZERO_OUT)
@@ -185,13 +189,28 @@ def refuse_beyond(epsilon: float, limit: float, unit: Unit, whose: str) -> None:
         )
 
 
-def refuse_more(participations: int, limit: int | None, unit: Unit) -> None:
+def refuse_more(participations: int, limit: int | None) -> None:
     """Raises RunError where a reply would be one too many."""
     if limit is not None and participations > limit:
         raise RunError(
-            f"the policy of this node allows {limit} participations of {_WHOM[unit]}, and this "
-            f"would be number {participations}; the node takes no further part"
+            f"the policy of this node allows {limit} participations, and this would be number "
+            f"{participations}; the node takes no further part"
         )
+
+
+def attendance() -> Release:
+    """What a reply costs that nothing protects: it counts, and no epsilon says how much."""
+    return Release(
+        unit="node",
+        mechanism=UNPROTECTED,
+        charge=Charge(NoOpDpEvent()),
+        count=1,
+        planned=1,
+        promised=math.inf,
+        delta=0.5,
+        noise_multiplier=0.0,
+        norm=0.0,
+    )
 
 
 def written(charge: Charge) -> tuple[str, str, float]:

@@ -4,6 +4,7 @@ A trainer turns a model and a node's own examples into a better model. It knows 
 messages, rounds or privacy: the node (`umbel.clients.node`) makes the update and sends it.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -120,6 +121,28 @@ class CohortTrainer(Protocol):
     ) -> list[Trained] | None:
         """What `train` gives for each node, to float tolerance; None where it does not apply."""
         ...
+
+
+@runtime_checkable
+class RecordPrivate(Protocol):
+    """A trainer that promises privacy for each single record of a node."""
+
+    def privacy(self, options: Options) -> Any:
+        """The promise under these options."""
+        ...
+
+
+def promising(trainer: Trainer, options: Options) -> Trainer | None:
+    """The trainer of these options where it promises privacy for single records, else None."""
+    chosen = getattr(trainer, "chosen", None)
+    found: Trainer = chosen(options) if chosen is not None else trainer
+    return found if isinstance(found, RecordPrivate) else None
+
+
+def own_promise(trainer: Trainer | None) -> bool:
+    """Whether a promise is of Umbel's own trainer, and not of a class that calls itself so."""
+    home = sys.modules.get("umbel.clients.private_sgd")
+    return trainer is not None and home is not None and type(trainer) is home.PrivateSgd
 
 
 @runtime_checkable

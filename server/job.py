@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from umbel.server.guard import Guard, NoGuard
+from umbel.strategies.contract import Contract
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.records import Tree
 from umbel.strategies.run_options import RunOptions
@@ -35,6 +36,8 @@ class Job:
         guard: the budget of a private run.
         questions: private means that are asked before, between and after rounds.
         pooled: virtual nodes that share a process may answer as one.
+        quiet: why nodes are not asked what they measure; empty where they are.
+        contract: what nodes act on, for secure sums; None takes their word.
 
     Raises:
         ConfigError: an option watches the central evaluation, and there is none.
@@ -49,6 +52,8 @@ class Job:
     guard: Guard = field(default_factory=NoGuard)
     questions: tuple[PrivateMean, ...] = ()
     pooled: bool = False
+    quiet: str = ""
+    contract: Contract | None = None
 
     def __post_init__(self) -> None:
         options = self.options

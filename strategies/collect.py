@@ -8,7 +8,7 @@ to bottom and knows nothing of networks. `umbel.server.rounds.drive` runs it ove
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -19,6 +19,9 @@ from umbel.privacy.noise.lattice import on_grid
 from umbel.strategies.fold import Fold
 from umbel.strategies.layer import Facts, Metrics
 from umbel.strategies.records import from_array
+
+if TYPE_CHECKING:  # it is about stacks, which have a collect
+    from umbel.strategies.contract import Contract
 
 UPDATE = "update"
 """Name of the reply's ArrayRecord, and in it of the flat update."""
@@ -94,6 +97,7 @@ class Gathering:
         facts: at the bottom of the stack.
         buffers: coordinates of the nodes' buffers; 0 where they stay local.
         run_id: of Flower's run.
+        contract: what nodes act on, as the server reckons it; None takes their word.
     """
 
     number: int
@@ -103,6 +107,7 @@ class Gathering:
     facts: Facts
     buffers: int = 0
     run_id: int = 0
+    contract: "Contract | None" = None
 
 
 Gather = Generator[Sequence[Message], Iterator[Message], Sum]
@@ -129,12 +134,36 @@ class Collect(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Sealing:
+    """What a node knows of its own part when it seals an update.
+
+    Attributes:
+        contract: digests of what it acts on; see `umbel.strategies.contract`.
+        shares: into how many shares the noise in its update is cut; 0 is no such noise.
+    """
+
+    contract: bytes = b""
+    shares: int = 0
+
+
 @runtime_checkable
 class Seals(Protocol):
     """A collect whose nodes do not send the update itself when they have trained."""
 
-    def seal(self, content: RecordDict, request: Message, context: Context) -> RecordDict:
+    def seal(
+        self, content: RecordDict, request: Message, context: Context, own: Sealing
+    ) -> RecordDict:
         """Node: what is sent in place of `content`."""
+        ...
+
+
+@runtime_checkable
+class Considers(Protocol):
+    """A collect that seals, and can tell before training that it would not."""
+
+    def consider(self, request: Message, context: Context, own: Sealing) -> RecordDict | None:
+        """Node: the refusal that is sent in place of an update; None where there is none."""
         ...
 
 

@@ -138,6 +138,12 @@ def client(
     once: Annotated[bool, typer.Option("--once", help="End with the coordinator's run.")] = False,
     threads: Annotated[int, typer.Option(help="Of tensor operations. Default: all.", min=0)] = 0,
     gpu: Annotated[str, typer.Option(help="auto, none, or a number.")] = "auto",
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What this node allows. Default: policy.toml in --state."
+        ),
+    ] = None,
     engine: Annotated[str, typer.Option(help="link, or flower for Flower's own.")] = "link",
     certificate: Certificate = None,
     key: Key = None,
@@ -161,6 +167,7 @@ def client(
         once=once,
         threads=threads,
         gpu=gpu,
+        policy=policy,
     )
     if engine == "flower":
         from umbel.flower_node import node_with_flower

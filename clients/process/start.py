@@ -14,9 +14,11 @@ from typing import Any
 from umbel.clients.ledger_names import COORDINATOR, STATE
 from umbel.clients.process.link import NodeLink
 from umbel.clients.process.membership import ExpiredError, Membership, NodeSettings
+from umbel.clients.process.policy_file import policy_file
 from umbel.clients.process.trainee import AppSettings, Trainee
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.node_policy import FORMER, POLICY, policy_of
 from umbel.strategies.secure.node import IDENTITY
 from umbel.transport import loop
 from umbel.transport.allocator import share_one_arena
@@ -40,6 +42,7 @@ class StartSettings:
         once: end with the coordinator's run.
         threads: of tensor operations; 0 leaves it to the libraries.
         gpu: `auto`, `none`, or the number of a GPU.
+        policy: the policy file; None takes that of the last start, or the one in the state folder.
     """
 
     state: Path
@@ -52,6 +55,7 @@ class StartSettings:
     once: bool = False
     threads: int = 0
     gpu: str = "auto"
+    policy: Path | None = None
     on_event: Callable[[str], None] = field(default=lambda _: None)
 
 
@@ -81,6 +85,7 @@ async def _run(membership: Membership, start: StartSettings, version: str) -> No
             node_config=app_config(membership, settings),
             threads=start.threads,
             environment=gpu_environment(start.gpu, settings.node_config),
+            spent=membership.folder / "rounds",
         )
     )
     running, stopped = asyncio.get_running_loop(), asyncio.Event()
@@ -139,6 +144,11 @@ async def enrolled(membership: Membership, start: StartSettings) -> NodeSettings
         settings = replace(settings, address=start.address)
     if start.node_config is not None:
         settings = replace(settings, node_config=dict(start.node_config))
+    if start.policy is not None:
+        settings = replace(settings, policy=str(start.policy.expanduser().resolve()))
+    policy_of(
+        {POLICY: str(policy_file(membership.folder, settings))}
+    )  # raises before anything begins
     if start.app is not None:
         settings = replace(settings, app=str(start.app.expanduser().resolve()))
     if not settings.app:
@@ -163,7 +173,8 @@ def app_config(membership: Membership, settings: NodeSettings) -> dict[str, Any]
         IDENTITY: _identity_files(membership, settings),
         STATE: str(membership.folder.absolute()),
         COORDINATOR: settings.address,
-        **settings.node_config,
+        **{k: v for k, v in settings.node_config.items() if k != FORMER},
+        POLICY: str(policy_file(membership.folder, settings)),
     }
 
 

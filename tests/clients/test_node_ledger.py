@@ -8,7 +8,6 @@ import os
 import stat
 import subprocess
 import sys
-from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,17 @@ import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from flwr.app import ConfigRecord
 
-from tests.clients.node_asker import DP_SGD, NODE, PLAIN, Asker, examples, update_of
+from tests.clients.node_asker import DP_SGD, NODE, PLAIN, Asker, update_of
 from umbel.clients.ledger_database import Asked, settle
 from umbel.clients.ledger_file import KEPT_REPLIES, REPLIES, GoneError, LedgerFile
 from umbel.clients.ledger_names import DATA, LEDGER
-from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.node_ledger import Limits, StateLedger, total
 from umbel.privacy.budget.accounting import spent
 from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge
 from umbel.privacy.masking import keys
 from umbel.strategies import statement as statements
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.node_policy import POLICY
 from umbel.strategies.release import Release
 from umbel.strategies.secure.identity import enrolled_key
 from umbel.transport.certificates import make_server_identity, open_authority, save_identity
@@ -286,11 +285,11 @@ def test_the_owners_limit_stands_in_for_the_first_promise(tmp_path: Path) -> Non
     found = ledger.budget()[0]
     assert found["participations"] == number - 1
     assert (found["epsilon_limit"], found["limit_from"]) == (1.5, "policy")
-    # A policy without a limit is none: a new run has what it promises.
-    free = LedgerFile(tmp_path, Limits())
-    free.account(_asked(1, run="2")).charge(_noise(promised=0.9))
+    # Within it, a new run has what it promises first.
+    more = LedgerFile(tmp_path, Limits(epsilon=50.0))
+    more.account(_asked(1, run="2")).charge(_noise(promised=0.9))
     with pytest.raises(RunError, match="run 2 promised"):
-        free.account(_asked(2, run="2")).charge(_noise(0.5, promised=90.0))
+        more.account(_asked(2, run="2")).charge(_noise(0.5, promised=90.0))
 
 
 def test_participations_are_limited_over_runs(tmp_path: Path) -> None:
@@ -299,6 +298,18 @@ def test_participations_are_limited_over_runs(tmp_path: Path) -> None:
         ledger.account(_asked(1, run, population=f"p{run}")).charge(_noise())
     with pytest.raises(RunError, match="allows 3 participations"):
         ledger.account(_asked(1, "4")).charge(_noise())
+
+
+def test_a_limit_on_participations_counts_bare_updates_too(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    more = {POLICY: str(_policy(tmp_path, "participations = 2"))}
+    node = Asker(PLAIN, tmp_path / "state", more=more)
+    for number in (1, 1, 2):
+        assert statements.read(node.ask(number).content) == []
+    with pytest.raises(RunError, match="allows 2 participations"):
+        node.ask(3)
+    found = row(tmp_path / "state")
+    assert (found["participations"], found["epsilon"], found["epsilon_limit"]) == (2, 0.0, None)
 
 
 def test_records_and_the_node_are_counted_apart(tmp_path: Path) -> None:
@@ -353,6 +364,12 @@ def test_two_sessions_cannot_both_take_what_is_left(tmp_path: Path) -> None:
 # ── statements ────────────────────────────────────────────────────────────────────────────────
 
 
+def _policy(folder: Path, text: str) -> Path:
+    file = folder / "policy.toml"
+    file.write_text(text + "\n")
+    return file
+
+
 def _enrol(folder: Path) -> bytes:
     """Give the node a key, as enrolment does; its public half."""
     authority = open_authority(folder / "authority")
@@ -365,9 +382,7 @@ def test_a_reply_carries_what_its_nodes_ledger_says_over_the_nodes_key(tmp_path:
     node = dp_sgd(tmp_path)
     said = [statements.read(node.ask(number).content) for number in (1, 2)]
     node.run = 2
-    limits = NodeHalf(DP_SGD.trainer, examples, DP_SGD.complete, DP_SGD.stack_for)
-    half = replace(limits, limits=lambda _: Limits(record_epsilon=9.0))
-    node.app = FederationClientApp(half)
+    node.more = {POLICY: str(_policy(tmp_path, "record-epsilon = 9.0"))}
     said.append(statements.read(node.ask(1).content))
     previous = ""
     for number, (signed,) in enumerate(said, 1):
