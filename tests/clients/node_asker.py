@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from torch import nn
 
 from umbel.clients.data.examples import Examples, Node
@@ -15,7 +15,9 @@ from umbel.clients.ledger_names import STATE
 from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.federation import Federation
-from umbel.server.flower import Envelope
+from umbel.server.flower import Envelope, give_id, take_identity
+from umbel.strategies.collect import Gathering, Sum
+from umbel.strategies.errors import UmbelError
 from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.records import Manifest, from_array, to_array
@@ -102,3 +104,52 @@ def update_of(reply: Message) -> torch.Tensor:
     record = reply.content["update"]
     assert isinstance(record, ArrayRecord)
     return from_array(record["update"]).clone()
+
+
+def secure_round(
+    nodes: Mapping[int, Asker], number: int, *, until: str = "", size: int = 10
+) -> Sum | None:
+    """One secure sum of these nodes, by their ids; a server that stops before a trip gets none."""
+    one = next(iter(nodes.values()))
+    options = one.federation.complete(one.options)
+    stack = one.federation.stack_for(options)
+    first = one.federation.trainer.initial(options, 0)
+    manifest = Manifest.of(first.parameters)
+    count = len(nodes)
+    facts = Facts(size=size, round=number, expected_replies=count, max_replies=count)
+    states = stack.init(size)
+    config = {"manifest": manifest.digest, "round": number, **stack.publish(states, facts)}
+    model = ArrayRecord({PARAMETERS: to_array(manifest.flatten(first.parameters))})
+    content = RecordDict({MODEL: model, CONFIG: ConfigRecord(config)})
+    bottom = stack.check(facts, states)
+    round_ = Gathering(number, bottom.size, torch.float32, float(count), bottom, run_id=one.run)
+    take_identity(one.run)
+    gathering = stack.collect.gather([Message(content, node, "train") for node in nodes], round_)
+    asked = next(gathering)
+    trip = 0
+    try:
+        while True:
+            kind = asked[0].metadata.message_type if asked else ""
+            if until and kind.endswith(until):
+                return None
+            trip += 1
+            replies = [_told(nodes[m.metadata.dst_node_id], m, f"{number}.{trip}") for m in asked]
+            asked = gathering.send(iter(replies))
+    except StopIteration as end:
+        found: Sum = end.value
+        return found
+
+
+def _told(node: Asker, request: Message, name: str) -> Message:
+    """A node's reply; an exception of its app is an error, as on every engine."""
+    give_id(request, name)
+    state = {STATE: str(node.folder)} if node.folder is not None else {}
+    config = {**state, **node.more}
+    id_ = request.metadata.dst_node_id
+    context = Context(node.run, id_, config, node.memory, dict(node.options))
+    try:
+        reply = node.app(request, context)
+    except UmbelError as problem:
+        return Message(Error(2, str(problem)), reply_to=request)
+    assert isinstance(reply, Message)
+    return reply

@@ -17,7 +17,7 @@ import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from flwr.app import ConfigRecord
 
-from tests.clients.node_asker import DP_SGD, NODE, PLAIN, Asker, update_of
+from tests.clients.node_asker import DP_SGD, NODE, PLAIN, Asker, secure_round, update_of
 from umbel.clients.ledger_database import Asked, settle
 from umbel.clients.ledger_file import KEPT_REPLIES, REPLIES, GoneError, LedgerFile
 from umbel.clients.ledger_names import DATA, LEDGER
@@ -359,6 +359,37 @@ def test_two_sessions_cannot_both_take_what_is_left(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="takes no further part"):
         settle(tmp_path, bytes([2]) * 32)
     assert row(tmp_path, name="d")["participations"] == 1
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_a_secure_sums_noise_is_charged_when_the_masked_update_leaves(
+    tmp_path: Path, with_folder: bool
+) -> None:
+    options = {"secure": True, "noise-multiplier": 4.0, "sampling": "all", "rounds": 2}
+    nodes = {
+        id_: Asker(PLAIN, tmp_path / str(id_) if with_folder else None, options)
+        for id_ in (1001, 1002, 1003)
+    }
+
+    def charged() -> list[int]:
+        if with_folder:
+            found = [LedgerFile(tmp_path / str(id_)).budget() for id_ in nodes]
+            return [rows[0]["participations"] if rows else 0 for rows in found]
+        return [StateLedger(node.memory).participations("node") for node in nodes.values()]
+
+    for until in ("share", "mask"):  # sessions of which nothing has left cost nothing
+        assert secure_round(nodes, 1, until=until) is None
+        assert charged() == [0, 0, 0]
+    assert secure_round(nodes, 1, until="agree") is None  # the masked updates are out
+    assert charged() == [1, 1, 1]
+    done = secure_round(nodes, 2)
+    assert done is not None and done.replies == 3
+    assert charged() == [2, 2, 2]
+    if with_folder:
+        refused = secure_round(nodes, 3)
+        assert refused is not None and refused.replies == 0
+        assert all("takes no further part" in each.reason for each in refused.rejected)
+        assert charged() == [2, 2, 2]
 
 
 # ── statements ────────────────────────────────────────────────────────────────────────────────
