@@ -23,7 +23,6 @@ from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
-from umbel.strategies.run_options import RunOptions
 
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
@@ -129,7 +128,7 @@ def _plan(
     federation = server_app.federation if isinstance(server_app, FederationServerApp) else None
     options = (federation.override if federation else override)(known, changes)
     if federation is not None:
-        RunOptions.read(options)  # raises before there is a directory or a process
+        federation.check_options(options)
     return _Plan(folder, server_app, options, nodes or folder.nodes or NODES, workers)
 
 
