@@ -13,8 +13,8 @@ What makes numbers wrong, and what happens here:
     unlike releases that no one accountant takes                                each gets a part
         of delta and the epsilons add up (basic composition), never an average or a guess
     a table's error                                                 is taken off delta first
-    a table that would not fit, or a delta below its tails          is answered by the smaller of two
-        upper bounds, and says which (`umbel.privacy.budget.beyond`)
+    a table that would not fit, or a delta below its tails          is answered by the smaller
+        of two upper bounds, and says which (`umbel.privacy.budget.beyond`)
 """
 
 import functools
