@@ -5,8 +5,8 @@ from abc import abstractmethod
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from umbel.server.flower import NodeInfo, Run, empty_run, take_identity
 from umbel.server.roster import NodeRef
+from umbel.transport.flower import NodeInfo, Run, empty_run, take_identity
 
 
 class OwnGrid(Grid):

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from threadpoolctl import ThreadpoolController
 
 from umbel.server.embedded.packing import Packed, unpack
-from umbel.server.flower import RAISED, Envelope
+from umbel.transport.flower import RAISED, Envelope
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from flwr.clientapp import ClientApp
 from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, output_to
 from umbel.server.embedded.packing import Packed, pack
 from umbel.server.embedded.workers import Nursery, Workers
-from umbel.server.flower import Envelope, give_id, take_identity
 from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
+from umbel.transport.flower import Envelope, give_id, take_identity
 
 
 @dataclass

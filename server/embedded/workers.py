@@ -17,8 +17,8 @@ from typing import Any
 from umbel.server.embedded.executor import Done, Task
 from umbel.server.embedded.packing import BlobCache, Packed, pack, receive, send, unpack
 from umbel.server.embedded.shelf import Shelf, reuse_memory
-from umbel.server.flower import CRASHED
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.transport.flower import CRASHED
 
 PRELOAD = ("torch", "flwr.clientapp", "umbel.server.embedded.executor", "umbel.strategies.app")
 """What the nursery imports once for all workers."""

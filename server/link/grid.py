@@ -11,13 +11,13 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from umbel.server.flower import CRASHED, NodeInfo, give_id, take_identity
 from umbel.server.link.hub import Hub, Instruction, Reply
 from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
 from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
+from umbel.transport.flower import CRASHED, NodeInfo, give_id, take_identity
 from umbel.transport.frames import INLINE, LARGEST_CONTENT
 from umbel.transport.link_pb2 import Begin
 
