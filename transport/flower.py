@@ -35,14 +35,18 @@ __all__ = [
     "DEFAULT_TTL",
     "RAISED",
     "SERVER_NODE",
+    "TOO_LATE",
     "UNAVAILABLE",
     "UNKNOWN",
     "Envelope",
     "NodeInfo",
     "Run",
     "empty_run",
+    "expired",
     "give_id",
+    "is_over",
     "no_such_message",
+    "seconds_left",
     "take_identity",
 ]
 
@@ -59,6 +63,9 @@ CRASHED = 8
 
 SERVER_NODE = 1
 """Flower's own id of the coordinator."""
+
+TOO_LATE = "the message's ttl was over before its reply was there"
+"""Why a message that was sent has an error in the place of its reply."""
 
 _SYSTEM = "system"
 """Flower's message type of errors that belong to no known message."""
@@ -146,3 +153,21 @@ def no_such_message(message_id: str, run_id: int) -> Message:
     )
     error = Error(UNKNOWN, reason)
     return Message(metadata=about, error=error)  # type: ignore[call-overload, no-any-return]
+
+
+def is_over(message: Message) -> bool:
+    """Whether a message's ttl is over, by this machine's clock."""
+    data = message.metadata
+    return data.created_at + data.ttl < time.time()
+
+
+def expired(reply: Message) -> Message:
+    """What is given in the place of a reply that came after the ttl of what it answers."""
+    error = Error(UNKNOWN, TOO_LATE)
+    return Message(metadata=reply.metadata, error=error)  # type: ignore[call-overload, no-any-return]
+
+
+def seconds_left(message: Message) -> float:
+    """Of a message's ttl, which Flower counts from when the message was made."""
+    data = message.metadata
+    return data.created_at + data.ttl - time.time()
