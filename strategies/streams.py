@@ -145,7 +145,8 @@ class _NumpyState:
         return not whole["has_gauss"] and block == words
 
     def _address(self) -> int:
-        generator = np.random.get_bit_generator()  # somebody may have set another kind
+        # Somebody may have set another kind of generator.
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         return int(generator.ctypes.state_address) if type(generator) is np.random.MT19937 else 0
 
     def _read(self) -> bytes:

@@ -27,7 +27,7 @@ from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, out
 from umbel.server.embedded.packing import Packed, pack
 from umbel.server.embedded.workers import Nursery, Workers
 from umbel.server.notes import Notes
-from umbel.server.own_grid import OwnGrid
+from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
 from umbel.server.roster import NodeRef
 from umbel.strategies import streams
 from umbel.strategies.app import open_app
@@ -37,9 +37,7 @@ from umbel.transport.flower import (
     UNAVAILABLE,
     UNKNOWN,
     Envelope,
-    expired,
     give_id,
-    is_over,
     no_such_message,
     seconds_left,
     take_identity,
@@ -236,7 +234,7 @@ class EmbeddedGrid(OwnGrid):
                     found.append(self._ready.pop(message_id))
                 elif message_id not in self._open:
                     found.append(no_such_message(message_id or "", self._run.run_id))
-        return [self._in_time(reply) for reply in found]
+        return [in_time(reply) for reply in found]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -322,10 +320,9 @@ class EmbeddedGrid(OwnGrid):
     def _envelope(self, message: Message) -> Envelope | None:
         data = message.metadata
         if not FIRST_NODE <= data.dst_node_id < FIRST_NODE + self._nodes:
-            log.error("%s", _not_here(data.dst_node_id))
+            log.error("%s", not_here(data.dst_node_id))
             return None
-        if data.ttl <= 0:
-            raise ConfigError(f"a message has a ttl of {data.ttl}; it must be above 0 seconds")
+        check_ttl(message)
         self._next_id += 1
         give_id(message, f"{self._run.run_id}-{self._next_id}")
         return Envelope.of(message)
@@ -345,7 +342,7 @@ class EmbeddedGrid(OwnGrid):
     def _nobody(self, message: Message) -> Message:
         """The reply in the place of a node that is not here."""
         node_id = message.metadata.dst_node_id
-        return Envelope.of(message).error(UNAVAILABLE, _not_here(node_id))
+        return Envelope.of(message).error(UNAVAILABLE, not_here(node_id))
 
     # ---- receiving
 
@@ -365,7 +362,7 @@ class EmbeddedGrid(OwnGrid):
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while wanted:
             while (reply := self._take(wanted)) is not None:
-                yield self._in_time(reply)
+                yield in_time(reply)
                 del reply  # while the next is awaited, this one must not take room
             if not wanted:
                 return
@@ -385,10 +382,6 @@ class EmbeddedGrid(OwnGrid):
                     wanted.discard(message_id)
                     return self._ready.pop(message_id)
         return None
-
-    def _in_time(self, reply: Message) -> Message:
-        """A reply, or what stands in its place if it came after the ttl of what it answers."""
-        return expired(reply) if is_over(reply) else reply
 
     # ---- the work
 
@@ -624,13 +617,6 @@ def _known(ids: Iterable[str | None]) -> set[str]:
 def _left(deadline: float) -> float | None:
     """Seconds until then; None where there is no end."""
     return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-
-
-def _not_here(node_id: int) -> str:
-    return (
-        f"a message is addressed to node {node_id}, which is not in this federation; "
-        "take node ids from grid.get_node_ids()"
-    )
 
 
 def _evenly(count: int, most: int) -> int:

@@ -163,7 +163,7 @@ def test_pushed_messages_can_be_pulled_in_parts_and_once() -> None:
 
 
 def test_an_unknown_message_is_an_error_each_time_it_is_asked_for() -> None:
-    """As Flower's own grid has it: there is no telling one that was read from one that never was."""
+    """As in Flower's own grid: one that was read is not told from one that never was."""
     with EmbeddedGrid(echo_app(), 1) as grid:
         ids = list(grid.push_messages(ask(grid.get_node_ids())))
         pulled(grid, ids)
