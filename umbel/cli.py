@@ -206,6 +206,7 @@ def main() -> None:
     # of the whole command, but people add it at the end of the line that failed
     arguments = ["--debug"] * debug + [word for word in sys.argv[1:] if word != "--debug"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+    forks_die_politely()
     _mount(arguments)
     status: Any
     try:
@@ -216,6 +217,22 @@ def main() -> None:
         status = _stopped(stop)
     sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def forks_die_politely() -> None:
+    """Let a polite kill end what is forked from this process, whatever it does here.
+
+    An app's own processes (`multiprocessing.Pool`) are ended so, and inherit the handlers by
+    which this process takes it for a Ctrl-C or stops at the next safe place.
+    """
+    os.register_at_fork(after_in_child=_forget_our_handler)
+
+
+def _forget_our_handler() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    ours = str(getattr(handler, "__module__", "")).startswith("umbel.")
+    if handler is signal.default_int_handler or ours:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _stopped(stop: BaseException | None) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -171,6 +172,7 @@ def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -
         "changes": changes,
         "nodes": plan.nodes,
         "engine": "embedded",
+        "run_id": secrets.randbits(62) + 1,
         "workers": plan.workers,
         "versions": versions(),
         "machine": machine(),
@@ -190,6 +192,7 @@ def _execute(
         plan.nodes,
         workers=plan.workers,
         run_config=plan.options,
+        run_id=directory.config().get("run_id", 1),  # runs of earlier releases had no other
         group_size=plan.group_size,
         nursery=nursery,
         log=directory.log_path,
