@@ -42,19 +42,17 @@ MARGIN = 1 + 2.0**-16
 """Noise beyond z C: covers the rounding of clipped gradients and of their sum in float32."""
 
 
-LARGEST_BUDGET = 100.0
-"""Epsilon that protects no record from anybody."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExamplePrivacy:
     """What a node promises about each of its records. Option names are the same in kebab-case.
 
     Attributes:
-        example_epsilon: the node's budget for the whole run.
-        example_delta: of the same; well below one over the number of records.
-        example_norm: every record's gradient is clipped to this.
-        example_noise: noise over norm, instead of what the budget asks for; 0 lets it decide.
+        example_epsilon: the budget of each record of a node, for the whole run.
+        example_delta: the probability that this guarantee may fail with; well below one over the
+            number of records.
+        example_norm: the norm to which every record's gradient is clipped.
+        example_noise: the noise over the norm, instead of what the budget asks for; 0 lets it
+            decide.
     """
 
     example_epsilon: float = 3.0
@@ -124,6 +122,11 @@ class PrivateSgd(ExamplePrivacy):
                 f"DP-SGD needs a loss for each record, and {self.trainer.objective.name} gives "
                 "only their mean; use cross-entropy, binary-cross-entropy or mse"
             )
+
+    def check_options(self, options: Options) -> None:
+        """Raises ConfigError where a setting of training or of the promise cannot be used."""
+        self.trainer.check_options(options)
+        self.privacy(options)
 
     def initial(self, options: Options, seed: int) -> Weights:
         return self.trainer.initial(options, seed)
@@ -269,13 +272,8 @@ def _charge(noise: float, rate: float) -> Charge:
 
 @functools.lru_cache(maxsize=256)
 def noise_for(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """The noise multiplier under which `steps` steps stay within a node's budget.
-
-    Budgets beyond `LARGEST_BUDGET` get the noise of that one: to find less takes memory that
-    grows with epsilon, which is the coordinator's to choose.
-    """
-    budget = min(epsilon, LARGEST_BUDGET) * (1 - 1e-3)
-    return noise_multiplier(budget, delta, sampling_rate, steps)
+    """The noise multiplier under which `steps` steps stay within a node's budget."""
+    return noise_multiplier(epsilon * (1 - 1e-3), delta, sampling_rate, steps)
 
 
 def _seed(job: Job) -> int:
