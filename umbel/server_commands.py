@@ -244,6 +244,7 @@ def nodes_revoke(
 def status(state: State, as_json: AsJson = False) -> None:
     """Show where a federation stands."""
     from umbel.server.link.service import read_status
+    from umbel.strategies.text import plain
 
     found = read_status(state)
     if as_json:
@@ -254,7 +255,7 @@ def status(state: State, as_json: AsJson = False) -> None:
     pace = f", {found['round_seconds']:.3g} s each" if found.get("round_seconds") else ""
     typer.echo(f"round     {found['round']} of {found.get('rounds', '?')}{pace}")
     for label, value in (found.get("metrics") or {}).items():
-        typer.echo(f"{label:9} {value:.4g}")
+        typer.echo(f"{plain(label, 40):9} {value:.4g}")
     if found.get("epsilon") is not None:
         typer.echo(f"epsilon   {found['epsilon']:.3g}")
     traffic = found.get("traffic")

@@ -24,6 +24,7 @@ from umbel.clients.process.instruction import Receiving, Task, key
 from umbel.clients.process.membership import Membership, NodeSettings, open_channel, refusal
 from umbel.clients.process.trainee import CRASHED, Answer, Trainee
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.text import plain
 from umbel.transport.certificates import Identity
 from umbel.transport.codec import size_of
 from umbel.transport.frames import (
@@ -44,7 +45,7 @@ from umbel.transport.link_pb2 import Beat, Begin, Frame, Hello, Offer, Welcome
 log = logging.getLogger("umbel.node")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
 _WELCOME_S = 20.0
-_SILENT_BEATS = 4.5
+_SILENT_BEATS, _SHORTEST_SILENCE_S = 4.5, 15.0
 _TWIN_S = 90.0
 _DAY_S = 86400.0
 _LATE = 0.1
@@ -62,6 +63,7 @@ class _Stream:
     outgoing: "asyncio.Queue[Frame | Task]" = field(default_factory=asyncio.Queue)
     heard: float = field(default_factory=time.monotonic)
     pace: Pace = field(default_factory=Pace)
+    receiving: Receiving | None = None
 
 
 class NodeLink:
@@ -163,6 +165,8 @@ class NodeLink:
             self._said = ""
             self._on_event("connected")
             log.info("connected to %s as %s", self._settings.address, stream.welcome.name)
+            if stream.welcome.note:
+                log.warning("the coordinator says: %s", plain(stream.welcome.note))
             try:
                 await self._converse(stream, identity)
             finally:
@@ -225,11 +229,26 @@ class NodeLink:
 
     async def _beat(self, stream: _Stream) -> None:
         interval = min(60.0, max(0.05, stream.welcome.beat_s))
+        silent = max(_SHORTEST_SILENCE_S, _SILENT_BEATS * interval)
         while True:
             await asyncio.sleep(interval * random.uniform(0.9, 1.0))
-            if time.monotonic() - stream.heard > _SILENT_BEATS * interval:
+            if time.monotonic() - stream.heard > silent:
                 raise RunError("the coordinator says nothing")
-            stream.outgoing.put_nowait(Frame(beat=Beat(phase=self._phase())))
+            stream.outgoing.put_nowait(Frame(beat=self._pulse(stream)))
+
+    def _pulse(self, stream: _Stream) -> Beat:
+        """That this node is here, and how far it is with what it was asked."""
+        coming, task = stream.receiving, self._next or self._task
+        if coming is not None:
+            return Beat(phase="receiving", id=coming.begin.id, received=coming.at)
+        if task is None:
+            return Beat(phase="idle")
+        return Beat(
+            phase=self._phase(),
+            id=task.begin.id,
+            received=task.begin.size,
+            working=task.answer is None,
+        )
 
     async def _renew(self, identity: Identity) -> None:
         while True:
@@ -238,13 +257,12 @@ class NodeLink:
                 await self._membership.renew_if_due(self._settings, identity)
 
     def _phase(self) -> str:
-        if self._task is None:
-            return "idle"
+        assert self._task is not None
         return self._task.begin.message_type if self._task.answer is None else "replying"
 
     async def _read(self, stream: _Stream) -> None:
-        receiving: Receiving | None = None
         while True:
+            receiving = stream.receiving
             frame = await stream.call.read()
             if frame is grpc.aio.EOF:
                 await _raise_status(stream.call)
@@ -254,12 +272,13 @@ class NodeLink:
                 if receiving is None:
                     raise FrameError("a chunk came that belongs to nothing")
                 if receiving.add(frame):
+                    stream.receiving = None
                     self._take(receiving.begin, receiving.file)
-                    receiving = None
+                    stream.outgoing.put_nowait(Frame(beat=self._pulse(stream)))
                 continue
             kind = frame.WhichOneof("kind")
             if kind == "begin":
-                receiving = self._begin(frame.begin)
+                stream.receiving = self._begin(frame.begin)
             elif kind == "grant":
                 task = self._task
                 if task is not None and task.begin.id == frame.grant.id:

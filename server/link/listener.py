@@ -24,8 +24,9 @@ from grpc_health.v1.health import aio as health
 
 from umbel.server.link.connection import Connection, next_frame
 from umbel.server.link.enrolment import Enrolment, RefusedError
-from umbel.server.link.hub import BEAT_S, Hub, Session
+from umbel.server.link.hub import Hub, Session, unanswered
 from umbel.strategies.errors import ConfigError, UmbelError
+from umbel.strategies.text import plain
 from umbel.transport import loop
 from umbel.transport.certificates import Authority, Identity, common_name
 from umbel.transport.frames import (
@@ -49,7 +50,6 @@ from umbel.transport.link_pb2 import (
 
 log = logging.getLogger("umbel.link")
 _HELLO_S = 20.0
-_LONGEST_REASON = 2000
 _READ = 512 << 10  # gRPC keeps a buffer of this size for every connection that was ever busy
 _OPTIONS = [
     *CHANNEL_OPTIONS,
@@ -279,9 +279,9 @@ class Listener:
         hello: Hello = frame.hello
         if hello.protocol != PROTOCOL:
             sentence = (
-                f"node {node.name} runs Umbel {hello.version[:40]} (protocol {hello.protocol}) "
-                f"and the coordinator Umbel {self.doors.version} (protocol {PROTOCOL}); "
-                "install the same version on both"
+                f"node {node.name} runs Umbel {plain(hello.version, 40)} "
+                f"(protocol {hello.protocol}) and the coordinator Umbel {self.doors.version} "
+                f"(protocol {PROTOCOL}); install the same version on both"
             )
             log.warning("%s", sentence)
             await _refuse(context, "FAILED_PRECONDITION", sentence)
@@ -303,8 +303,9 @@ class Listener:
             name=node.name,
             node_id=node.node_id,
             app_digest=self.doors.app_digest,
-            beat_s=BEAT_S,
+            beat_s=self.hub.beat_s,
             largest=self.doors.largest,
+            note=unanswered(line, hello.held) if line is not None else "",
         )
         await context.write(Frame(welcome=welcome))
         log.info("node %s is connected from %s", node.name, context.peer())

@@ -21,6 +21,7 @@ from umbel.server.link.listener import Doors, Listener
 from umbel.server.lock import take_lock
 from umbel.server.output.progress import Progress
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.text import plain
 from umbel.transport.allocator import share_one_arena
 from umbel.transport.certificates import (
     Authority,
@@ -306,10 +307,10 @@ def _node_status(line: Line) -> dict[str, Any]:
         "state": "connected" if session is not None else "lost" if line.lost else "away",
         "last_seen": time.time() if session is not None else line.seen,
         "phase": session.phase if session is not None else None,
-        "version": line.hello.version,
-        "device": line.hello.device,
+        "version": plain(line.hello.version, 40),
+        "device": plain(line.hello.device, 80),
         "partition": line.hello.partition,
-        "app": line.hello.app_digest[:12],
+        "app": plain(line.hello.app_digest, 12),
     }
 
 
