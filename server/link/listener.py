@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from umbel.server.link.connection import Connection, next_frame
+from umbel.server.link.doorkeeper import Doorkeeper, most_connections
 from umbel.server.link.enrolment import Enrolment, RefusedError
 from umbel.server.link.hub import Hub, Session, unanswered
 from umbel.strategies.errors import ConfigError, UmbelError
@@ -90,7 +91,8 @@ class Listener:
     def __init__(self, hub: Hub, enrolment: Enrolment, doors: Doors) -> None:
         self.hub, self.enrolment, self.doors = hub, enrolment, doors
         self.port = 0
-        self._health = health.HealthServicer()
+        self.doorkeeper = Doorkeeper()
+        self._health = _Health(self.doorkeeper)
         self._stopping: asyncio.Event | None = None
         self._for_good = False
         self._thread: threading.Thread | None = None
@@ -141,7 +143,8 @@ class Listener:
         credentials = grpc.ssl_server_credentials(
             [(identity.key, identity.certificate)], identity.root, require_client_auth=True
         )
-        server = grpc.aio.server(options=_OPTIONS)
+        most = ("grpc.max_allowed_incoming_connections", most_connections())
+        server = grpc.aio.server(options=[*_OPTIONS, most])
         server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self.port = _bind(
@@ -174,7 +177,7 @@ class Listener:
     async def _tick(self) -> None:
         version = self.enrolment.version()
         while True:
-            await asyncio.sleep(1)
+            await self._watch_the_door()
             try:
                 now = self.enrolment.version()
                 nodes = self.enrolment.nodes() if now != version else None
@@ -183,6 +186,12 @@ class Listener:
                 log.warning("%s", problem)
                 nodes = None
             self.hub.tick(nodes)
+
+    async def _watch_the_door(self) -> None:
+        """A second, and a look at the door every quarter of it."""
+        for _ in range(4):
+            await asyncio.sleep(0.25)
+            self.doorkeeper.look(self.port)
 
     async def _say_goodbye(self) -> None:
         for name in ("", SERVICE):
@@ -220,6 +229,7 @@ class Listener:
     async def _certificate(
         self, context: Any, make: Callable[[bytes, Authority], Any]
     ) -> Certificate:
+        self.doorkeeper.known(context.peer())
         authority = self.doors.authority
         if authority is None:
             await _refuse(
@@ -246,6 +256,7 @@ class Listener:
     # ---- a node's connection
 
     async def _connect(self, _: AsyncIterator[Any], context: Any) -> None:
+        self.doorkeeper.known(context.peer())
         try:
             session = await self._welcome(context)
         except RefusedError as problem:
@@ -310,6 +321,22 @@ class Listener:
         await context.write(Frame(welcome=welcome))
         log.info("node %s is connected from %s", node.name, context.peer())
         return Session(node, hello)
+
+
+class _Health(health.HealthServicer):
+    """gRPC's health service, whose callers are known at the door like any others."""
+
+    def __init__(self, doorkeeper: Doorkeeper) -> None:
+        super().__init__()
+        self._doorkeeper = doorkeeper
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        self._doorkeeper.known(context.peer())
+        return await super().Check(request, context)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name
+        self._doorkeeper.known(context.peer())
+        await super().Watch(request, context)
 
 
 async def _refuse(context: Any, status: str, sentence: str) -> NoReturn:

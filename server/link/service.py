@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from umbel.server.flower import UNAVAILABLE
+from umbel.server.link.doorkeeper import check_room_for, raise_file_limit
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub, Line
 from umbel.server.link.listener import Doors, Listener
@@ -95,6 +96,8 @@ class Service:
         """Listen, and keep the status up to date."""
         share_one_arena()
         work_in_batches()
+        raise_file_limit()
+        check_room_for(self._enrolled())
         self.listener.start()
         if self.settings.metrics:
             self._metrics = _serve_metrics(self.settings.metrics, self)
@@ -112,6 +115,9 @@ class Service:
             self._metrics[0].server_close()
         self.enrolment.close()
         os.close(self._lock)
+
+    def _enrolled(self) -> int:
+        return sum(node.revoked is None for node in self.enrolment.nodes())
 
     def missing(self, needed: int) -> tuple[int, list[str]]:
         """How many nodes are needed (0 asks for all enrolled), and who of them is not here."""
@@ -131,6 +137,7 @@ class Service:
         while True:
             check()
             want, absent = self.missing(needed)
+            check_room_for(want)
             here = self.hub.connected()
             if here >= want:
                 say(f"{here} nodes are connected")
