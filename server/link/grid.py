@@ -138,9 +138,9 @@ class LinkGrid(OwnGrid):
         self.phase = messages[0].metadata.message_type if messages else self.phase
         waiting = set(self._push(messages, inbox, deadline))
         patience = _Patience(self._late, waiting, self.hub.lost_after)
-        may_miss = len(waiting) - ceil(self._enough * len(waiting)) if training else 0
+        wanted = ceil(self._enough * len(waiting)) if training else len(waiting)
         try:
-            while len(waiting) > may_miss:
+            while waiting and wanted > 0:
                 reply = self._next(inbox, patience.until(waiting, deadline))
                 if reply is None:
                     self._note_late(waiting)
@@ -150,6 +150,9 @@ class LinkGrid(OwnGrid):
                 message = self._message(reply)
                 del reply
                 if message is not None:
+                    # An error is no reply that one could do with: whoever fails at once must
+                    # not end the round for those who train.
+                    wanted -= not message.has_error()
                     yield message
                 del message  # while the next is decoded, this one must not take room
         finally:

@@ -49,6 +49,18 @@ def test_four_of_five_are_enough_to_train_and_all_five_evaluate(lab: Any) -> Non
     assert len(asked.result()) == 5
 
 
+def test_whoever_fails_at_once_does_not_end_the_round_for_the_others(lab: Any) -> None:
+    nodes = [lab.node(f"n{i}", instance=str(i)) for i in range(3)]
+    grid = LinkGrid(lab.hub, run_id=8, enough=0.6)
+    requests = [Message(CONTENT, each, "train", group_id="1") for each in grid.get_node_ids()]
+    asked = lab.ask_iterator(grid.stream(requests, 30.0))
+    begins = [begun(node) for node in nodes]
+    nodes[0].send(Frame(begin=Begin(id=begins[0].id, failed=True, error_reason="no")))
+    for node, begin in zip(nodes[1:], begins[1:], strict=True):
+        echo(node, begin)
+    assert [reply.has_error() for reply in asked.result()].count(False) == 2
+
+
 def test_a_node_that_let_the_time_run_out_holds_up_the_next_round_for_less(lab: Any) -> None:
     """It heartbeats and says that it trains; the others are heard, and the round ends."""
     lab.hub.lost_after = 1.0
