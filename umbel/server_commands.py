@@ -138,6 +138,14 @@ def client(
     once: Annotated[bool, typer.Option("--once", help="End with the coordinator's run.")] = False,
     threads: Annotated[int, typer.Option(help="Of tensor operations. Default: all.", min=0)] = 0,
     gpu: Annotated[str, typer.Option(help="auto, none, or a number.")] = "auto",
+    give_up: Annotated[
+        bool,
+        typer.Option("--give-up", help="End when refused, in place of asking again slowly."),
+    ] = False,
+    proxy: Annotated[
+        bool | None,
+        typer.Option("--proxy/--no-proxy", help="Use http_proxy. Default: as the last start."),
+    ] = None,
     engine: Annotated[str, typer.Option(help="link, or flower for Flower's own.")] = "link",
     certificate: Certificate = None,
     key: Key = None,
@@ -155,12 +163,14 @@ def client(
         app=path,
         join=join,
         node_config=None if node_config is None else parse(node_config),
-        address=address,
+        address=_address(address) if address else "",
         own_certificate=_own(certificate, key, root),
         any_app=any_app,
         once=once,
         threads=threads,
         gpu=gpu,
+        give_up=give_up,
+        proxy=proxy,
     )
     if engine == "flower":
         from umbel.flower_node import node_with_flower
@@ -286,8 +296,11 @@ def _address(text: str) -> str:
     from umbel.strategies.errors import ConfigError
 
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not port.isdigit() or int(port) > 65535 or any(map(str.isspace, text)):
         raise ConfigError(f"{text!r} is no address; write HOST:PORT, such as hub.example:7443")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if ":" in host and not bracketed:
+        raise ConfigError(f"{text!r} is no address; an IPv6 address stands in brackets: [::1]:7443")
     return text
 
 

@@ -369,7 +369,7 @@ def _serve_metrics(address: str, service: Service) -> Any:
     registry = CollectorRegistry()
     registry.register(_HubCollector(service))
     try:
-        return start_http_server(int(port), host or "127.0.0.1", registry)
+        return start_http_server(int(port), host.strip("[]") or "127.0.0.1", registry)
     except (OSError, ValueError) as problem:
         raise ConfigError(
             f"metrics cannot be served on {address}: {problem}; choose another --metrics HOST:PORT"
