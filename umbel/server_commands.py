@@ -197,7 +197,6 @@ def nodes_add(
 ) -> None:
     """Invite a node: write a join file for it, or admit its own certificate."""
     from umbel.server.link.enrolment import Enrolment
-    from umbel.transport.certificates import open_authority
     from umbel.transport.join import write_join_file
 
     enrolment = Enrolment(state)
@@ -212,7 +211,7 @@ def nodes_add(
         names = enrolment.fact("names") or []
         if host not in names:
             enrolment.keep("names", [host, *names])
-        join = enrolment.add(name, open_authority(state), address, valid * 3600)
+        join = enrolment.add(name, enrolment.authority(), address, valid * 3600)
     finally:
         enrolment.close()
     file = out or Path(f"{name}.join")

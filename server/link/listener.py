@@ -51,6 +51,7 @@ from umbel.transport.link_pb2 import (
 
 log = logging.getLogger("umbel.link")
 _HELLO_S = 20.0
+_SAY_EVERY_S = 60.0
 _READ = 512 << 10  # gRPC keeps a buffer of this size for every connection that was ever busy
 _OPTIONS = [
     *CHANNEL_OPTIONS,
@@ -175,15 +176,20 @@ class Listener:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def _tick(self) -> None:
-        version = self.enrolment.version()
+        version, said = self.enrolment.version(), -_SAY_EVERY_S
         while True:
             await self._watch_the_door()
             try:
+                if (fault := self.enrolment.fault()) and time.monotonic() > said + _SAY_EVERY_S:
+                    said = time.monotonic()
+                    log.error("%s; until then nobody is let in", fault)
                 now = self.enrolment.version()
-                nodes = self.enrolment.nodes() if now != version else None
+                nodes = self.enrolment.nodes() if now != version and not fault else None
                 version = now
             except UmbelError as problem:
-                log.warning("%s", problem)
+                if time.monotonic() > said + _SAY_EVERY_S:
+                    said = time.monotonic()
+                    log.error("%s", problem)
                 nodes = None
             self.hub.tick(nodes)
 
@@ -265,8 +271,12 @@ class Listener:
         except FrameError as problem:
             await _refuse(context, "INVALID_ARGUMENT", str(problem))
             return
-        except (TimeoutError, EOFError, UmbelError) as problem:
-            log.warning("%s came to nothing: %s", context.peer(), problem)
+        except UmbelError as problem:
+            log.error("%s", problem)
+            await _refuse(context, "UNAVAILABLE", "the coordinator cannot admit nodes now")
+            return
+        except (TimeoutError, EOFError):
+            log.warning("%s said no hello in time", context.peer())
             await _refuse(context, "UNAVAILABLE", "no hello came in time")
             return
         if session is None:

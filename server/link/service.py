@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from umbel.transport.certificates import (
     load_certificate,
     load_identity,
     make_server_identity,
-    open_authority,
     read_identity,
     renewal_due,
     save_identity,
@@ -80,7 +80,7 @@ class Service:
         self.settings = settings
         self._lock = _lock(settings.state)
         self.enrolment = Enrolment(settings.state)
-        authority, identity = identities(settings)
+        authority, identity = identities(settings, self.enrolment)
         self.hub = Hub(lost_after=settings.lost_after, lost_code=UNAVAILABLE, room=settings.room)
         doors = Doors(settings.listen, identity, authority, version, app_digest, settings.health)
         self.listener = Listener(self.hub, self.enrolment, doors)
@@ -215,14 +215,19 @@ class WatchedProgress:
         self._shown.finish(text)
 
 
-def identities(settings: ServerSettings) -> tuple[Authority | None, Identity]:
+def identities(
+    settings: ServerSettings, opened: Enrolment | None = None
+) -> tuple[Authority | None, Identity]:
     """The authority (None with own certificates) and the server's identity, made if needed."""
+    if opened is None:
+        with closing(Enrolment(settings.state)) as enrolment:
+            return identities(settings, enrolment)
     try:
         if settings.own_certificate is not None:
             return None, load_identity(*settings.own_certificate)
-        authority = open_authority(settings.state)
+        authority = opened.authority()
         file = settings.state / "server.pem"
-        names = server_names(settings)
+        names = server_names(settings, opened)
         if file.exists():
             identity = read_identity(file)
             certificate = load_certificate(identity.certificate)
@@ -240,21 +245,20 @@ def identities(settings: ServerSettings) -> tuple[Authority | None, Identity]:
         ) from problem
 
 
-def server_names(settings: ServerSettings) -> list[str]:
+def server_names(settings: ServerSettings, opened: Enrolment | None = None) -> list[str]:
     """The names that the server's certificate must carry; remembered from earlier starts."""
+    if opened is None:
+        with closing(Enrolment(settings.state)) as enrolment:
+            return server_names(settings, enrolment)
     host = settings.listen.rpartition(":")[0].strip("[]")
-    enrolment = Enrolment(settings.state)
-    try:
-        names = list(enrolment.fact("names") or [])
-        wanted = [*settings.names, socket.gethostname(), "localhost", "127.0.0.1", "::1"]
-        if host not in ("", "0.0.0.0", "::"):
-            wanted.insert(0, host)
-        new = [name for name in dict.fromkeys(wanted) if name not in names]
-        if new:
-            names = [*dict.fromkeys([*settings.names, *names, *new])]
-            enrolment.keep("names", names)
-    finally:
-        enrolment.close()
+    names = list(opened.fact("names") or [])
+    wanted = [*settings.names, socket.gethostname(), "localhost", "127.0.0.1", "::1"]
+    if host not in ("", "0.0.0.0", "::"):
+        wanted.insert(0, host)
+    new = [name for name in dict.fromkeys(wanted) if name not in names]
+    if new:
+        names = [*dict.fromkeys([*settings.names, *names, *new])]
+        opened.keep("names", names)
     return names
 
 
