@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -50,6 +51,10 @@ def server(
         bool, typer.Option("--fresh", help="Begin a new run even if one is unfinished.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: in --state.")] = None,
+    largest_reply: Annotated[
+        float,
+        typer.Option(metavar="MB", help="Largest reply. Default: by what was asked.", min=0),
+    ] = 0.0,
     engine: Annotated[str, typer.Option(help="link, or flower for Flower's own.")] = "link",
     health: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Local gRPC health endpoint.")
@@ -68,7 +73,7 @@ def server(
     from umbel.server.link.service import ServerSettings
     from umbel.strategies.options import parse
 
-    _log()
+    _begin()
     _check_engine(engine)
     own = _own(certificate, key, root)
     settings = ServerSettings(
@@ -87,9 +92,9 @@ def server(
         changes = parse(config or [])
         try:
             result = serve_with_flower(path, settings, changes, version=__version__, nodes=nodes)
-        except StoppedError:
+        except StoppedError as stop:
             typer.echo("stopped; the next start begins a new run", err=True)
-            return
+            raise typer.Exit(128 + stop.number) from None
         if Path(result["run"]).is_dir():
             _show(result, as_json=as_json)
         else:
@@ -105,6 +110,7 @@ def server(
         stay=stay,
         fresh=fresh,
         out=out,
+        largest_reply=round(largest_reply * 1e6),
     )
     try:
         serve(
@@ -113,8 +119,12 @@ def server(
             version=__version__,
             on_result=lambda result: _show(result, as_json=as_json),
         )
-    except StoppedError:
+    except StoppedError as stop:
+        if stop.idle:
+            typer.echo("stopped; no run is unfinished", err=True)
+            return
         typer.echo("stopped; started again on the same --state, the run goes on", err=True)
+        raise typer.Exit(128 + stop.number) from None
 
 
 def client(
@@ -156,7 +166,7 @@ def client(
     from umbel.clients.process.start import StartSettings, start_node
     from umbel.strategies.options import parse
 
-    _log()
+    _begin()
     _check_engine(engine)
     settings = StartSettings(
         state=state,
@@ -199,6 +209,7 @@ def nodes_add(
     from umbel.server.link.enrolment import Enrolment
     from umbel.transport.join import write_join_file
 
+    os.umask(0o077)
     enrolment = Enrolment(state)
     try:
         if own_certificate:
@@ -345,7 +356,10 @@ def _show(result: dict[str, Any], *, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _log() -> None:
+def _begin() -> None:
+    """What a process of a federation begins with, before gRPC is imported."""
+    os.umask(0o077)  # whatever lies beside keys is for their owner's eyes
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it has to say, we say in a sentence
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )

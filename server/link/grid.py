@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import signal
 import time
 import zlib
 from collections import Counter
@@ -27,7 +28,15 @@ _LOOK_UP_S = 0.5  # a waiting thread wakes up this often, so that a signal can i
 
 
 class StoppedError(KeyboardInterrupt):
-    """The server was told to end; like Ctrl-C, no app should take it for a failure."""
+    """The server was told to end; like Ctrl-C, no app should take it for a failure.
+
+    Attributes:
+        number: of the signal.
+        idle: it had no unfinished run.
+    """
+
+    number = int(signal.SIGTERM)
+    idle = False
 
 
 class LinkGrid(OwnGrid):
@@ -253,6 +262,11 @@ class LinkGrid(OwnGrid):
     def _name_stragglers(self, message_ids: set[str]) -> None:
         names = sorted(self.name_of(_node_of(each)) for each in message_ids)
         log.warning("not waited for any longer: %s", ", ".join(names))
+
+    def gone(self) -> set[int]:
+        """Ids of the nodes that were revoked since the run began, or before."""
+        lines = list(self.hub.lines.values())
+        return {line.node.node_id for line in lines if line.node.revoked is not None}
 
     def name_of(self, node_id: int) -> str:
         """A node's name, for people."""

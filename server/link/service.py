@@ -105,7 +105,7 @@ class Service:
 
     def stop(self, *, for_good: bool) -> None:
         """Say goodbye to the nodes and close everything."""
-        self.position["phase"] = "ended"
+        self.position |= {"phase": "finished" if for_good else "stopped", "ended": True}
         self.listener.stop(for_good=for_good)
         self._stopped.set()
         if self._writer.is_alive():
@@ -285,9 +285,9 @@ def read_status(state: Path) -> dict[str, Any]:
         status |= json.loads((state / "status.json").read_text())
     except (OSError, ValueError):
         status["at"] = 0.0
-    running = time.time() - float(status["at"]) < STALE_S and status["phase"] != "ended"
-    if not running:
-        status["phase"] = "stopped"
+    running = time.time() - float(status["at"]) < STALE_S and not status.get("ended")
+    if not running and not status.get("ended"):
+        status["phase"] = "stopped"  # killed, before it could say so
     enrolment = Enrolment(state)
     try:
         seen = {node["name"]: node for node in status["nodes"]}
