@@ -216,6 +216,8 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         status = _stopped(stop)
     sys.stdout.flush()
+    for each in (signal.SIGTERM, signal.SIGINT):  # nothing is left that one could interrupt
+        signal.signal(each, signal.SIG_DFL)
     sys.exit(status if isinstance(status, int) else 0)
 
 
