@@ -31,6 +31,8 @@ class RunOptions(OptionGroup):
             `exponential`.
         schedule_gamma: see `umbel.strategies.schedules.factor`; schedule_every likewise.
         warmup_rounds: rounds over which the learning rate rises.
+        max_examples: the largest number of examples that a node counts for in a mean by
+            examples; 0 is ten times the median of its round.
         buffers: `local` keeps running statistics on each node; `mean` averages them.
         evaluate_every: rounds between central evaluations; the last round always has one.
         federated_every: rounds between evaluations on the nodes' own test data; 0 is only at
@@ -59,6 +61,7 @@ class RunOptions(OptionGroup):
     schedule_gamma: float = 0.0
     schedule_every: int = 10
     warmup_rounds: int = 0
+    max_examples: int = 0
     buffers: str = "local"
     evaluate_every: int = 1
     federated_every: int = 0
@@ -97,6 +100,7 @@ class RunOptions(OptionGroup):
         for name in (
             *least,
             *("cohort_size", "cohort_cap", "round_timeout", "warmup_rounds", "seed"),
+            "max_examples",
             *("federated_nodes", "early_stop_patience", "average_from", "schedule_gamma"),
         ):
             if getattr(self, name) < least.get(name, 0):
