@@ -31,6 +31,7 @@ from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
+from umbel.strategies.composition import check_rounds
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
@@ -83,7 +84,7 @@ class Rounds:
             expected_replies=self.expected,
             max_replies=self.cohort.most(len(nodes)),
         )
-        self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
+        check_rounds(self.job.stack, self.facts)
         self.processes = processes_of(grid) if job.pooled else 0
         self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
         self._saved_at = self._saving_took = 0.0

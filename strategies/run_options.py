@@ -38,6 +38,8 @@ class RunOptions(OptionGroup):
             a round of `exponential`.
         schedule_every: rounds between the steps of `step`.
         warmup_rounds: rounds over which the learning rate rises.
+        max_examples: the largest number of examples that a node counts for in a mean by
+            examples; 0 is ten times the median of its round.
         buffers: what happens to running statistics: `local` keeps them on each node; `mean`
             averages them.
         evaluate_every: rounds between central evaluations; the last round always has one.
@@ -67,6 +69,7 @@ class RunOptions(OptionGroup):
     schedule_gamma: float = option(0.0, at_least(0))
     schedule_every: int = option(10, at_least(1))
     warmup_rounds: int = option(0, at_least(0))
+    max_examples: int = option(0, at_least(0))
     buffers: str = option("local", one_of("local", "mean"))
     evaluate_every: int = option(1, at_least(1))
     federated_every: int = option(0, at_least(-1))

@@ -25,6 +25,7 @@ from umbel.server.output.session import Session, current
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.strategies.cohort import cohort_named
+from umbel.strategies.composition import compose
 from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
 from umbel.strategies.options import Options, Value, checked, override
 from umbel.strategies.private.options import PrivacyOptions
@@ -35,6 +36,8 @@ from umbel.strategies.stack import Stack
 if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean
 
+EXAMPLE_LEVEL = "example-"
+"""How the options begin that ask for privacy of single examples, which a trainer gives."""
 MISSPELT = 0.85
 """So alike are an option that nobody knows and one that somebody does, if it was misspelt."""
 LOCAL_STATISTICS = "running_mean"
@@ -140,21 +143,26 @@ class Federation:
         self.stack_for(options)
 
     def stack_for(self, options: Options) -> Stack:
-        """The stack that these options ask for, the privacy layers among them."""
+        """The stack of these options (complete ones), which holds what they ask for.
+
+        Raises:
+            ConfigError: they ask for what this app's stack or trainer does not do.
+            StackError: layers that do not fit together.
+        """
+        for name in options:
+            if name.startswith(EXAMPLE_LEVEL) and name not in self.known_options():
+                raise ConfigError(
+                    f"{name} asks for privacy of each example, but this app's trainer does not "
+                    "know it, so nothing would be private; wrap the trainer in PrivateSgd, or "
+                    f"leave {name} out"
+                )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
-        privacy = PrivacyOptions.read(options)
-        secure = SecureOptions.read(options)
-        if secure.secure:
-            from umbel.strategies.secure.secure_stack import secure_stack
+        return compose(stack, options, lambda: self._size(options))
 
-            return secure_stack(stack, secure, privacy)
-        if not privacy.on:
-            return stack
-        from umbel.strategies.private.private_stack import private_stack
-
-        run = RunOptions.read(options)
-        momentum = run.server_momentum if run.optimizer == "fedavgm" else 0.0
-        return private_stack(stack, privacy, run.rounds, momentum)
+    def _size(self, options: Options) -> int:
+        """Coordinates of an update before any layer."""
+        first = self.trainer.initial(options, RunOptions.read(options).seed)
+        return sum(tensor.numel() for tensor in first.parameters.values())
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
