@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from umbel.clients.data.arrays import not_a_number
+from umbel.clients.given import check_functions
+from umbel.clients.metrics import named_numbers
 from umbel.clients.seeding import seeded
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
 from umbel.strategies.errors import ConfigError
@@ -50,6 +53,7 @@ class FunctionTrainer:
         options: Options | None = None,
     ) -> None:
         self._initial, self._train, self._evaluate = initial, train, evaluate
+        check_functions(self, "_initial", "_train", "_evaluate")
         self.OPTIONS: dict[str, bool | int | float | str] = dict(options or {})
 
     def initial(self, options: Options, seed: int) -> Weights:
@@ -61,6 +65,12 @@ class FunctionTrainer:
                 f"the function `initial` returned {arrays!r}; return a dict of names to arrays"
             )
         return _split({name: _tensor(name, value) for name, value in arrays.items()})
+
+    USE = "model"
+
+    def ready(self, weights: Weights, options: Options) -> dict[str, Array]:  # noqa: ARG002
+        """The arrays by name."""
+        return _arrays({**weights.parameters, **weights.buffers})
 
     def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
         """Call `train` on copies of the arrays; `weights` is not mutated.
@@ -82,13 +92,17 @@ class FunctionTrainer:
         if count < 1:
             raise ConfigError(f"the function `train` trained on {count} examples; it needs one")
         after = _like(before, arrays)
+        if not all(bool(torch.isfinite(after[name]).all()) for name in weights.parameters):
+            found = not_a_number(examples)
+            if found:
+                raise ConfigError(f"{found}; fill it or leave those examples out")
         return Trained(
             Weights(
                 {name: after[name] for name in weights.parameters},
                 {name: after[name] for name in weights.buffers},
             ),
             int(count),
-            {name: float(value) for name, value in metrics.items()},
+            named_numbers(metrics, "the function `train`"),
         )
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002
@@ -98,7 +112,7 @@ class FunctionTrainer:
         arrays = _arrays({**weights.parameters, **weights.buffers})
         with seeded(0):
             metrics = self._evaluate(arrays, examples)
-        return Evaluated(len(examples), {name: float(value) for name, value in metrics.items()})
+        return Evaluated(len(examples), named_numbers(metrics, "the function `evaluate`"))
 
 
 def _tensor(name: str, value: Any) -> Tensor:

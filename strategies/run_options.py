@@ -29,9 +29,13 @@ class RunOptions(OptionGroup):
         beta_1: of the adaptive optimisers; beta_2, tau likewise.
         schedule: of the nodes' learning rate: `constant`, `cosine`, `linear`, `step`,
             `exponential`.
-        schedule_gamma: see `umbel.strategies.schedules.factor`; schedule_every likewise.
+        schedule_gamma: see `umbel.strategies.schedules.factor`, schedule_every likewise; 0 is
+            the schedule's own: `cosine` and `linear` fall to 0, `step` multiplies by 0.1 and
+            `exponential` by 0.95.
         warmup_rounds: rounds over which the learning rate rises.
-        buffers: `local` keeps running statistics on each node; `mean` averages them.
+        buffers: what becomes of running statistics. `local`: each node goes on with its own, and
+            the delivered model has those of all nodes together; `mean`: nodes go on with the mean
+            as well; `never`: they do not leave a node, and the delivered model has the first ones.
         evaluate_every: rounds between central evaluations; the last round always has one.
         federated_every: rounds between evaluations on the nodes' own test data; 0 is only at
             the end, -1 never.
@@ -70,7 +74,7 @@ class RunOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         self._check_counts()
-        choose("buffers", self.buffers, ("local", "mean"))
+        choose("buffers", self.buffers, ("local", "mean", "never"))
         choose("keep", self.keep, ("last", "best"))
         if self.server_learning_rate < 0:
             raise ConfigError(
@@ -81,6 +85,11 @@ class RunOptions(OptionGroup):
                 raise ConfigError(
                     f"{dashed(name)} is {getattr(self, name)}; it must be from 0 up to 1"
                 )
+        if self.warmup_rounds and self.warmup_rounds >= self.rounds:
+            raise ConfigError(
+                f"warmup-rounds is {self.warmup_rounds} of {self.rounds} rounds, so the learning "
+                "rate would never be reached; warm up for fewer rounds"
+            )
         if self.tau <= 0:
             raise ConfigError(f"tau is {self.tau}; it must be above 0")
         # each of these raises where its options do not make one, before a run has begun

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from umbel.clients.pytorch.rows import names_of
 from umbel.clients.seeding import seeded
 from umbel.clients.trainer import Options, Tree, Weights
 from umbel.strategies.errors import ConfigError
 
 BUILD_SEED = 0
 
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 Model = Callable[..., nn.Module]
 """`Net`, or a function of the run's options, that returns a module."""
@@ -82,7 +83,7 @@ def split(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]
 
 def smallest_batch(module: nn.Module) -> int:
     """Batch norm cannot be trained on a batch of one."""
-    return 2 if any(isinstance(m, _BATCH_NORM) for m in module.modules()) else 1
+    return 2 if any(isinstance(m, BATCH_NORM) for m in module.modules()) else 1
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
@@ -101,8 +102,11 @@ class Workpiece:
         least: the smallest batch it can be trained on.
         hidden: buffers outside of `state_dict`, each with its first value.
         frozen: the frozen values that were last filled in, to know them again.
-        batchable: False once the model turned out not to be trainable with others at once.
+        unbatchable: why the model cannot be trained with others at once, once that turned out.
         checked: whether that was looked into.
+        names: of the arguments of `forward`; None if it takes any by name.
+        integers: whether integer inputs are looked up ("index") or computed with ("real");
+            None until that was seen.
     """
 
     module: nn.Module
@@ -112,8 +116,10 @@ class Workpiece:
     least: int
     hidden: list[tuple[Tensor, Tensor]]
     frozen: dict[str, Tensor] = field(default_factory=dict)
-    batchable: bool = True
+    unbatchable: str = ""
     checked: bool = False
+    names: tuple[str, ...] | None = None
+    integers: str | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> "Workpiece":
@@ -130,6 +136,7 @@ class Workpiece:
             },
             least=smallest_batch(module),
             hidden=[(b, b.clone()) for b in module.buffers() if id(b) not in state],
+            names=names_of(module),
         )
 
     @property
