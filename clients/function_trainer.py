@@ -7,7 +7,7 @@
     trainer = FunctionTrainer(initial=lambda options: {"slope": np.zeros(3)}, train=train)
 
 NumPy in, NumPy out. Global random generators are seeded from the job around each call and put
-back afterwards. Arrays of floating-point numbers are parameters; others are buffers.
+back afterwards. Arrays of real or complex numbers are parameters; others are buffers.
 """
 
 from collections.abc import Callable, Mapping
@@ -117,16 +117,20 @@ class FunctionTrainer:
 
 def _tensor(name: str, value: Any) -> Tensor:
     array = np.array(value, order="C")
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biufc":
         raise ConfigError(f"the array {name} holds values of type {array.dtype}; use numbers")
     return torch.from_numpy(array)
 
 
 def _split(tensors: dict[str, Tensor]) -> Weights:
-    real = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    real = {
+        n: value
+        for n, value in tensors.items()
+        if value.dtype.is_floating_point or value.is_complex()
+    }
     if not real:
         raise ConfigError(
-            f"none of the arrays {', '.join(tensors)} holds floating-point numbers, so there is "
+            f"none of the arrays {', '.join(tensors)} holds real or complex numbers, so there is "
             "nothing to train; make the parameters float"
         )
     return Weights(real, {name: value for name, value in tensors.items() if name not in real})

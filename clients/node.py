@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
@@ -52,7 +51,14 @@ from umbel.strategies.layout import (
     local_buffers,
 )
 from umbel.strategies.private.pooled import ASK, POOL
-from umbel.strategies.records import Manifest, from_array, to_array
+from umbel.strategies.records import (
+    Manifest,
+    from_array,
+    from_kept,
+    kept_array,
+    same_bits,
+    to_array,
+)
 from umbel.strategies.stack import Stack
 
 LOCAL = "umbel.buffers"
@@ -263,16 +269,18 @@ class _Plan:
         changed = {
             name: tensor
             for name, tensor in local.items()
-            if not torch.equal(tensor, self.first.buffers[name])
+            if not same_bits(tensor, self.first.buffers[name])
         }
         if changed:
-            context.state[LOCAL] = ArrayRecord({k: to_array(v) for k, v in changed.items()})
+            context.state[LOCAL] = ArrayRecord({k: kept_array(v) for k, v in changed.items()})
             context.state[TRAINED] = MetricRecord({EXAMPLES: examples})
 
     def kept(self, context: Context) -> Tree:
         """The buffers that the node has kept of its own trainings."""
         record = find_record(context.state, LOCAL, ArrayRecord)
-        return {} if record is None else {name: from_array(record[name]) for name in record}
+        if record is None:
+            return {}
+        return {name: from_kept(record[name], self.first.buffers[name]) for name in record}
 
 
 class FederationClientApp(ClientApp):

@@ -61,8 +61,8 @@ def ask_statistics(
     total = sum(weights[place] for place in sorted(weights))
     if not total:
         return None
-    mean, square = (fold.finish() / total).split(manifest.size)
-    return _pooled(manifest, mean, square)
+    found = fold.finish() / total
+    return _pooled(manifest, found[: manifest.size], found[manifest.size :])
 
 
 def _read(reply: Message, manifest: Manifest) -> tuple[Tensor | None, float]:

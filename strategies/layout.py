@@ -17,13 +17,17 @@ STATISTICS = "umbel_statistics"
 
 
 def averaged_buffers(buffers: Tree, policy: str) -> Tree:
-    """The buffers that travel: with `mean`, those of floating point; else none.
+    """The buffers that travel: with `mean`, those of real and complex numbers; else none.
 
     Integer buffers (counters) have no mean and always stay where they are.
     """
     if policy != "mean":
         return {}
-    return {name: tensor for name, tensor in buffers.items() if tensor.is_floating_point()}
+    return {
+        n: value
+        for n, value in buffers.items()
+        if value.dtype.is_floating_point or value.is_complex()
+    }
 
 
 def local_buffers(buffers: Tree, policy: str) -> Tree:

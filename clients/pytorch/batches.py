@@ -263,10 +263,15 @@ def to_model(value: Any, device: torch.device, real: torch.dtype) -> Any:
     return value
 
 
+def real_type(dtype: torch.dtype) -> torch.dtype:
+    """The floating type of a model whose parameters are of this type, complex ones included."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
 def _compute_type(value: Tensor, real: torch.dtype) -> torch.dtype:
     if value.is_floating_point() or value.dtype == torch.bool:
-        return real if not real.is_complex else value.dtype
-    return value.dtype if value.is_complex() else torch.int64
+        return real
+    return real.to_complex() if value.is_complex() else torch.int64
 
 
 def to_device(value: Any, device: torch.device) -> Any:

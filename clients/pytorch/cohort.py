@@ -136,6 +136,8 @@ def refusal(piece: Workpiece, settings: TorchSettings) -> str:
             return f"{what} mixes the examples of a batch and keeps statistics"
         if isinstance(module, _RECURRENT):
             return f"{what} has a fused kernel that cannot be batched over models"
+    if any(p.is_complex() for p in piece.parameters.values()):
+        return "it has complex parameters"
     if mixed_precision(settings.precision, piece.device) == torch.float16:
         return "precision=fp16 needs a scale of its own for each node"
     return ""

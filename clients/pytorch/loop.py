@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from umbel.clients.data.arrays import not_a_number
-from umbel.clients.pytorch.batches import Source, plan, to_device, to_model
+from umbel.clients.pytorch.batches import Source, plan, real_type, to_device, to_model
 from umbel.clients.pytorch.losses import Objective
 from umbel.clients.pytorch.rows import first_shape
 from umbel.clients.pytorch.settings import TorchSettings, mixed_precision
@@ -179,7 +179,7 @@ def fit(task: Task, source: Source) -> float:
         ConfigError: the examples do not fit the model or its loss.
     """
     task.module.train()
-    real = task.parameters[0].dtype
+    real = real_type(task.parameters[0].dtype)
     anchor = [p.detach().clone() for p in task.parameters] if task.settings.proximal_mu else None
     lower = mixed_precision(task.settings.precision, task.device)
     scaler = torch.amp.GradScaler("cuda") if lower == torch.float16 else None

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from umbel.clients.pytorch.batches import real_type
 from umbel.clients.pytorch.rows import names_of
 from umbel.clients.seeding import seeded
 from umbel.clients.trainer import Options, Tree, Weights
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.records import same_bits
 
 BUILD_SEED = 0
 
@@ -142,7 +144,7 @@ class Workpiece:
     @property
     def real(self) -> torch.dtype:
         """The floating type that the model computes in."""
-        return next(iter(self.parameters.values())).dtype
+        return real_type(next(iter(self.parameters.values())).dtype)
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +174,7 @@ class Workpiece:
                 return
             self.frozen[name] = given
             if name not in self.built:
-                if torch.equal(buffer, given.to(buffer.device)):
+                if same_bits(buffer, given):
                     return
                 self.built[name] = buffer.detach().clone()
         if given is not None:
@@ -183,7 +185,7 @@ class Workpiece:
     def touched(self, given: Weights) -> bool:
         """Whether training changed a buffer that `given` was loaded into."""
         state = [(self.buffers[n], given.buffers.get(n, first)) for n, first in self.built.items()]
-        return any(not torch.equal(b.cpu(), first.cpu()) for b, first in state + self.hidden)
+        return any(not same_bits(b, first) for b, first in state + self.hidden)
 
     def weights(self, before: Weights) -> Weights:
         """The module's state as new CPU tensors; frozen values that were given are reused."""

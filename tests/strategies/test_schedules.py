@@ -77,7 +77,7 @@ def test_a_warmup_that_never_ends_is_refused() -> None:
 
 @pytest.mark.parametrize("rate", [-0.1, math.inf, math.nan, "fast", True])
 def test_a_learning_rate_that_is_none_is_refused(rate: object) -> None:
-    with pytest.raises(ConfigError, match="learning-rate is .*at least 0"):
+    with pytest.raises(ConfigError, match=r"learning-rate is .*at least 0"):
         checked_rate({"learning-rate": rate})
 
 
