@@ -13,18 +13,17 @@ digest of the layout travels with it, so a node with another model says so.
 """
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
+from umbel.clients.holding import Holder
 from umbel.clients.pooling import (
     Questions,
     answer_pool,
@@ -37,8 +36,9 @@ from umbel.clients.pooling import (
     questions_of,
     training_bundles,
 )
+from umbel.clients.statistics import TRAINED, answer_statistics, statistics_of
 from umbel.clients.trainer import CohortTrainer, Job, Options, Trained, Trainer, Tree, Weights
-from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS, UPDATE, Seals
+from umbel.strategies.collect import BUFFERS, COUNTED, EXAMPLES, METRICS, UPDATE, Seals
 from umbel.strategies.contents import find_record, take_record
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.layout import (
@@ -46,11 +46,19 @@ from umbel.strategies.layout import (
     HELLO,
     MODEL,
     PARAMETERS,
+    STATISTICS,
     averaged_buffers,
     local_buffers,
 )
 from umbel.strategies.private.pooled import ASK, POOL
-from umbel.strategies.records import Manifest, from_array, to_array
+from umbel.strategies.records import (
+    Manifest,
+    from_array,
+    from_kept,
+    kept_array,
+    same_bits,
+    to_array,
+)
 from umbel.strategies.stack import Stack
 
 LOCAL = "umbel.buffers"
@@ -70,7 +78,6 @@ class NodeHalf:
         options: completes the run's configuration with defaults.
         stack: the layers, from the options.
         questions: the private means that may be asked.
-        warm: how many nodes' data are kept between messages.
     """
 
     trainer: Trainer
@@ -78,11 +85,11 @@ class NodeHalf:
     options: Callable[[Options], Options]
     stack: Callable[[Options], Stack]
     questions: Questions = ()
-    warm: int = 4
-    _splits: OrderedDict[tuple[int, OptionsKey], Split] = field(
-        default_factory=OrderedDict, repr=False
-    )
     _plans: dict[OptionsKey, "_Plan"] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def _holder(self) -> Holder:
+        return Holder(self.data)
 
     def train(self, message: Message, context: Context) -> Message:
         """Answer a request to train."""
@@ -117,13 +124,16 @@ class NodeHalf:
         plan = self._plan(context)
         split = self._split(plan, context)
         metrics: dict[str, float] = {}
+        counted: dict[str, int] = {}
         examples = 0
         if split.test is not None and len(split.test) > 0:
             task = plan.receive(message, context, split)
             result = self.trainer.evaluate(task.weights, split.test, plan.options)
-            metrics, examples = result.metrics, result.examples
-        record = MetricRecord({EXAMPLES: examples, **metrics})
-        return Message(RecordDict({METRICS: record}), reply_to=message)
+            metrics, examples, counted = result.metrics, result.examples, result.counted
+        content = RecordDict({METRICS: MetricRecord({**metrics, EXAMPLES: examples})})
+        if counted:
+            content[COUNTED] = MetricRecord({**counted})
+        return Message(content, reply_to=message)
 
     def hello(self, message: Message, context: Context) -> Message:
         """Say which partition this node holds."""
@@ -137,6 +147,10 @@ class NodeHalf:
             return self._ask(message, context)
         if action == POOL:
             return self._pool(message, context)
+        if action == STATISTICS:
+            plan = self._plan(context)
+            names = statistics_of(self.trainer, plan.stack, plan.options)
+            return answer_statistics(message, names, plan.kept(context), context.state)
         answers = self._plan(context).stack.collect.answers()
         if action not in answers:
             raise ConfigError(f"no query is registered under {action!r}")
@@ -172,16 +186,9 @@ class NodeHalf:
         return self._plans[key]
 
     def _split(self, plan: "_Plan", context: Context) -> Split:
-        key = (context.node_id, _options_key(context))
-        if key in self._splits:
-            self._splits.move_to_end(key)
-            return self._splits[key]
-        found = self.data(node_of(context), plan.options)
-        split = found if isinstance(found, Split) else Split(found)
-        self._splits[key] = split
-        while len(self._splits) > self.warm:
-            self._splits.popitem(last=False)
-        return split
+        key, node = (context.node_id, _options_key(context)), node_of(context)
+        seed = job_seed(int(plan.options["seed"]), 0, node.partition)
+        return self._holder.split(key, node, plan.options, seed, context.state)
 
 
 @dataclass(frozen=True)
@@ -222,7 +229,7 @@ class _Plan:
             )
         model = take_record(message.content, MODEL, ArrayRecord)
         vector = from_array(model[PARAMETERS])
-        buffers = dict(self.first.buffers) | self._kept(context)
+        buffers = dict(self.first.buffers) | self.kept(context)
         if BUFFERS in model:
             buffers |= self.travelling.unflatten(from_array(model[BUFFERS]))
         buffers |= public_of(message)
@@ -242,7 +249,7 @@ class _Plan:
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
         config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
-        measured = {EXAMPLES: trained.examples, **trained.metrics}
+        measured = {**trained.metrics, EXAMPLES: trained.examples}
         encoded, said = self.stack.encode(update, config, task.context.state, measured)
         record = ArrayRecord({UPDATE: to_array(encoded)})
         if self.travelling.size:
@@ -250,26 +257,30 @@ class _Plan:
             record[BUFFERS] = to_array(self.travelling.flatten(sent))
         public = public_of(task.message)
         own = {k: v for k, v in trained.weights.buffers.items() if k not in public}
-        self._keep(task.context, own)
+        self._keep(task.context, own, trained.examples)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
         if isinstance(self.stack.collect, Seals):
             content = self.stack.collect.seal(content, task.message, task.context)
         return Message(content, reply_to=task.message)
 
-    def _keep(self, context: Context, buffers: Tree) -> None:
+    def _keep(self, context: Context, buffers: Tree, examples: int) -> None:
         local = local_buffers(buffers, str(self.options["buffers"]))
         changed = {
             name: tensor
             for name, tensor in local.items()
-            if not torch.equal(tensor, self.first.buffers[name])
+            if not same_bits(tensor, self.first.buffers[name])
         }
         if changed:
-            context.state[LOCAL] = ArrayRecord({k: to_array(v) for k, v in changed.items()})
+            context.state[LOCAL] = ArrayRecord({k: kept_array(v) for k, v in changed.items()})
+            context.state[TRAINED] = MetricRecord({EXAMPLES: examples})
 
-    def _kept(self, context: Context) -> Tree:
+    def kept(self, context: Context) -> Tree:
+        """The buffers that the node has kept of its own trainings."""
         record = find_record(context.state, LOCAL, ArrayRecord)
-        return {} if record is None else {name: from_array(record[name]) for name in record}
+        if record is None:
+            return {}
+        return {name: from_kept(record[name], self.first.buffers[name]) for name in record}
 
 
 class FederationClientApp(ClientApp):

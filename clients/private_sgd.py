@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from umbel.clients.example_ledger import ExampleLedger, Steps, noise_for
-from umbel.clients.pytorch.batches import Source, open_source, to_device, to_model
+from umbel.clients.pytorch.batches import Source, to_device, to_model
+from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import make_optimizer
 from umbel.clients.pytorch.settings import TorchSettings, choose_device
 from umbel.clients.pytorch.trainer import TorchTrainer
@@ -125,6 +126,10 @@ class PrivateSgd(ExamplePrivacy):
     def initial(self, options: Options, seed: int) -> Weights:
         return self.trainer.initial(options, seed)
 
+    def ready(self, weights: Weights, options: Options) -> nn.Module:
+        """The trained module."""
+        return self.trainer.ready(weights, options)
+
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         return self.trainer.evaluate(weights, examples, options)
 
@@ -168,10 +173,10 @@ class PrivateSgd(ExamplePrivacy):
         """
         settings = self.trainer.settings(job.options, job.learning_rate)
         promise, device = self.privacy(job.options), choose_device(settings.device)
-        source = open_source(examples, device)
+        piece = self.trainer.bench.piece(job.options, device)
+        source = opened(piece, examples, self.trainer.target)
         plan = self.schedule(source.size, job.options)
         epsilon = _charge(plan, promise, job)
-        piece = self.trainer.bench.piece(job.options, device)
         piece.load(weights)
         with seeded(job.seed, device):
             step = _Step(self.trainer, piece.module, settings, promise, plan, _entropy(job))

@@ -29,6 +29,7 @@ from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
+from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
 from umbel.strategies.composition import check_rounds
@@ -88,6 +89,8 @@ class Rounds:
         self.processes = processes_of(grid) if job.pooled else 0
         self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
         self._saved_at = self._saving_took = 0.0
+        self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
+        self._fair: Mapping[str, float] = {}
         self._metrics: Mapping[str, float] = {}
 
     def fit(self) -> Outcome:
@@ -150,6 +153,7 @@ class Rounds:
         with phases("aggregate"):
             position, train_metrics = self._apply(position, number, facts, sum_)
         with phases("evaluate"):
+            position = self._with_statistics(position, cohort)
             position, metrics = self._evaluate(position)
         with phases("federated"):
             federated = self._federated(position) if self._federated_is_due(number) else None
@@ -202,7 +206,10 @@ class Rounds:
             facts = self.facts.but(round=number)
             for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
-        model = {PARAMETERS: to_array(position.parameters)} | public_arrays(position.public)
+        vector = position.parameters
+        if kind == "evaluate" and position.average is not None:
+            vector = position.average  # what the run would end with
+        model = {PARAMETERS: to_array(vector)} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
@@ -311,7 +318,20 @@ class Rounds:
         mixed = {**self.job.buffers, **own}
         if self.travelling.size:
             mixed |= self.travelling.unflatten(buffers)
+        elif self.statistics.size:
+            mixed |= self.statistics.unflatten(buffers)
         return self.manifest.unflatten(vector), mixed
+
+    def _with_statistics(self, position: Position, cohort: Sequence[NodeRef]) -> Position:
+        """The model's running statistics, of the nodes that trained; where they are looked at."""
+        options = self.job.options
+        last = position.round == options.rounds
+        judged = self.job.evaluate is not None and position.round % options.evaluate_every == 0
+        if not self.statistics.size or not (last or judged):
+            return position
+        timeout = options.round_timeout or None
+        found = ask_statistics(self.grid, cohort, self.statistics, position.round, timeout)
+        return position if found is None else position.but(buffers=self.statistics.flatten(found))
 
     def _evaluate(self, position: Position) -> tuple[Position, Mapping[str, float]]:
         options = self.job.options
@@ -358,6 +378,7 @@ class Rounds:
         evaluation = gather(stream(self.grid, requests, timeout), nodes)
         if evaluation.rows:
             self.run.write_nodes(evaluation.rows)
+            self._fair = evaluation.means()
         return evaluation
 
     # ---- begin, save, end
@@ -372,6 +393,9 @@ class Rounds:
             self.run.truncate_rounds(position.round)
             for line in self.run.rounds():
                 self._metrics = line.get("metrics") or self._metrics
+                self._fair = _means_of(line.get("federated")) or self._fair
+            if self.statistics.size and not position.buffers.numel():  # a run of an older version
+                return position.but(buffers=self._first_statistics())
             return position
         self.run.truncate_rounds(-1)
         parameters = self.manifest.flatten(self.job.parameters)
@@ -380,6 +404,8 @@ class Rounds:
             buffers = self.travelling.flatten(
                 averaged_buffers(self.job.buffers, self.job.options.buffers)
             )
+        elif self.statistics.size:
+            buffers = self._first_statistics()
         position = Position(
             round=0,
             parameters=parameters,
@@ -400,6 +426,9 @@ class Rounds:
                 f"{which} had ended and not been saved yet; the run goes on before, and repeats it"
             )
 
+    def _first_statistics(self) -> Tensor:
+        return self.statistics.flatten(self.job.buffers)
+
     def _save(self, position: Position, *, last: bool) -> None:
         now = time.monotonic()
         wait = min(CHECKPOINT_EVERY_S, self._saving_took / _CHECKPOINT_SHARE)
@@ -419,8 +448,24 @@ class Rounds:
             if self.job.evaluate is not None:
                 metrics = self.job.evaluate(parameters, buffers)
         self.run.write_model({**parameters, **buffers}, {"round": str(position.round)})
-        return Outcome(position.round, stopped, dict(metrics), parameters, buffers, position.public)
+        measured = "central" if metrics else ""
+        if self.job.evaluate is None and self._fair:
+            metrics, measured = self._fair, "nodes"
+        return Outcome(
+            rounds=position.round,
+            stopped=stopped,
+            metrics=dict(metrics),
+            parameters=parameters,
+            buffers=buffers,
+            public=position.public,
+            measured=measured,
+        )
 
     def _bytes(self, requests: Sequence[Message]) -> int:
         size = self.manifest.size * self.manifest.dtype.itemsize
         return len(requests) * (size + self.travelling.size * 4)
+
+
+def _means_of(federated: Mapping[str, Any] | None) -> dict[str, float]:
+    """The nodes' means, from the line of a round."""
+    return {name: float(values["mean"]) for name, values in (federated or {}).items()}

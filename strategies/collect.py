@@ -27,6 +27,8 @@ BUFFERS = "buffers"
 """In the same record: the node's floating-point buffers as one flat vector, where they travel."""
 METRICS = "metrics"
 """Name of the reply's MetricRecord."""
+COUNTED = "counted"
+"""Beside it, where some metrics are of fewer examples than others: of how many each is."""
 NO_REPLY = "no reply in time"
 """Why a node that said nothing is not in the sum."""
 EXAMPLES = "num-examples"
@@ -357,9 +359,9 @@ def read_buffers(reply: Message, size: int) -> Tensor:
     return vector
 
 
-def numbers(reply: Message) -> dict[str, float]:
+def numbers(reply: Message, name: str = METRICS) -> dict[str, float]:
     """The scalar metrics of a reply; integers beyond any float become infinity."""
-    record = reply.content.get(METRICS) if reply.has_content() else None
+    record = reply.content.get(name) if reply.has_content() else None
     if not isinstance(record, MetricRecord):
         return {}
     return {k: _float(v) for k, v in record.items() if isinstance(v, int | float)}

@@ -246,7 +246,7 @@ def _stopped(stop: BaseException | None) -> int:
 
 def _explain(error: Exception, *, debug: bool) -> int:
     """Say in one sentence what went wrong; the exit status."""
-    from umbel.strategies.errors import UmbelError, place
+    from umbel.strategies.errors import UmbelError, described
 
     if debug and not isinstance(error, click.ClickException):
         traceback.print_exception(error)
@@ -261,8 +261,7 @@ def _explain(error: Exception, *, debug: bool) -> int:
     if isinstance(error, UmbelError):
         _say(str(error))
         return error.exit_status
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    _say(f"{what} ({place(error)}); add --debug for the traceback")
+    _say(f"{described(error)}; add --debug for the traceback")
     return 1
 
 

@@ -17,8 +17,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from umbel.clients.data.examples import Node, Split
+from umbel.clients.given import check_functions, check_trainer
 from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.pooling import Questions, can_pool, questions_of
+from umbel.clients.statistics import statistics_of
 from umbel.clients.trainer import ChecksOptions, Trainer, Weights
 from umbel.server.output.report import write_report
 from umbel.server.output.session import Session, current
@@ -26,10 +28,12 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.composition import compose
-from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
+from umbel.strategies.errors import ConfigError, RunError, UmbelError, described
+from umbel.strategies.layout import shows_statistics
 from umbel.strategies.options import Options, Value, checked, override
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 
@@ -72,6 +76,10 @@ class Federation:
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = ""
 
+    def __post_init__(self) -> None:
+        check_trainer(self.trainer)
+        check_functions(self, "data", "test", "tuned", "summary")
+
     def known_options(self) -> dict[str, Value]:
         """Every option that this federation understands, with its default."""
         trainers: Mapping[str, Value] = getattr(self.trainer, "OPTIONS", {})
@@ -108,6 +116,7 @@ class Federation:
         for name, value in (self.tuned(complete) if self.tuned else {}).items():
             if name not in given or (given[name] == 0 and known[name] != 0):
                 complete[name] = checked(name, value, known[name])
+        checked_rate(complete)
         return complete
 
     def override(self, known: Options, changes: Options) -> dict[str, Value]:
@@ -185,7 +194,6 @@ class Federation:
         stack = self.stack_for(options)
         run_options = RunOptions.read(options)
         first = self.trainer.initial(options, run_options.seed)
-        rate = options.get("learning-rate")
         questions = self._questions(options)
         pooled = can_pool(self.trainer, self.data, nodes, stack, options, questions)
         return Job(
@@ -194,8 +202,9 @@ class Federation:
             options=run_options,
             stack=stack,
             evaluate=self._central_evaluation(options),
-            learning_rate=float(rate) if isinstance(rate, int | float) else None,
+            learning_rate=checked_rate(options),
             questions=questions,
+            statistics=statistics_of(self.trainer, stack, options),
             pooled=pooled,
         )
 
@@ -217,10 +226,9 @@ class Federation:
             except UmbelError:
                 raise
             except Exception as error:
-                said = " ".join(f"{type(error).__name__}: {error}".split())
                 raise RunError(
-                    f"the model cannot be evaluated on the held-out examples: {said} "
-                    f"({place(error)}); compare their shapes and labels with the model's"
+                    f"the model cannot be evaluated on the held-out examples: {described(error)}; "
+                    "compare their shapes and labels with the model's"
                 ) from error
 
         return evaluate
@@ -247,7 +255,8 @@ class FederationServerApp(ServerApp):
             private = PrivateRun(job, PrivacyOptions.read(options), len(nodes), session)
             job = private.job
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
-        session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize)
+        use = getattr(federation.trainer, "USE", "model")
+        session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize, use)
         name = federation.name or session.run.config().get("app", "federation")
         session.progress.start(
             f"{name} ({rounds.manifest.size:,} parameters)",
@@ -260,6 +269,7 @@ class FederationServerApp(ServerApp):
             "rounds": outcome.rounds,
             "metrics": dict(outcome.metrics),
             "epsilon": job.guard.epsilon(),
+            "measured": outcome.measured,
             "stopped": outcome.stopped,
         }
         if private is not None:
@@ -277,9 +287,18 @@ class FederationServerApp(ServerApp):
             cohort = cohort_named(job.options.cohort, job.options.cohort_size)
             for line in advice(cohort.expected(nodes), job.stack.private):
                 session.progress.note(line)
-        statistics = any(LOCAL_STATISTICS in name for name in job.buffers)
-        if statistics and job.options.buffers == "local" and job.evaluate is not None:
+        normed = any(LOCAL_STATISTICS in name for name in job.buffers)
+        if job.statistics and normed:
             session.progress.note(
-                "the model's running statistics stay on the nodes, so the central evaluation "
-                "sees those of the first model; use buffers=mean, or group normalisation"
+                "each node keeps running statistics of its own; the delivered model has those of "
+                "all nodes together (buffers=local)"
             )
+        elif normed and job.options.buffers != "mean":
+            open_to_all = not job.stack.private and shows_statistics(job.stack, "local")
+            cure = "buffers=local or mean" if open_to_all else "group normalisation"
+            warning = (
+                "the model's running statistics stay on the nodes, so the delivered model has "
+                f"those of the first model and is not right without a node's own; use {cure}"
+            )
+            session.progress.note(warning)
+            session.result["warnings"] = [*session.result.get("warnings", ()), warning]

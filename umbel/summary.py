@@ -22,7 +22,9 @@ def lines(result: Mapping[str, Any], report: Path) -> Iterator[str]:
     why = _WHY.get(str(result.get("stopped")), str(result.get("stopped")))
     yield f"{result.get('rounds', 0)} rounds in {result['seconds']:.1f} s ({why})"
     if metrics:
-        yield metrics
+        yield metrics + (" (on the nodes' own tests)" if result.get("measured") == "nodes" else "")
+    for warning in result.get("warnings", ()):
+        yield f"warning: {warning}"
     if result.get("epsilon") is not None:
         yield from _privacy(result)
     yield from _summary(result.get("summary"))
