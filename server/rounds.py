@@ -112,7 +112,8 @@ class Rounds:
                 break
             position = self._round(position, number)
         position, _ = self._ask(position)
-        if stopped != "rounds" and self.job.options.federated_every >= 0 and position.round:
+        wanted = self.job.options.federated_every >= 0 and not self.job.quiet
+        if stopped != "rounds" and wanted and position.round:
             self._federated(position)  # the last round would have done it
         return self._end(position, stopped)
 
@@ -233,6 +234,7 @@ class Rounds:
             facts=facts,
             buffers=self.travelling.size,
             run_id=self.grid.run.run_id,
+            contract=self.job.contract,
         )
 
     def _replies(self, messages: Sequence[Message], phases: "Phases") -> Iterator[Message]:
@@ -366,8 +368,10 @@ class Rounds:
 
     def _federated_is_due(self, number: int) -> bool:
         every = self.job.options.federated_every
-        return every >= 0 and (
-            number == self.job.options.rounds or (every > 0 and number % every == 0)
+        return (
+            not self.job.quiet
+            and every >= 0
+            and (number == self.job.options.rounds or (every > 0 and number % every == 0))
         )
 
     def _federated(self, position: Position) -> FederatedEvaluation:

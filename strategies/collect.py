@@ -8,7 +8,7 @@ to bottom and knows nothing of networks. `umbel.server.rounds.drive` runs it ove
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -20,6 +20,9 @@ from umbel.strategies.example_weights import TIMES, Counted, LimitedFold, Patien
 from umbel.strategies.fold import Fold, exact_block
 from umbel.strategies.layer import Facts, Metrics
 from umbel.strategies.records import from_array
+
+if TYPE_CHECKING:  # it is about stacks, which have a collect
+    from umbel.strategies.contract import Contract
 
 UPDATE = "update"
 """Name of the reply's ArrayRecord, and in it of the flat update."""
@@ -119,6 +122,7 @@ class Gathering:
         facts: at the bottom of the stack.
         buffers: coordinates of the nodes' buffers; 0 where they stay local.
         run_id: of Flower's run.
+        contract: what nodes act on, as the server reckons it; None takes their word.
     """
 
     number: int
@@ -128,6 +132,7 @@ class Gathering:
     facts: Facts
     buffers: int = 0
     run_id: int = 0
+    contract: "Contract | None" = None
 
 
 Gather = Generator[Sequence[Message], Iterator[Message], Sum]
@@ -167,12 +172,36 @@ def is_own(collect: Collect) -> bool:
     return type(collect).__module__.startswith("umbel.strategies.")
 
 
+@dataclass(frozen=True)
+class Sealing:
+    """What a node knows of its own part when it seals an update.
+
+    Attributes:
+        contract: digests of what it acts on; see `umbel.strategies.contract`.
+        shares: into how many shares the noise in its update is cut; 0 is no such noise.
+    """
+
+    contract: bytes = b""
+    shares: int = 0
+
+
 @runtime_checkable
 class Seals(Protocol):
     """A collect whose nodes do not send the update itself when they have trained."""
 
-    def seal(self, content: RecordDict, request: Message, context: Context) -> RecordDict:
+    def seal(
+        self, content: RecordDict, request: Message, context: Context, own: Sealing
+    ) -> RecordDict:
         """Node: what is sent in place of `content`."""
+        ...
+
+
+@runtime_checkable
+class Considers(Protocol):
+    """A collect that seals, and can tell before training that it would not."""
+
+    def consider(self, request: Message, context: Context, own: Sealing) -> RecordDict | None:
+        """Node: the refusal that is sent in place of an update; None where there is none."""
         ...
 
 

@@ -156,6 +156,12 @@ def client(
         bool | None,
         typer.Option("--proxy/--no-proxy", help="Use http_proxy. Default: as the last start."),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What this node allows. Default: policy.toml in --state."
+        ),
+    ] = None,
     engine: Annotated[str, typer.Option(help="link, or flower for Flower's own.")] = "link",
     certificate: Certificate = None,
     key: Key = None,
@@ -181,6 +187,7 @@ def client(
         gpu=gpu,
         give_up=give_up,
         proxy=proxy,
+        policy=policy,
     )
     if engine == "flower":
         from umbel.flower_node import node_with_flower
