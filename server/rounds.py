@@ -29,7 +29,7 @@ from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.roster import NodeRef
 from umbel.strategies.cohort import cohort_named
-from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
+from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
@@ -134,6 +134,8 @@ class Rounds:
     def _round(self, position: Position, number: int) -> Position:
         phases = Phases()
         with phases("sample"):
+            if self._once:
+                checkpoint.begin(self.run.checkpoint_path, number)
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
@@ -359,7 +361,7 @@ class Rounds:
             self.run.truncate_rounds(position.round)
             for line in self.run.rounds():
                 self._metrics = line.get("metrics") or self._metrics
-            return position
+            return self._after_a_stop(position)
         self.run.truncate_rounds(-1)
         parameters = self.manifest.flatten(self.job.parameters)
         buffers = checkpoint.no_buffers()
@@ -377,11 +379,30 @@ class Rounds:
         position, metrics = self._evaluate(position)
         if metrics:
             self.run.append_round({"round": 0, "metrics": metrics})
-        return position
+        return self._after_a_stop(position)
+
+    @property
+    def _once(self) -> bool:
+        """Whether nodes answer a round once only: in secret sums, where their records stay."""
+        goes_back = hasattr(self.grid, "restore_states")
+        return isinstance(self.job.stack.collect, Seals) and not goes_back
+
+    def _after_a_stop(self, position: Position) -> Position:
+        """Go on with a round that no node has begun: those give no second update for one."""
+        begun = checkpoint.begun(self.run.checkpoint_path) if self._once else 0
+        if begun <= position.round:
+            return position
+        facts = self.job.stack.check(self.facts.but(round=begun), position.layers)
+        self.job.guard.forfeit(begun, facts)
+        self.progress.note(
+            f"round {begun} was under way when the coordinator stopped, and nodes give their "
+            "masked updates of a round once only; it is given up, and the run goes on after it"
+        )
+        return position.but(round=begun)
 
     def _save(self, position: Position, *, last: bool) -> None:
         now = time.monotonic()
-        if last or now - self._saved_at >= CHECKPOINT_EVERY_S:
+        if last or self._once or now - self._saved_at >= CHECKPOINT_EVERY_S:
             states = getattr(self.grid, "pickled_states", dict)
             checkpoint.save(self.run.checkpoint_path, position, states())
             self._saved_at = now
