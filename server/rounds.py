@@ -31,7 +31,7 @@ from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
-from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
+from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
 from umbel.strategies.composition import check_rounds
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
@@ -141,6 +141,8 @@ class Rounds:
     def _round(self, position: Position, number: int) -> Position:
         phases = Phases()
         with phases("sample"):
+            if self._once:
+                checkpoint.begin(self.run.checkpoint_path, number)
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
@@ -399,8 +401,8 @@ class Rounds:
                 self._metrics = line.get("metrics") or self._metrics
                 self._fair = _means_of(line.get("federated")) or self._fair
             if self.statistics.size and not position.buffers.numel():  # a run of an older version
-                return position.but(buffers=self._first_statistics())
-            return position
+                position = position.but(buffers=self._first_statistics())
+            return self._after_a_stop(position)
         self.run.truncate_rounds(-1)
         parameters = self.manifest.flatten(self.job.parameters)
         buffers = checkpoint.no_buffers()
@@ -420,7 +422,26 @@ class Rounds:
         position, metrics = self._evaluate(position)
         if metrics:
             self.run.append_round({"round": 0, "metrics": metrics})
-        return position
+        return self._after_a_stop(position)
+
+    @property
+    def _once(self) -> bool:
+        """Whether nodes answer a round once only: in secret sums, where their records stay."""
+        goes_back = hasattr(self.grid, "restore_states")
+        return isinstance(self.job.stack.collect, Seals) and not goes_back
+
+    def _after_a_stop(self, position: Position) -> Position:
+        """Go on with a round that no node has begun: those give no second update for one."""
+        begun = checkpoint.begun(self.run.checkpoint_path) if self._once else 0
+        if begun <= position.round:
+            return position
+        facts = self.job.stack.check(self.facts.but(round=begun), position.layers)
+        self.job.guard.forfeit(begun, facts)
+        self.progress.note(
+            f"round {begun} was under way when the coordinator stopped, and nodes give their "
+            "masked updates of a round once only; it is given up, and the run goes on after it"
+        )
+        return position.but(round=begun)
 
     def _tell_what_is_repeated(self, saved: int) -> None:
         done = max((int(line.get("round", 0)) for line in self.run.rounds()), default=0)
@@ -436,7 +457,7 @@ class Rounds:
     def _save(self, position: Position, *, last: bool) -> None:
         now = time.monotonic()
         wait = min(CHECKPOINT_EVERY_S, self._saving_took / _CHECKPOINT_SHARE)
-        if last or now - self._saved_at >= wait:
+        if last or self._once or now - self._saved_at >= wait:
             states = getattr(self.grid, "pickled_states", dict)
             checkpoint.save(self.run.checkpoint_path, position, states())
             self._saved_at = time.monotonic()
