@@ -41,6 +41,7 @@ class RunSettings:
         stay: take further runs after the first.
         fresh: begin a new run even if an unfinished one is there.
         out: the run directory; one in the state folder if None.
+        unprotected: release models without noise about nodes that have a privacy budget.
     """
 
     app: Path
@@ -50,6 +51,7 @@ class RunSettings:
     stay: bool = False
     fresh: bool = False
     out: Path | None = None
+    unprotected: bool = False
 
 
 def serve(
@@ -161,6 +163,8 @@ def _plan(
                 "options; use those again, or begin anew with --fresh"
             )
         directory = RunDirectory.open(Path(before["path"]))
+        if run.unprotected:
+            directory.write_config({**directory.config(), "unprotected": True})
         return _Plan(folder, app, override(known, changes), directory, before["run_id"])
     run_id = secrets.randbits(62) + 1
     config = {
@@ -173,6 +177,7 @@ def _plan(
         "engine": "link",
         "populations": str((service.settings.state / "populations").absolute()),
         "enough": run.enough,
+        **({"unprotected": True} if run.unprotected else {}),
         "versions": versions(),
         "machine": machine(),
         "command": sys.argv,

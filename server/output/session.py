@@ -18,6 +18,8 @@ from umbel.server.output.rundir import RunDirectory, machine, versions
 STATE = "UMBEL_STATE"
 """Environment variable: the coordinator's state folder, where Flower runs the app on its behalf.
 The run and the privacy budget of the nodes are kept there, the same as on the link."""
+UNPROTECTED = "UMBEL_UNPROTECTED"
+"""Environment variable: set where `umbel server --engine flower --unprotected` was said."""
 
 
 @dataclass
@@ -53,6 +55,10 @@ class Session:
             **self.result,
         }
         self.run.write_result(result)
+        if self.run.certificate_path.is_file():
+            from umbel.server.private.seal import seal  # certified runs only: it imports much
+
+            seal(self.run)
         return self.run.result()  # plain values, whatever numbers an app has put into it
 
 
@@ -91,6 +97,8 @@ def current(name: str, options: dict[str, Any]) -> Session:
     state, parent = os.environ.get(STATE), None
     if state:
         config["populations"] = str(Path(state) / "populations")
+        if os.environ.get(UNPROTECTED):
+            config["unprotected"] = True
         parent = Path(state) / "runs"
     run = RunDirectory.create(parent, name, config)
     return Session(run, progress.choose(sys.stderr), own=True)

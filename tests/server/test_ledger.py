@@ -63,7 +63,7 @@ def test_what_is_no_ledger_is_said(path: Path) -> None:
         "DELETE FROM entry WHERE number = 2",
         "UPDATE entry SET number = number + 10 WHERE number = 4",
         "UPDATE entry SET hash = 'abc' WHERE number = 3",
-        "INSERT INTO entry VALUES (5, '{\"kind\":\"note\"}', 'abc')",
+        "INSERT INTO entry VALUES (5, '{\"kind\":\"note\"}', 'abc', '')",
     ],
 )
 def test_edits_show(path: Path, edit: str) -> None:
