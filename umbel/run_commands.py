@@ -18,7 +18,8 @@ def report(run: Run) -> None:
     from umbel.server.private.seal import seal
 
     page = write_report(run)
-    if not seal(RunDirectory.open(run)):
+    directory = RunDirectory.open(run)
+    if directory.certificate_path.is_file() and not seal(directory):
         typer.echo(
             "note: this page is not signed, because this is not the coordinator that certified the "
             "run, or its files are not those that were certified; see: umbel verify",

@@ -9,13 +9,14 @@ app's pyproject.toml, and where it does not, the card says "not stated":
 """
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from umbel.server.output.rundir import RunDirectory
-from umbel.server.private.promise import promise
+from umbel.server.private.promise import COMMAND, promise, said
 
 NOT_STATED = "not stated"
 
@@ -34,7 +35,7 @@ def write_model_card(
     Raises:
         RunError: it cannot be written.
     """
-    text = model_card(run.config(), certificate, metrics, str(run.path), key)
+    text = model_card(run.config(), certificate, metrics, key)
     run.write_bytes("MODEL_CARD.md", text.encode())
 
 
@@ -42,25 +43,24 @@ def model_card(
     config: Mapping[str, Any],
     certificate: Mapping[str, Any],
     metrics: Mapping[str, float],
-    where: str,
     key: str,
 ) -> str:
     """The card's text."""
-    said = stated(config)
+    told = stated(config)
     name = str(config.get("app", "a federation"))
-    box = promise(certificate, config, where, key)
+    box = promise(certificate, config, key)
     scores = [f"| {metric} | {value:.4g} |" for metric, value in sorted(metrics.items())]
     parts = [
-        _head(name, said, certificate, metrics),
+        _head(name, told, certificate, metrics),
         f"# Model card: {name}",
         "\n".join(f"> **{question}.** {_inline(answer)}  " for question, answer in box),
         f"Trained {certificate['issued'][:10]} by federated learning in Umbel; "
         f"run `{certificate['run']}`.",
         "## Intended use",
-        said["intended-use"],
-        f"Not intended for: {said['not-intended-use']}.",
+        told["intended-use"],
+        f"Not intended for: {told['not-intended-use']}.",
         "## Data and their origin",
-        f"What: {said['data']}. Origin: {said['origin']}.",
+        f"What: {told['data']}. Origin: {told['origin']}.",
         f"Population: `{certificate['population']}`. {_nodes(certificate)} The data never left the "
         "nodes. How much each of them holds, and what, is private and not summarised here.",
         "## Metrics",
@@ -69,13 +69,13 @@ def model_card(
         else "No central evaluation.",
         "Measured by the coordinator on its own held-out examples, which are not protected.",
         "## Limits",
-        f"{said['limits']}." if said["limits"] == NOT_STATED else said["limits"],
+        f"{told['limits']}." if told["limits"] == NOT_STATED else told["limits"],
         "The noise that protects the data costs accuracy, most for whatever is rare among the "
         "nodes.",
         "## How it was protected",
         _fine_print(certificate),
         "## Contact and licence",
-        f"Contact: {said['contact']}. Licence: {said['licence']}.",
+        f"Contact: {told['contact']}. Licence: {told['licence']}.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -118,7 +118,7 @@ def _pyproject(folder: object) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 def _head(
     name: str,
-    said: Mapping[str, str],
+    told: Mapping[str, str],
     certificate: Mapping[str, Any],
     metrics: Mapping[str, float],
 ) -> str:
@@ -128,7 +128,7 @@ def _head(
         "---",
         f"model_name: {quoted(name)}",
         "library_name: umbel",
-        f"license: {quoted(said['licence'])}",
+        f"license: {quoted(told['licence'])}",
         "tags: [federated-learning, differential-privacy]",
         f"metrics: [{', '.join(quoted(metric) for metric in sorted(metrics))}]",
         f"run: {quoted(certificate['run'])}",
@@ -137,19 +137,19 @@ def _head(
     ]
     for row in certificate["guarantees"]:
         epsilon = row["epsilon"]
-        number = ".inf" if epsilon == float("inf") else f"{epsilon:.6g}"
+        number = ".inf" if math.isinf(epsilon) else f"{epsilon:.6f}"
         lines += [
             f"  - against: {row['against']}",
             f"    unit: {row['unit']}",
             f"    epsilon: {number}",
-            f"    delta: {float(row['delta'])!r}",
+            f"    delta: {row['delta']:.6e}",
             f"    relation: {row['relation']}",
         ]
     return "\n".join([*lines, "---"])
 
 
 def _inline(answer: str) -> str:
-    return answer.replace("<", "&lt;").replace("umbel verify", "`umbel verify`")
+    return answer.replace("<", "&lt;").replace(COMMAND, f"`{COMMAND}`")
 
 
 def _nodes(certificate: Mapping[str, Any]) -> str:
@@ -162,7 +162,7 @@ def _nodes(certificate: Mapping[str, Any]) -> str:
 def _fine_print(certificate: Mapping[str, Any]) -> str:
     lines = [
         f"against {row['against']}: epsilon "
-        f"{_number(row['epsilon'])} at delta {row['delta']:g}, {row['relation']} {row['unit']}, "
+        f"{said(row['epsilon'])} at delta {row['delta']:g}, {row['relation']} {row['unit']}, "
         f"sampling {row['sampling']}, accountant {row['accountant']}"
         for row in certificate["guarantees"]
     ]
@@ -175,7 +175,7 @@ def _fine_print(certificate: Mapping[str, Any]) -> str:
     for row in told["nodes"] if told else []:
         lines.append(
             f"node {row['node']}: {row['mechanism']}, each {row['unit']}, epsilon "
-            f"{_number(row['epsilon'])} at delta {row['delta']:g}, noise multiplier "
+            f"{said(row['epsilon'])} at delta {row['delta']:g}, noise multiplier "
             f"{row['noise_multiplier']:g}, sampling rate {row['sampling_rate']:.4g}, norm "
             f"{row['norm']:g}, {row['participations']} replies"
             + ("" if row["signed"] else ", not signed")
@@ -188,7 +188,3 @@ def _fine_print(certificate: Mapping[str, Any]) -> str:
         )
     lines.append(f"covered: {certificate['covers']}")
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _number(epsilon: float) -> str:
-    return "infinite (no protection)" if epsilon == float("inf") else f"{epsilon:.4g}"

@@ -30,53 +30,53 @@ def promise_of(run: RunDirectory) -> Answers:
     if path.is_file():
         try:
             certificate = loads(path.read_text(encoding="utf-8"))
-            return promise(certificate, run.config(), str(run.path), certificate["key"])
+            return promise(certificate, run.config(), certificate["key"])
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError):
-            return _answers(
-                "Unknown: certificate.json cannot be read.", "", "", "", "", _check(run.path)
-            )
-    charged = [line["epsilon"] for line in run.rounds() if line.get("epsilon") is not None]
+            return _answers("Unknown: certificate.json cannot be read.", "", "", "", "", _check())
+    charged = [
+        line["epsilon"]
+        for line in run.rounds()
+        if isinstance(line.get("epsilon"), int | float) and not isinstance(line["epsilon"], bool)
+    ]
     if charged:
         return _answers(
             "Nobody yet: a private run promises something once it has ended with a certificate.",
             "",
             "",
-            f"Charged against model users so far: epsilon {_number(charged[-1])}.",
+            f"Charged against model users so far: epsilon {said(charged[-1])}.",
             "",
             "",
         )
-    return _answers(_NOBODY, "", _sums(secure_of(run)), "", "", "")
+    return _answers(_NOBODY, "", _sums(_secure_of(run)), "", "", "")
 
 
-def secure_of(run: RunDirectory) -> Mapping[str, Any] | None:
+def _secure_of(run: RunDirectory) -> Mapping[str, Any] | None:
     """How the secure sums of a run without a certificate were made."""
-    told = [line["secure"] for line in run.rounds() if line.get("secure")]
-    return told[-1] if told else None
+    told = [line["secure"] for line in run.rounds() if isinstance(line.get("secure"), Mapping)]
+    keys = {"mode", "identities", "quorum", "nodes"}
+    return told[-1] if told and keys <= told[-1].keys() else None
 
 
-def promise(
-    certificate: Mapping[str, Any], config: Mapping[str, Any], where: str, key: str
-) -> Answers:
+def promise(certificate: Mapping[str, Any], config: Mapping[str, Any], key: str) -> Answers:
     """The box of a run with a certificate.
 
     Args:
         certificate: or what it will say, before it is signed.
         config: the run's `config.json`.
-        where: the run directory, for the command.
         key: the coordinator's public key.
     """
     rows = {row["against"]: row for row in certificate["guarantees"]}
     record = rows["server"]["unit"] == "record"
     finite = [who for who, row in rows.items() if math.isfinite(row["epsilon"])]
     if not finite:
-        return _answers(_none(certificate), "", "", "", "", _check(where, key))
+        return _answers(_none(certificate), "", "", "", "", _check(key))
     return _answers(
         _who(certificate, rows[finite[0]], record),
         _against(rows, record),
         " ".join(_conditions(certificate, config, record)),
         " ".join(_how_much(certificate, rows, finite, record)),
         " ".join(_not_protected(certificate, rows, record)),
-        _check(where, key),
+        _check(key),
     )
 
 
@@ -183,15 +183,14 @@ def _how_much(
         if len(numbers) > 1:
             who = [who for who in finite if rows[who]["epsilon"] == epsilon]
             whom = f" against {_WHO[who[0]]}"
-        # Nearly no noise: e^epsilon may be larger than any float.
-        size = f"{math.exp(epsilon):.3g}" if epsilon < math.log(1e6) else f"e^{epsilon:.3g}"
         yield (
-            f"Epsilon {epsilon:.4g} at delta {delta:g}{whom}: the odds of any conclusion change by "
-            f"a factor of at most {size}, except with a probability of {delta:g}."
+            f"Epsilon {said(epsilon)} at delta {delta:g}{whom}: the odds of any conclusion change "
+            f"by a factor of at most {_factor(epsilon)}, except with a probability of about 1 in "
+            f"{1 / delta:,.0f}."
         )
     if record:
         least = min(row["epsilon"] for row in certificate["statements"]["nodes"])
-        yield f"That is the largest of the nodes' numbers; the smallest is {_number(least)}."
+        yield f"That is the largest of the nodes' numbers; the smallest is {said(least)}."
         return
     if certificate["scope"] == "population":
         yield (
@@ -203,7 +202,7 @@ def _how_much(
     yield (
         "The number is of this run alone. Everything that this ledger knows of the population "
         f"{certificate['population']!r}, this run and others, comes to epsilon "
-        f"{_number(total[certificate['mechanism']['against']])}."
+        f"{said(total[certificate['mechanism']['against']])}."
     )
 
 
@@ -215,7 +214,7 @@ def _not_protected(
         yield "A person with several records at one node, or with records at several nodes."
     else:
         if math.isinf(rows["server"]["epsilon"]):
-            yield "Updates from the coordinator."
+            yield "A node's update from the coordinator."
         yield "A person whose data are on several nodes; how many nodes there are."
     yield "The coordinator's own held-out examples, on which metrics are measured."
     yield "The operator's files (metrics, log, checkpoint, ledger), and how long rounds took."
@@ -227,14 +226,30 @@ def _not_protected(
         )
 
 
+COMMAND = "umbel verify RUN --key FILE"
 _WHO = {"model-user": "whoever sees the models", "server": "the coordinator"}
 
 
-def _check(where: object, key: str = "") -> str:
-    said = f"umbel verify {where} --key FILE, where FILE holds the coordinator's public key as it "
-    said += "published it"
-    return f"{said} (here: {key})" if key else said
+def _check(key: str = "") -> str:
+    text = (
+        f"{COMMAND}, where RUN is the run's directory and FILE holds the coordinator's public key "
+        "as it published it; without Umbel: verify_certificate.py, which comes with its source."
+    )
+    return f"{text} The certificate is signed with the key {key}." if key else text
 
 
-def _number(epsilon: float) -> str:
-    return "infinite (no protection)" if math.isinf(epsilon) else f"{epsilon:.4g}"
+def said(epsilon: float) -> str:
+    """Epsilon with four digits, rounded up: no reader is told less than was spent."""
+    if math.isinf(epsilon):
+        return "infinite (no protection)"
+    if not epsilon >= 1e-12:  # nothing, or not even a number
+        return f"{epsilon:.4g}"
+    scale = 10.0 ** (3 - math.floor(math.log10(epsilon)))
+    return f"{math.ceil(epsilon * scale - 1e-9) / scale:.4g}"
+
+
+def _factor(epsilon: float) -> str:
+    if epsilon >= math.log(1e6):  # nearly no noise: e^epsilon may be larger than any float
+        return f"e^{said(epsilon)}"
+    size = math.exp(epsilon)
+    return f"{math.ceil(size):,}" if size >= 100 else f"{size:.3g}"

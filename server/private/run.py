@@ -193,11 +193,11 @@ def announcement(
             "continues its budget (population=NAME opens another, for other people)"
         )
     elif place.scope == "run":
-        spent = f"{before:.4g}" if math.isfinite(before) else "without bound"
+        spent = f"epsilon {before:.4g}" if math.isfinite(before) else "epsilon without bound"
         lines.append(
-            f"epsilon {spent} spent before this run on the same data ({place.population}); the "
-            "budget is of this run, and the certificate adds both up (population=NAME keeps one "
-            "budget over runs)"
+            f"{spent if before else 'nothing'} was spent before on the same data "
+            f"({place.population}); the budget is of this run, and the certificate adds all runs "
+            "up (population=NAME keeps one budget over runs)"
         )
     return lines + known
 

@@ -51,12 +51,15 @@ class Lab:
         self.app = write_app(folder / "app")
         self.heard = Heard()
 
-    def run(self, name: str = "run", **options: Any) -> dict[str, Any]:
+    def run(
+        self, name: str = "run", *, unprotected: bool = False, **options: Any
+    ) -> dict[str, Any]:
         changes = {key.replace("_", "-"): value for key, value in options.items()}
         self.heard = Heard()
         return run(
             self.app,
             options=changes,
+            unprotected=unprotected,
             workers=0,
             out=self.folder / "runs" / name,
             progress=self.heard,
