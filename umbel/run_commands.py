@@ -57,6 +57,11 @@ def verify(
         raise typer.Exit(CHECK_FAILED)
 
 
+def certified(run: Path) -> bool:
+    """Whether a run has a certificate."""
+    return (run / "certificate.json").is_file()
+
+
 def key(
     run: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="A run that this coordinator made.")
@@ -80,5 +85,12 @@ def key(
     if run is not None:
         state = state_of(RunDirectory.open(run))
     text = public_text(coordinator_key(state))
+    if run is not None:
+        signer = strict.loads((run / "certificate.json").read_bytes()) if certified(run) else {}
+        if not isinstance(signer, dict) or signer.get("key") != text:
+            raise ConfigError(
+                f"{run} was not certified by this coordinator, whose key is {text}; ask the one "
+                "that made it for its key, since nobody can take it from the run itself"
+            )
     said = {"key": text, "fingerprint": fingerprint(text)}
     typer.echo(strict.dumps(said) if as_json else text)

@@ -19,7 +19,7 @@ STATE = "UMBEL_STATE"
 """Environment variable: the coordinator's state folder, where Flower runs the app on its behalf.
 The run and the privacy budget of the nodes are kept there, the same as on the link."""
 UNPROTECTED = "UMBEL_UNPROTECTED"
-"""Environment variable: set where `umbel server --engine flower --unprotected` was said."""
+"""Environment variable: what `--unprotected` is to Umbel's engines, for Flower's own."""
 
 
 @dataclass
@@ -97,8 +97,8 @@ def current(name: str, options: dict[str, Any]) -> Session:
     state, parent = os.environ.get(STATE), None
     if state:
         config["populations"] = str(Path(state) / "populations")
-        if os.environ.get(UNPROTECTED):
-            config["unprotected"] = True
         parent = Path(state) / "runs"
+    if os.environ.get(UNPROTECTED):
+        config["unprotected"] = True
     run = RunDirectory.create(parent, name, config)
     return Session(run, progress.choose(sys.stderr), own=True)

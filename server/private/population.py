@@ -90,6 +90,9 @@ def place_of(privacy: PrivacyOptions, run: RunDirectory, data: object) -> Place:
         )
     named = bool(folder or privacy.population or privacy.ledger)
     path = Path(folder or data_folder() / "populations") / f"{name}.sqlite"
+    beside = run.path.parent / "populations" / f"{name}.sqlite"
+    if not path.exists() and beside.exists():  # where earlier versions kept it: not forgotten
+        path = beside
     return Place(
         path=Path(privacy.ledger).absolute() if privacy.ledger else path,
         population=name,

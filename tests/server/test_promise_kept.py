@@ -1,5 +1,6 @@
 """A run that goes on, ends or fails keeps what was promised, and what was paid for."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,11 @@ def test_a_run_whose_ledger_is_gone_does_not_go_on(half: Path) -> None:
         run(resume=half, workers=0, progress=Heard())
 
 
-def test_another_app_in_its_place_does_not_go_on(half: Path, lab: Lab) -> None:
+def test_another_app_in_its_place_does_not_go_on(
+    half: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("task", "server_app", "client_app"):
+        monkeypatch.delitem(sys.modules, module)  # as in a new process
     task = lab.app / "task.py"
     task.write_text(
         task.read_text().replace(
