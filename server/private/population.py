@@ -2,7 +2,8 @@
 
     population=NAME, ledger=FILE    as the operator says
     `umbel server`, `flwr run`      the nodes of a state folder: STATE/populations/default.sqlite
-    elsewhere                       the app's data: DATA/umbel/populations/<app>-<data>.sqlite
+    elsewhere                       the app's data: DATA/umbel/populations/<app>.<data>.sqlite
+    audits                          a ledger in the folder of the rehearsal, and nowhere else
 
 A population outlives runs, run directories and folders of apps: it is found again by what the app
 says about its data (the name of the data set, or of the function that gives them), never by their
@@ -56,12 +57,14 @@ class Place:
         population: its name.
         scope: what the budget is of: all releases about the population, or those of a run.
         people: what the nodes' names belong to; empty where the names themselves are people.
+        register: of the ledgers of this machine; the user's own if None.
     """
 
     path: Path
     population: str
     scope: Scope
     people: str
+    register: Path | None = None
 
     def labels(self, names: Iterable[str]) -> list[str]:
         """Hashes of nodes' names, sorted: one for each node, wherever it is seen again."""
@@ -81,6 +84,9 @@ def place_of(privacy: PrivacyOptions, run: RunDirectory, data: object) -> Place:
         ConfigError: a population's name that is none.
     """
     config = run.config()
+    if config.get("rehearsal"):  # an audit of an app: nothing of it leaves this machine
+        name = f"the nodes of {run.path.name}"
+        return Place(run.ledger_path, name, "run", name, run.path / "register.db")
     folder = config.get("populations")
     own = name_of(str(config.get("app", "federation")), data)
     name = privacy.population or ("default" if folder or privacy.ledger else own)

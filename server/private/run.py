@@ -19,7 +19,7 @@ from umbel.server.private.certificate import client_body, issue
 from umbel.server.private.coordinator_key import coordinator_key
 from umbel.server.private.ledger import Ledger
 from umbel.server.private.plan import Plan, make_plan
-from umbel.server.private.population import Elsewhere, Place, place_of, state_of
+from umbel.server.private.population import Elsewhere, Place, Register, place_of, state_of
 from umbel.server.roster import NodeRef
 from umbel.server.rounds import Job, Outcome
 from umbel.strategies.errors import ConfigError
@@ -60,7 +60,8 @@ class PrivateRun:
         self._session = session
         self._key = coordinator_key(state_of(session.run))
         self._place = place_of(privacy, session.run, data)
-        self._ledger = Ledger(self._place.path, self._place.population, self._key)
+        register = Register(self._place.register)
+        self._ledger = Ledger(self._place.path, self._place.population, self._key, register)
         weakref.finalize(self, self._ledger.close)  # also where the rounds end in an error
         try:
             self._begin(job, privacy, nodes, start)

@@ -21,7 +21,7 @@ from umbel.server.job import Job
 from umbel.server.output.session import Session
 from umbel.server.private.coordinator_key import coordinator_key
 from umbel.server.private.ledger import Ledger
-from umbel.server.private.population import place_of, state_of
+from umbel.server.private.population import Register, place_of, state_of
 from umbel.server.private.run import run_name
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
@@ -58,7 +58,7 @@ def unprotected(
     """
     place = place_of(privacy, session.run, data)
     key = coordinator_key(state_of(session.run))
-    ledger = Ledger(place.path, place.population, key)
+    ledger = Ledger(place.path, place.population, key, Register(place.register))
     promised = bool(ledger.spent("model-user") + ledger.spent("server")) and not ledger.is_open
     if promised and not session.run.config().get("unprotected"):
         ledger.close()
