@@ -9,17 +9,21 @@ The last two ask again whether there is budget, inside the transaction that char
 coordinator on the same ledger may have been faster.
 """
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from dp_accounting.privacy_accountant import UnsupportedEventError
+
 from umbel.privacy.budget.accounting import COARSE, FINE, Accountant, Spent, spent
-from umbel.privacy.budget.events import Charge
+from umbel.privacy.budget.events import REPLACE, Charge
 from umbel.server.private.ledger import Against, Ledger
 from umbel.server.private.plan import Plan, charges_of
 from umbel.server.private.population import Scope
 from umbel.server.roster import NodeRef
+from umbel.strategies.errors import ConfigError
 from umbel.strategies.layer import Claim, Facts
 
 
@@ -44,6 +48,13 @@ class Budget:
     def __post_init__(self) -> None:
         # Rounds that an earlier process charged and that no checkpoint holds are paid again.
         self._repeated = self.ledger.charged_rounds(self.run)
+        try:
+            self._epsilon(self._spent(self._against) + self._next(1), COARSE)
+        except ValueError as error:
+            raise ConfigError(
+                f"what was released about {self.ledger.population!r} before and what this run "
+                f"would release cannot be added up: {error}"
+            ) from error
 
     @property
     def seeded(self) -> bool:
@@ -188,10 +199,16 @@ which is a little looser and takes no time."""
 def in_total(
     seen: Counter[Charge], central: Counter[Charge], against: Against, delta: float
 ) -> Spent:
-    """`combined` for a population's whole history, which may be long."""
-    if len(seen + central) <= FEW:
-        return combined(seen, central, against, delta, COARSE)
-    return combined(seen, central, against, delta, accountant="rdp")
+    """`combined` for a population's whole history, which may be long and of unlike kinds.
+
+    Kinds that no proof adds up come to infinity: that is what is known of them together.
+    """
+    unlike = len(seen + central)
+    ways: tuple[Accountant, ...] = ("pld",) if unlike <= FEW else ("rdp", "pld")
+    for accountant in ways:
+        with contextlib.suppress(ValueError, UnsupportedEventError):
+            return combined(seen, central, against, delta, COARSE, accountant=accountant)
+    return Spent(math.inf, delta, REPLACE, "none", None)
 
 
 def combined(

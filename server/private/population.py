@@ -181,9 +181,10 @@ class Register:
     def known_end(self, first: str) -> tuple[int, str] | None:
         """How many entries the ledger with this first entry had, and the last one's hash."""
         with self._open() as database:
-            return database.execute(
+            row = database.execute(
                 "SELECT number, head FROM ledger WHERE first = ?", (first,)
             ).fetchone()
+        return None if row is None else (int(row[0]), str(row[1]))
 
     def keep(self, first: str, population: str, path: Path, number: int, head: str) -> None:
         """Remember how far a ledger has come."""

@@ -2,17 +2,21 @@
 
 import functools
 import sqlite3
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dp_accounting import GaussianDpEvent, TruncatedSubsampledGaussianDpEvent, ZCDpEvent
 
 from tests.server.test_private_means import Blobs
 from tests.server.test_private_run import Lab, certificate, ledger_of
 from umbel import Dirichlet, Featured, Partitioned, Recipe
-from umbel.privacy.budget.accounting import spent
+from umbel.privacy.budget.accounting import poisson, spent
+from umbel.privacy.budget.events import REPLACE, ZERO_OUT, Charge
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.private.budget import in_total
 from umbel.server.private.coordinator_key import data_folder
 from umbel.server.private.ledger import Ledger, entries
 from umbel.server.private.population import declaration, name_of
@@ -118,6 +122,27 @@ def test_a_ledger_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
         database.commit()
     with pytest.raises(ConfigError, match="earlier version"):
         Ledger(tmp_path / "old.sqlite", "people")
+
+
+def test_a_long_history_of_unlike_releases_is_added_up_all_the_same() -> None:
+    few = Counter({Charge(poisson(2.0 + i / 100, 0.1)): 2 for i in range(8)})
+    many = few + Counter({Charge(poisson(3.0 + i / 100, 0.1)): 2 for i in range(40)})
+    assert in_total(Counter(), few, "model-user", 1e-5).epsilon > 0
+    result = in_total(Counter(), many, "model-user", 1e-5)
+    assert result.epsilon == pytest.approx(spent(many, 1e-5, accountant="rdp").epsilon)
+    truncated = Charge(TruncatedSubsampledGaussianDpEvent(100, 0.1, 20, 9.0))
+    assert in_total(Counter(), many + Counter([truncated]), "model-user", 1e-5).epsilon < 60
+    # no proof adds noise of many nodes to what holds for replaced data
+    seen = Counter([Charge(ZCDpEvent(0.01), ZERO_OUT), Charge(GaussianDpEvent(4.0), REPLACE)])
+    assert in_total(seen, Counter(), "server", 1e-5).epsilon == float("inf")
+
+
+def test_kinds_that_nothing_adds_up_are_not_mixed_in_one_budget(lab: Lab) -> None:
+    lab.run("one", epsilon=8.0, mechanism="local", population="people", rounds=1)
+    with pytest.raises(ConfigError, match="cannot be added up"):
+        lab.run(
+            "two", epsilon=9.0, secure=True, noise_multiplier=4.0, population="people", rounds=1
+        )
 
 
 # ---- releases without noise

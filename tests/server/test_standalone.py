@@ -5,15 +5,28 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from dp_accounting import (
+    GaussianDpEvent,
+    NonPrivateDpEvent,
+    SampledWithoutReplacementDpEvent,
+    SelfComposedDpEvent,
+    SingleEpochTreeAggregationDpEvent,
+    TruncatedSubsampledGaussianDpEvent,
+    ZCDpEvent,
+)
 
 from tests.server.test_certificate import certificate, finished, put
 from tests.server.test_private_run import Lab
 from tests.server.test_records import Clinics
+from umbel.privacy.budget.accounting import poisson, spent
+from umbel.privacy.budget.events import REPLACE, ZERO_OUT, Charge, relation_name, to_json
+from umbel.privacy.noise.skellam import SkellamDpEvent
 from umbel.server.output.report import write_report
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.private.seal import seal
@@ -31,6 +44,42 @@ def alone() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+RELEASES: list[dict[Charge, int]] = [
+    {Charge(GaussianDpEvent(4.0)): 3},
+    {Charge(GaussianDpEvent(4.0), REPLACE): 3},
+    {Charge(GaussianDpEvent(1e-3)): 1},
+    {Charge(poisson(0.6, 0.1), slack=1e-7): 6, Charge(GaussianDpEvent(20.0)): 2},
+    {Charge(poisson(0.5, 0.5)): 300},
+    {Charge(TruncatedSubsampledGaussianDpEvent(100, 0.1, 20, 2.0)): 4},
+    {Charge(SampledWithoutReplacementDpEvent(100, 10, GaussianDpEvent(4.0)), REPLACE): 5},
+    {
+        Charge(SingleEpochTreeAggregationDpEvent(5.0, 4), ZERO_OUT): 2,
+        Charge(poisson(2.0, 0.1)): 3,
+    },
+    {Charge(SkellamDpEvent(100.0, 5.0, 20.0), ZERO_OUT): 4, Charge(GaussianDpEvent(9.0)): 1},
+    {Charge(ZCDpEvent(0.01), ZERO_OUT): 3},
+    {Charge(SelfComposedDpEvent(GaussianDpEvent(4.0), 5)): 2},
+    {Charge(NonPrivateDpEvent()): 1},
+    {},
+]
+
+
+@pytest.mark.parametrize("charges", RELEASES)
+def test_both_add_up_releases_alike(alone: ModuleType, charges: dict[Charge, int]) -> None:
+    plain: Counter[Any] = Counter()
+    for one, times in charges.items():
+        event = json.dumps(to_json(one.event), sort_keys=True)
+        plain[event, relation_name(one.relation), one.slack] += times
+    for way in ("pld", "rdp"):
+        try:
+            ours = spent(charges, 1e-5, accountant=way)  # type: ignore[arg-type]
+        except Exception:
+            continue  # RDP does not know every kind
+        epsilon, relation = alone.spent(plain, 1e-5, by_rdp=way == "rdp")
+        assert epsilon == pytest.approx(ours.epsilon, rel=1e-6)
+        assert relation == relation_name(ours.relation)
 
 
 KINDS: dict[str, dict[str, Any]] = {
