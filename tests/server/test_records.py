@@ -44,7 +44,7 @@ def train(message, context):
     if kind == "silent":
         return reply
     noise = 1.0 + int(partition) / 10
-    spent = epsilon(noise, 0.1, 5 * number, 1e-5)
+    spent = epsilon(noise, 0.1, 5 * number, 1e-5, interval=1e-3)
     statement = Statement(
         node=partition, unit="record", mechanism="dp-sgd", limit=None, delta=1e-5,
         epsilon=spent / 2 if kind == "liar" and number == 3 else spent, run_epsilon=spent,
@@ -88,7 +88,7 @@ def clinics(tmp_path: Path) -> Clinics:
 def test_a_run_of_private_records_has_a_certificate_and_a_card(clinics: Clinics) -> None:
     result = clinics.run()
     directory = clinics.directory()
-    most, least = epsilon(1.0, 0.1, 15, 1e-5), epsilon(1.3, 0.1, 15, 1e-5)
+    most, least = (epsilon(noise, 0.1, 15, 1e-5, interval=1e-3) for noise in (1.0, 1.3))
     assert result["epsilon"] is None and result["record_epsilon"] == pytest.approx(most)
     assert verify(directory.path) == []
     value = clinics.certificate()
