@@ -206,13 +206,12 @@ class PrivateSgd(ExamplePrivacy):
         piece = self.trainer.bench.piece(job.options, device)
         source = opened(piece, examples, self.trainer.target)
         plan = self.schedule(source.size, job.options)
-        ledger = job.ledger or StateLedger(job.memory)
-        epsilon = ledger.charge(_release(plan, promise, job)).epsilon
         piece.load(weights)
         with seeded(job.seed, device):
             step = _Step(self.trainer, piece.module, settings, promise, plan, _entropy(job))
             step.check(source, device, piece.real)  # what is refused is not charged
-        epsilon = _charge(plan, promise, job)
+        ledger = job.ledger or StateLedger(job.memory)
+        epsilon = ledger.charge(_release(plan, promise, job)).epsilon
         with seeded(job.seed, device):
             for _ in range(plan.steps):
                 step.take(source, device, piece.real)

@@ -24,6 +24,8 @@ from umbel.clients.statistics import statistics_of
 from umbel.clients.trainer import ChecksOptions, Trainer, Weights, promising
 from umbel.server.output.report import write_report
 from umbel.server.output.session import Session, current
+from umbel.server.private.population import place_of
+from umbel.server.provenance import record_start
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.strategies.cohort import cohort_named
@@ -273,12 +275,18 @@ class FederationServerApp(ServerApp):
         job = federation.job(options, len(nodes))
         contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)
         job = replace(job, contract=contract)
+        start = record_start(session.run, job)
+        privacy = PrivacyOptions.read(options)
         private = None
         if job.stack.private:
             from umbel.server.private.run import PrivateRun
 
-            private = PrivateRun(job, PrivacyOptions.read(options), len(nodes), session)
+            private = PrivateRun(job, privacy, nodes, session, federation.data, start)
             job = private.job
+        elif job.questions or place_of(privacy, session.run, federation.data).path.exists():
+            from umbel.server.private.unprotected import unprotected
+
+            job = unprotected(job, privacy, nodes, session, federation.data, start)
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
         use = getattr(federation.trainer, "USE", "model")
         session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize, use)
@@ -299,6 +307,10 @@ class FederationServerApp(ServerApp):
         }
         if private is not None:
             session.result |= private.finish(outcome)
+        elif rounds.statements:
+            from umbel.server.private.records import certify_records
+
+            session.result |= certify_records(session.run, outcome, privacy, federation.data)
         if federation.summary is not None:
             session.result["summary"] = dict(federation.summary(outcome, options))
         if session.own:

@@ -46,6 +46,7 @@ class RunSettings:
         fresh: begin a new run even if an unfinished one is there.
         out: the run directory; one in the state folder if None.
         largest_reply: bytes of the largest reply that is taken; 0 goes by what was asked.
+        unprotected: release models without noise about nodes that have a privacy budget.
     """
 
     app: Path
@@ -56,6 +57,7 @@ class RunSettings:
     fresh: bool = False
     out: Path | None = None
     largest_reply: int = 0
+    unprotected: bool = False
 
 
 def serve(
@@ -197,6 +199,8 @@ def _plan(
                 "options; use those again, or begin anew with --fresh"
             )
         directory = RunDirectory.open(Path(before["path"]))
+        if run.unprotected:
+            directory.write_config({**directory.config(), "unprotected": True})
         return _Plan(folder, app, override(known, changes), directory, before["run_id"])
     run_id = secrets.randbits(62) + 1
     config = {
@@ -209,6 +213,7 @@ def _plan(
         "engine": "link",
         "populations": str((service.settings.state / "populations").absolute()),
         "enough": run.enough,
+        **({"unprotected": True} if run.unprotected else {}),
         "versions": versions(),
         "machine": machine(),
         "command": sys.argv,
