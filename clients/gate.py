@@ -28,15 +28,13 @@ from flwr.clientapp import ClientApp
 from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
 from umbel.strategies.node_policy import NodePolicy, PolicyError, policy_of
 from umbel.strategies.secure.wire import stage_of
+from umbel.transport.flower import RAISED
 
 if TYPE_CHECKING:
     from umbel.clients.node import FederationClientApp
     from umbel.strategies.stack import Stack
 
 log = logging.getLogger("umbel.node")
-
-RAISED = 2
-"""Flower's code of a client app that would not, or could not."""
 
 _QUERIES = {"umbel_hello": "hello", "umbel_ask": "private-mean", "umbel_pool": "pool"}
 

@@ -90,10 +90,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The result of an evaluation: metrics as means over `examples` examples."""
+    """The result of an evaluation: metrics as means over `examples` examples.
+
+    Attributes:
+        examples: how many there were.
+        metrics: by name; NaN where one is not defined on these examples.
+        counted: for metrics that only some examples have, how many; the weight in a mean.
+    """
 
     examples: int
     metrics: dict[str, float]
+    counted: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer(Protocol):
@@ -118,6 +125,18 @@ class ChecksOptions(Protocol):
 
     def check_options(self, options: Options) -> None:
         """Raises ConfigError where an option has the wrong type or is out of its range."""
+        ...
+
+
+@runtime_checkable
+class ReadyTrainer(Protocol):
+    """A trainer that can hand out its model for use outside of Umbel."""
+
+    USE: str
+    """How the model is used, in one expression of `model` and `x`, for reports."""
+
+    def ready(self, weights: Weights, options: Options) -> Any:
+        """The model with these weights, which shares nothing with the trainer."""
         ...
 
 

@@ -89,7 +89,9 @@ class Contract:
         Raises:
             ValueError: there are more or fewer.
         """
-        return Contract(*(blob[at : at + _PART] for at in range(0, max(len(blob), 1), _PART)))
+        if len(blob) != _PART * len(PARTS):
+            raise ValueError(f"a contract has {_PART * len(PARTS)} bytes, not {len(blob)}")
+        return Contract(*(blob[at : at + _PART] for at in range(0, len(blob), _PART)))
 
     def differs(self, other: "Contract") -> list[str]:
         """The parts in which two contracts differ; an app that one side does not know is none."""

@@ -15,7 +15,7 @@ for, so a smaller or larger B changes usefulness, never the guarantee.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from flwr.app import RecordDict
@@ -53,7 +53,6 @@ class LocalGaussian(Stateless):
     participations: int = 1
     insecure_seed: int | None = None
     name: str = "local-gaussian"
-    private: bool = True
 
     def __post_init__(self) -> None:
         try:
@@ -61,6 +60,10 @@ class LocalGaussian(Stateless):
             count(participations=self.participations)
         except ValueError as error:
             raise StackError(f"local {error}") from error
+
+    def without_seed(self) -> "LocalGaussian":
+        """This layer with real noise."""
+        return replace(self, insecure_seed=None)
 
     @property
     def noise_multiplier(self) -> float:
@@ -105,4 +108,5 @@ class LocalGaussian(Stateless):
             against="server",
             sampled=False,
             slack=slack_of(facts),
+            mechanism="local",
         )

@@ -39,7 +39,7 @@ from umbel.privacy.noise.skellam import sample_skellam, skellam_event, skellam_s
 from umbel.strategies.collect import LENIENCE
 from umbel.strategies.errors import RunError, StackError
 from umbel.strategies.layer import Claim, Config, Facts, Metrics, Stateless
-from umbel.strategies.private.gaussian import MARGIN, check_multiplier, need_equal_weights
+from umbel.strategies.private.gaussian import MARGIN, check_multiplier
 from umbel.strategies.release import Promise, Release
 
 Law = Literal["skellam", "discrete-gaussian"]
@@ -70,7 +70,6 @@ class DistributedNoise(Stateless):
     colluders: int = 0
     insecure_seed: int | None = None
     name: str = "distributed-noise"
-    private: bool = True
 
     def __post_init__(self) -> None:
         check_multiplier(self.noise_multiplier)
@@ -83,6 +82,10 @@ class DistributedNoise(Stateless):
     def with_noise(self, noise_multiplier: float) -> "DistributedNoise":
         """This layer with its noise decided."""
         return replace(self, noise_multiplier=noise_multiplier)
+
+    def without_seed(self) -> "DistributedNoise":
+        """This layer with real noise."""
+        return replace(self, insecure_seed=None)
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         if facts.l2_bound is None:
@@ -172,7 +175,6 @@ class DistributedNoise(Stateless):
                 f"a share of the noise protects nobody whose update is seen alone; put {self.name} "
                 "over SecureSum, or take LocalGaussian"
             )
-        need_equal_weights(facts, self.name)
         if self.noise_multiplier is None or facts.l2_bound is None or facts.grid is None:
             raise StackError(f"{self.name} has no noise yet; give noise-multiplier or epsilon")
         event, slack = self._event(facts)
@@ -184,6 +186,7 @@ class DistributedNoise(Stateless):
             sampled=False,
             slack=slack,
             summed=True,
+            mechanism="gaussian",
         )
 
     def _event(self, facts: Facts) -> tuple[DpEvent, float]:
