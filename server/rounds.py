@@ -19,7 +19,7 @@ from torch import Tensor
 from umbel.server import checkpoint
 from umbel.server.asking import Asker, pool_requests, processes_of, public_arrays, trips
 from umbel.server.checkpoint import Best, Position
-from umbel.server.drive import Phases, drive, stream
+from umbel.server.drive import ROUND_TTL, Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.failures import Failures
 from umbel.server.job import Evaluate as Evaluate
@@ -27,6 +27,7 @@ from umbel.server.job import Job as Job
 from umbel.server.job import Outcome as Outcome
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
@@ -38,7 +39,9 @@ from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
 from umbel.strategies.records import Manifest, Tree, to_array
 
 CHECKPOINT_EVERY_S = 1.0
-"""Rounds that are shorter than this share a checkpoint; a resumed run repeats them."""
+"""Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
+_CHECKPOINT_SHARE = 0.05
+"""Where saving is quick, a checkpoint comes as soon as it costs no more than this share."""
 PATIENCE_WITHOUT_REPLIES = 3
 """Rounds in a row without enough replies after which a run gives up."""
 
@@ -84,7 +87,7 @@ class Rounds:
         check_rounds(self.job.stack, self.facts)
         self.processes = processes_of(grid) if job.pooled else 0
         self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
-        self._saved_at = 0.0
+        self._saved_at = self._saving_took = 0.0
         self._metrics: Mapping[str, float] = {}
 
     def fit(self) -> Outcome:
@@ -176,8 +179,17 @@ class Rounds:
         entropy = [self.job.options.seed, number, 1] if self.job.guard.seeded else None
         nodes = self.job.guard.eligible(number, self.nodes)
         cohort = [nodes[i] for i in self.cohort.draw(len(nodes), entropy)] if nodes else []
+        cohort = self._present(cohort)
         self.job.guard.open(number, cohort)
         return cohort
+
+    def _present(self, nodes: Sequence[NodeRef]) -> list[NodeRef]:
+        """Without those that were shut out since the run began.
+
+        They are drawn all the same: the sampling rate is of the population that was planned for.
+        """
+        gone = self.grid.gone() if isinstance(self.grid, OwnGrid) else set()
+        return [node for node in nodes if node.node_id not in gone]
 
     def _requests(
         self, position: Position, number: int, cohort: Sequence[NodeRef], kind: str = "train"
@@ -196,7 +208,10 @@ class Rounds:
         if self.processes and kind == "train":
             return pool_requests(model, config, cohort, self.processes)
         content = RecordDict({MODEL: ArrayRecord(model), CONFIG: config})
-        return [Message(content, node.node_id, kind, group_id=str(number)) for node in cohort]
+        group = str(number)
+        return [
+            Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
+        ]
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate
@@ -337,7 +352,7 @@ class Rounds:
 
     def _federated(self, position: Position) -> FederatedEvaluation:
         count = self.job.options.federated_nodes or len(self.nodes)
-        nodes = self.nodes[:count]
+        nodes = self._present(self.nodes)[:count]
         requests = self._requests(position, position.round, nodes, "evaluate")
         timeout = self.job.options.round_timeout or None
         evaluation = gather(stream(self.grid, requests, timeout), nodes)
@@ -353,6 +368,7 @@ class Rounds:
             restore = getattr(self.grid, "restore_states", None)
             if restore is not None:
                 restore(checkpoint.load_nodes(self.run.checkpoint_path, position.round))
+            self._tell_what_is_repeated(position.round)
             self.run.truncate_rounds(position.round)
             for line in self.run.rounds():
                 self._metrics = line.get("metrics") or self._metrics
@@ -376,12 +392,22 @@ class Rounds:
             self.run.append_round({"round": 0, "metrics": metrics})
         return position
 
+    def _tell_what_is_repeated(self, saved: int) -> None:
+        done = max((int(line.get("round", 0)) for line in self.run.rounds()), default=0)
+        if done > saved:
+            which = f"round {done}" if done == saved + 1 else f"rounds {saved + 1} to {done}"
+            self.progress.note(
+                f"{which} had ended and not been saved yet; the run goes on before, and repeats it"
+            )
+
     def _save(self, position: Position, *, last: bool) -> None:
         now = time.monotonic()
-        if last or now - self._saved_at >= CHECKPOINT_EVERY_S:
+        wait = min(CHECKPOINT_EVERY_S, self._saving_took / _CHECKPOINT_SHARE)
+        if last or now - self._saved_at >= wait:
             states = getattr(self.grid, "pickled_states", dict)
             checkpoint.save(self.run.checkpoint_path, position, states())
-            self._saved_at = now
+            self._saved_at = time.monotonic()
+            self._saving_took = self._saved_at - now
 
     def _end(self, position: Position, stopped: str) -> Outcome:
         parameters, buffers = self._model(position)

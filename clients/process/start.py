@@ -39,6 +39,8 @@ class StartSettings:
         once: end with the coordinator's run.
         threads: of tensor operations; 0 leaves it to the libraries.
         gpu: `auto`, `none`, or the number of a GPU.
+        give_up: end when the coordinator refuses this node, in place of asking again slowly.
+        proxy: go through the environment's HTTP proxy or not; None does as the last start.
     """
 
     state: Path
@@ -51,6 +53,8 @@ class StartSettings:
     once: bool = False
     threads: int = 0
     gpu: str = "auto"
+    give_up: bool = False
+    proxy: bool | None = None
     on_event: Callable[[str], None] = field(default=lambda _: None)
 
 
@@ -94,6 +98,7 @@ async def _run(membership: Membership, start: StartSettings, version: str) -> No
         app_digest=folder.digest(),
         any_app=start.any_app,
         once=start.once,
+        give_up=start.give_up,
         on_event=start.on_event,
     )
     stopping = asyncio.create_task(stopped.wait())
@@ -117,6 +122,7 @@ async def _work(trainee: Trainee, link: NodeLink) -> None:
 async def enrolled(membership: Membership, start: StartSettings) -> NodeSettings:
     """What this start says, over what earlier ones have left; enrols where that is asked."""
     before = membership.settings()
+    membership.proxy = bool(start.proxy) or (start.proxy is None and bool(before and before.proxy))
     own = start.own_certificate
     if own is not None:
         if not (start.address or before):
@@ -136,6 +142,7 @@ async def enrolled(membership: Membership, start: StartSettings) -> NodeSettings
         settings = before
     if start.address:
         settings = replace(settings, address=start.address)
+    settings = replace(settings, proxy=membership.proxy)
     if start.node_config is not None:
         settings = replace(settings, node_config=dict(start.node_config))
     if start.app is not None:
