@@ -82,11 +82,22 @@ class Stack:
         return self.collect.check(self.places(facts, states)[-1])
 
     def places(self, facts: Facts, states: States) -> list[Facts]:
-        """The facts of an update as it enters each layer, and last the collect."""
+        """The facts of an update as it enters each layer, and last the collect.
+
+        A round asks for its places several times; they are worked out once.
+        """
+        if self._known and self._known[0][0] == facts and self._known[0][1] is states:
+            return self._known[0][2]
         found = [facts]
         for layer, state in zip(self.layers, states, strict=True):
             found.append(self._after(layer, found[-1], state))
+        self._known[:] = [(facts, states, found)]
         return found
+
+    @cached_property
+    def _known(self) -> list[tuple[Facts, States, list[Facts]]]:
+        """The places that were asked for last."""
+        return []
 
     def _after(self, layer: Layer[Any], facts: Facts, state: Any) -> Facts:
         """The facts after a layer; a longer vector has a bound only where the layer says it."""
