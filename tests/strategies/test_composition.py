@@ -27,7 +27,7 @@ from umbel.federation import Federation
 from umbel.privacy.noise.skellam import SkellamDpEvent
 from umbel.strategies import composition
 from umbel.strategies.collect import Gather, Gathering, PlainSum, Sum
-from umbel.strategies.errors import ConfigError, StackError, UmbelError
+from umbel.strategies.errors import ConfigError, RunError, StackError, UmbelError
 from umbel.strategies.layer import Claim, Facts, Layer, Round, Stateless
 from umbel.strategies.private import banded_gaussian, gaussian, local_gaussian, tree_gaussian
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
@@ -492,6 +492,8 @@ REFUSED: Mapping[str, tuple[Stack, Mapping[str, Any], str]] = {
         {"max_examples": 50},
         "max-examples is 50",
     ),
+    "a mechanism without a budget": (Stack(), {"mechanism": "local"}, "nothing asks for noise"),
+    "a mode without a secure sum": (Stack(), {"secure_mode": "malicious"}, "give secure=true"),
     "a secure limit by the wrong name": (
         Stack(),
         {"secure": True, "max_examples": 50},
@@ -562,6 +564,28 @@ def test_a_longer_update_is_bounded_again(layers: Any, text: str, without_noise:
     found, average, _, _ = played(secret, sent_by(secret, cohort()))
     assert found.total.shape == (facts.size,)
     assert average.shape == (SIZE,)
+
+
+@dataclass(frozen=True)
+class Louder(Stateless):
+    """Makes updates a hundred times as long, and does not say so."""
+
+    name: str = "louder"
+
+    def encode(self, update: Tensor, config: Any, memory: RecordDict) -> Any:  # noqa: ARG002
+        return update * 100, {}
+
+
+def test_a_bound_that_a_layer_does_not_keep_costs_its_nodes(without_noise: Recorder) -> None:
+    """A plain sum measures what arrives; under a secure sum each node measures what it sends."""
+    layers = (Clip(1.0), Louder())
+    with pytest.raises(AssertionError, match="is the longest taken"):
+        check_claims(compose(Stack(layers), epsilon=3.0).with_noise(2.0), without_noise)
+    for options in ({}, {"epsilon": 3.0}):
+        for app in (Stack(layers), Stack((*layers, Quantize(1 << 12)), SecureSum())):
+            stack = compose(app, secure=True, **options).with_noise(2.0)
+            with pytest.raises(RunError, match="update"):
+                sent_by(stack, cohort())
 
 
 # ---- what is left of a short update
