@@ -190,6 +190,7 @@ class Rounds:
             "learning_rate": self._rate(number),
             **({"secure": dict(sum_.about)} if sum_.about else {}),
             **({} if sum_.revealed else {"aborted": sum_.aborted}),
+            **self.failures.limited(number, sum_.limited),
         }
         self.statements.write()
         self.run.append_round(line)
