@@ -70,9 +70,8 @@ def protection_of(stack: Stack, size: int, told: Mapping[str, Any]) -> Protectio
     """
     shared = any(_is(layer, _NOISE) for layer in stack.layers)
     facts = Facts(size=size, round=int(_number(told.get("round")) or 0))
-    noise, shares, norm, seeded = 0.0, 0, None, False
+    noise, shares, norm, seeded = 0.0, 0, None, stack.insecure
     for place, layer in enumerate(stack.layers):
-        seeded |= getattr(layer, "insecure_seed", None) is not None
         last = place == len(stack.layers) - 1
         clips = any(_is(layer, kind) for kind in (_CLIP, _ADAPTIVE))
         if clips:
