@@ -19,7 +19,7 @@ class Failures:
         progress: where a person watches.
     """
 
-    names: Mapping[int, str]
+    names: dict[int, str]
     progress: Progress
     _told: set[str] = field(default_factory=set)
 

@@ -27,7 +27,7 @@ from umbel.server.job import Job as Job
 from umbel.server.job import Outcome as Outcome
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
-from umbel.server.roster import NodeRef
+from umbel.server.roster import NodeRef, newcomers
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
 from umbel.strategies.errors import ConfigError, RunError
@@ -74,17 +74,47 @@ class Rounds:
             beta_2=options.beta_2,
             tau=options.tau,
         )
+        self.facts = self._population(nodes)
+        self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
+        self.processes = processes_of(grid) if job.pooled else 0
+        self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
+        self._next_time: set[int] = set()
+        self._saved_at = 0.0
+        self._metrics: Mapping[str, float] = {}
+
+    def _population(self, nodes: Sequence[NodeRef]) -> Facts:
+        """Take these for everyone; the facts of an update that follow from how many they are."""
+        self.nodes = nodes
         self.expected = self.cohort.expected(len(nodes))
-        self.facts = Facts(
+        return Facts(
             size=self.manifest.size,
             expected_replies=self.expected,
             max_replies=self.cohort.most(len(nodes)),
         )
-        self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
-        self.processes = processes_of(grid) if job.pooled else 0
-        self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
-        self._saved_at = 0.0
-        self._metrics: Mapping[str, float] = {}
+
+    def _welcome(self) -> None:
+        """Let nodes take part that have come since the run began.
+
+        Not in a private run: what it promises was worked out for the nodes that were there.
+        """
+        new = newcomers(self.grid, self.nodes)
+        if not new:
+            return
+        if self.job.stack.private:
+            for node in new:
+                if node.node_id not in self._next_time:
+                    self.progress.note(
+                        f"node {node.name} has come after this run began; it takes part from the "
+                        f"next run on, because the privacy of this one counts on {len(self.nodes)} "
+                        "nodes"
+                    )
+            self._next_time |= {node.node_id for node in new}
+            return
+        everyone = sorted([*self.nodes, *new], key=lambda node: (node.partition, node.name))
+        self.facts = self._population(everyone)
+        self.failures.names.update({node.node_id: node.name for node in new})
+        names = ", ".join(node.name for node in new)
+        self.progress.note(f"joined the run: {names}; there are {len(everyone)} nodes now")
 
     def fit(self) -> Outcome:
         """Train until a reason to stop; a run directory with a checkpoint is continued.
@@ -103,6 +133,7 @@ class Rounds:
             if reason is not None:
                 stopped = reason
                 break
+            self._welcome()
             position = self._round(position, number)
         position, _ = self._ask(position)
         if stopped != "rounds" and self.job.options.federated_every >= 0 and position.round:
