@@ -110,6 +110,35 @@ def run_command(
         typer.echo(line)
 
 
+@app.command("options")
+def options_command(
+    path: AppArgument = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The reference page of Umbel's own options.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List every option of an app: type, default, values, meaning, and who reads it."""
+    from umbel import options_listing
+    from umbel.federation import FederationServerApp
+    from umbel.run import example
+    from umbel.strategies.app import open_app
+
+    if markdown:
+        typer.echo(options_listing.reference(), nl=False)
+        return
+    folder = open_app(path if path is not None else example())
+    server = folder.server_app()
+    federation = server.federation if isinstance(server, FederationServerApp) else None
+    rows = options_listing.listing(federation, folder.options)
+    if as_json:
+        typer.echo(json.dumps({"app": folder.name, "options": options_listing.as_json(rows)}))
+        return
+    from umbel.options_table import show
+
+    show(rows)
+
+
 @app.command("report")
 def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],

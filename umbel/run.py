@@ -26,7 +26,6 @@ from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
-from umbel.strategies.run_options import RunOptions
 
 CANNOT_GO_ON = (
     "this app keeps its own rounds, so a run of it cannot go on later: started again, it begins "
@@ -137,7 +136,7 @@ def _plan(
     federation = server_app.federation if isinstance(server_app, FederationServerApp) else None
     options = (federation.override if federation else override)(known, changes)
     if federation is not None:
-        RunOptions.read(options)  # raises before there is a directory or a process
+        federation.check_options(options)
     return _Plan(folder, server_app, options, nodes or folder.nodes or NODES, workers)
 
 
