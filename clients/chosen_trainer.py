@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from umbel.clients.trainer import (
     BundleTrainer,
+    ChecksOptions,
     CohortTrainer,
     Evaluated,
     Job,
@@ -50,6 +51,12 @@ class ChosenTrainer:
             raise ConfigError(f"{self.option} is {name!r}; it can be {', '.join(self.trainers)}")
         return self.trainers[str(name)]
 
+    def check_options(self, options: Options) -> None:
+        """Raises ConfigError where no trainer has the name, or the chosen one refuses."""
+        trainer = self.chosen(options)
+        if isinstance(trainer, ChecksOptions):
+            trainer.check_options(options)
+
     def initial(self, options: Options, seed: int) -> Weights:
         return self.chosen(options).initial(options, seed)
 
@@ -67,6 +74,16 @@ class ChosenTrainer:
         if not isinstance(trainer, CohortTrainer):
             return None
         return trainer.train_cohort(weights, examples, jobs)
+
+    def ready(self, weights: Weights, options: Options) -> Any:
+        """The chosen trainer's model; its weights where that makes none."""
+        ready = getattr(self.chosen(options), "ready", None)
+        return weights if ready is None else ready(weights, options)
+
+    def statistics(self, options: Options) -> tuple[str, ...]:
+        """The chosen trainer's."""
+        names = getattr(self.chosen(options), "statistics", None)
+        return () if names is None else tuple(names(options))
 
     def group_size(self, options: Options) -> int:
         """How many nodes an engine should give to `train_cohort` at a time."""

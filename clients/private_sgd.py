@@ -10,6 +10,7 @@ take part. The unit is one record; adding or removing one is what is hidden. The
 node's records is treated as public. The loss of training is private and not reported.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from dp_accounting import NonPrivateDpEvent
 from torch import Tensor, nn
 
-from umbel.clients.example_ledger import ExampleLedger, Steps, noise_for
-from umbel.clients.pytorch.batches import Source, open_source, to_device, to_model
+from umbel.clients.node_ledger import StateLedger, total
+from umbel.clients.pytorch.batches import Source, to_device, to_model
+from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import make_optimizer
 from umbel.clients.pytorch.losses import Loss
 from umbel.clients.pytorch.settings import TorchSettings, choose_device
@@ -30,14 +33,22 @@ from umbel.clients.settings import options_of, read
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Tree, Weights
 from umbel.privacy.bounds.examples import zeros
 from umbel.privacy.bounds.ghost import PerExample
+from umbel.privacy.budget.accounting import poisson
+from umbel.privacy.budget.calibrate import noise_multiplier
+from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge
 from umbel.privacy.noise.entropy import Entropy
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layout import averaged_buffers
 from umbel.strategies.options import dashed
 from umbel.strategies.private.gaussian import noised
+from umbel.strategies.release import Release
 
 MARGIN = 1 + 2.0**-16
 """Noise beyond z C: covers the rounding of clipped gradients and of their sum in float32."""
+
+
+LARGEST_BUDGET = 100.0
+"""Epsilon that protects no record from anybody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +56,12 @@ class ExamplePrivacy:
     """What a node promises about each of its records. Option names are the same in kebab-case.
 
     Attributes:
-        example_epsilon: the node's budget for the whole run.
-        example_delta: of the same; well below one over the number of records.
-        example_norm: every record's gradient is clipped to this.
-        example_noise: noise over norm, instead of what the budget asks for; 0 lets it decide.
+        example_epsilon: the budget of each record of a node, for the whole run.
+        example_delta: the probability that this guarantee may fail with; well below one over the
+            number of records.
+        example_norm: the norm to which every record's gradient is clipped.
+        example_noise: the noise over the norm, instead of what the budget asks for; 0 lets it
+            decide.
     """
 
     example_epsilon: float = 3.0
@@ -119,6 +132,11 @@ class PrivateSgd(ExamplePrivacy):
                 "only their mean; use cross-entropy, binary-cross-entropy or mse"
             )
 
+    def check_options(self, options: Options) -> None:
+        """Raises ConfigError where a setting cannot be used, or would be ignored."""
+        _refuse_ignored(self.trainer.settings(options))
+        self.privacy(options)
+
     def initial(self, options: Options, seed: int) -> Weights:
         """The first model of the trainer.
 
@@ -135,6 +153,10 @@ class PrivateSgd(ExamplePrivacy):
         except ValueError as error:
             raise ConfigError(str(error)) from error
         return first
+
+    def ready(self, weights: Weights, options: Options) -> nn.Module:
+        """The trained module."""
+        return self.trainer.ready(weights, options)
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         return self.trainer.evaluate(weights, examples, options)
@@ -167,7 +189,7 @@ class PrivateSgd(ExamplePrivacy):
             )
         except ValueError as error:
             raise ConfigError(f"a node with {examples} examples: {error}") from error
-        cost = ExampleLedger((Steps(noise, rate, steps * rounds),)).epsilon(delta)
+        cost = total({_charge(noise, rate): steps * rounds}, delta)[0]
         return Schedule(noise, rate, steps, cost)
 
     def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
@@ -179,16 +201,17 @@ class PrivateSgd(ExamplePrivacy):
         """
         settings = self.trainer.settings(job.options, job.learning_rate)
         promise, device = self.privacy(job.options), choose_device(settings.device)
-        source = open_source(examples, device)
         _refuse_ignored(settings)
         _refuse_beside(averaged_buffers(weights.buffers, str(job.options.get("buffers", "local"))))
-        plan = self.schedule(source.size, job.options)
         piece = self.trainer.bench.piece(job.options, device)
+        source = opened(piece, examples, self.trainer.target)
+        plan = self.schedule(source.size, job.options)
         piece.load(weights)
         with seeded(job.seed, device):
             step = _Step(self.trainer, piece.module, settings, promise, plan, _entropy(job))
             step.check(source, device, piece.real)  # what is refused is not charged
-        epsilon = _charge(plan, promise, job)
+        ledger = job.ledger or StateLedger(job.memory)
+        epsilon = ledger.charge(_release(plan, promise, job)).epsilon
         with seeded(job.seed, device):
             for _ in range(plan.steps):
                 step.take(source, device, piece.real)
@@ -274,6 +297,40 @@ class _Step:
         return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def _release(plan: Schedule, promise: ExamplePrivacy, job: Job) -> Release:
+    """What this round is about to cost the node's records."""
+    seeded = _seed(job) >= 0
+    charge = _charge(plan.noise_multiplier, plan.sampling_rate)
+    promised = None if promise.example_noise else promise.example_epsilon
+    return Release(
+        unit="record",
+        mechanism="dp-sgd",
+        charge=Charge(NonPrivateDpEvent()) if seeded else charge,
+        count=plan.steps,
+        planned=plan.steps * int(job.options["rounds"]),
+        promised=math.inf if seeded else promised,
+        delta=promise.example_delta,
+        noise_multiplier=plan.noise_multiplier,
+        norm=promise.example_norm,
+        sampling_rate=plan.sampling_rate,
+    )
+
+
+def _charge(noise: float, rate: float) -> Charge:
+    return Charge(poisson(noise, rate), ADD_OR_REMOVE)
+
+
+@functools.lru_cache(maxsize=256)
+def noise_for(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The noise multiplier under which `steps` steps stay within a node's budget.
+
+    Budgets beyond `LARGEST_BUDGET` get the noise of that one: to find less takes memory that
+    grows with epsilon, which is the coordinator's to choose.
+    """
+    budget = min(epsilon, LARGEST_BUDGET) * (1 - 1e-3)
+    return noise_multiplier(budget, delta, sampling_rate, steps)
+
+
 _IGNORED = {
     "proximal_mu": (0.0, "a pull to the model that was sent"),
     "clip_gradient": (0.0, "a limit for the whole batch; example-norm limits each record"),
@@ -311,20 +368,6 @@ def _refuse_beside(sent: Tree) -> None:
             f"buffers=mean would send {names} without clipping or noise beside updates that hide "
             "every record; use buffers=local"
         )
-
-
-def _charge(plan: Schedule, promise: ExamplePrivacy, job: Job) -> float:
-    """Write this round's steps into the node's ledger; what it has spent with them."""
-    now = Steps(plan.noise_multiplier, plan.sampling_rate, plan.steps)
-    ledger = ExampleLedger.read(job.memory).plus(now)
-    epsilon = ledger.epsilon(promise.example_delta)
-    if not promise.example_noise and epsilon > promise.example_epsilon:
-        raise RunError(
-            f"the budget of this node's records is epsilon {promise.example_epsilon:g}, and "
-            f"another round would bring them to {epsilon:.4g}; the node takes no further part"
-        )
-    ledger.write(job.memory)
-    return math.inf if _seed(job) >= 0 else epsilon
 
 
 def _seed(job: Job) -> int:

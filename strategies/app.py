@@ -9,7 +9,6 @@ task.py          what both import
 import hashlib
 import importlib
 import sys
-import tomllib
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from typing import Any, TypeVar
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Value, flatten
+from umbel.strategies.errors import ConfigError, described
+from umbel.strategies.options import Value, flatten, read_toml
 
 T = TypeVar("T")
 
@@ -49,11 +48,18 @@ class AppFolder:
 
     def server_app(self) -> ServerApp:
         """Import the server's app; ConfigError says what went wrong."""
-        return load(self.path, self.server, ServerApp)
+        return self._installed(load(self.path, self.server, ServerApp))
 
     def client_app(self) -> ClientApp:
         """Import the nodes' app; ConfigError says what went wrong."""
-        return load(self.path, self.client, ClientApp)
+        return self._installed(load(self.path, self.client, ClientApp))
+
+    def _installed(self, app: T) -> T:
+        """Tell a federation's app where it comes from; others have no use for it."""
+        installed = getattr(app, "installed", None)
+        if installed is not None:
+            installed(self.digest(), self.options)
+        return app
 
     def digest(self) -> str:
         """SHA-256 over the names and contents of the app's Python and TOML files."""
@@ -76,13 +82,9 @@ def open_app(path: Path) -> AppFolder:
     if not path.is_dir():
         raise ConfigError(f"there is no folder {path}; make an app with: umbel new {path.name}")
     file = path / "pyproject.toml"
-    try:
-        with file.open("rb") as opened:
-            project = tomllib.load(opened)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is no app: it has no pyproject.toml") from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not file.exists():
+        raise ConfigError(f"{path} is no app: it has no pyproject.toml")
+    project = read_toml(file)
     app = _table(file, project, "tool", "flwr", "app")
     components = _table(file, app, "components")
     references = [components.get(key) for key in ("serverapp", "clientapp")]
@@ -193,4 +195,4 @@ def _import_failed(path: Path, module: str, error: BaseException) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if str(path) in frame.filename] or frames
         where = f"{own[-1].filename}, line {own[-1].lineno}"
-    return f"the app does not import: {type(error).__name__}: {error} ({where})"
+    return f"the app does not import: {described(error, where)}"

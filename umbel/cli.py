@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from umbel import server_commands
+from umbel import run_commands, server_commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -32,6 +32,7 @@ _GROUPS = {
     "privacy": "Plan a private run: epsilon of a schedule, noise for a budget.",
     "bench": "Benchmarks of this installation.",
     "data": "Data sets: list them, fetch them.",
+    "client": "Be a node of a federation: stay connected, train when asked.",
 }
 """Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
 
@@ -85,10 +86,17 @@ def run_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<run-id>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+    unprotected: Annotated[
+        bool,
+        typer.Option(
+            "--unprotected", help="Release without noise about people with a privacy budget."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an app on this machine and write a report."""
     from umbel.run import Interrupted, run
+    from umbel.server.output import strict
     from umbel.server.output.report import write_report
     from umbel.strategies.errors import ConfigError
     from umbel.strategies.options import parse
@@ -97,12 +105,20 @@ def run_command(
         raise ConfigError("--resume names the run to continue; leave out APP and --out")
     options = parse(config or [])
     try:
-        result = run(path, options=options, nodes=nodes, workers=workers, out=out, resume=resume)
+        result = run(
+            path,
+            options=options,
+            nodes=nodes,
+            workers=workers,
+            out=out,
+            resume=resume,
+            unprotected=unprotected,
+        )
     except Interrupted as stop:  # Typer would end here without a word
         raise typer.Exit(_stopped(stop)) from None
     report = write_report(Path(result["run"]))
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(strict.dumps(result))
         return
     from umbel.summary import lines
 
@@ -110,36 +126,33 @@ def run_command(
         typer.echo(line)
 
 
-@app.command("report")
-def report_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-) -> None:
-    """Draw a run: report.html and PNG plots, in its directory."""
-    from umbel.server.output.report import write_report
-
-    typer.echo(write_report(run))
-
-
-@app.command("verify")
-def verify_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    key: Annotated[
-        str | None, typer.Option(help="The coordinator's public key, as published (base64).")
-    ] = None,
+@app.command("options")
+def options_command(
+    path: AppArgument = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The reference page of Umbel's own options.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a private run's certificate: every number again, from its ledger."""
-    from umbel.server.private.verify import verify
+    """List every option of an app: type, default, values, meaning, and who reads it."""
+    from umbel import options_listing
+    from umbel.federation import FederationServerApp
+    from umbel.run import example
+    from umbel.strategies.app import open_app
 
-    problems = verify(run, key=key)
+    if markdown:
+        typer.echo(options_listing.reference(), nl=False)
+        return
+    folder = open_app(path if path is not None else example())
+    server = folder.server_app()
+    federation = server.federation if isinstance(server, FederationServerApp) else None
+    rows = options_listing.listing(federation, folder.options)
     if as_json:
-        typer.echo(json.dumps({"ok": not problems, "problems": problems}))
-    else:
-        for problem in problems:
-            typer.echo(f"problem: {problem}")
-        typer.echo("the certificate does not hold" if problems else "the certificate holds")
-    if problems:
-        raise typer.Exit(CHECK_FAILED)
+        typer.echo(json.dumps({"app": folder.name, "options": options_listing.as_json(rows)}))
+        return
+    from umbel.options_table import show
+
+    show(rows)
 
 
 @app.command("new")
@@ -153,8 +166,10 @@ def new_command(
     typer.echo(f"made {folder}; run it with: umbel run {name}")
 
 
+app.command("report")(run_commands.report)
+app.command("verify")(run_commands.verify)
+app.command("key")(run_commands.key)
 app.command("server")(server_commands.server)
-app.command("client")(server_commands.client)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)
 app.add_typer(server_commands.nodes, name="nodes")
@@ -177,6 +192,7 @@ def main() -> None:
     # of the whole command, but people add it at the end of the line that failed
     arguments = ["--debug"] * debug + [word for word in sys.argv[1:] if word != "--debug"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+    forks_die_politely()
     _mount(arguments)
     status: Any
     try:
@@ -186,7 +202,25 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         status = _stopped(stop)
     sys.stdout.flush()
+    for each in (signal.SIGTERM, signal.SIGINT):  # nothing is left that one could interrupt
+        signal.signal(each, signal.SIG_DFL)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def forks_die_politely() -> None:
+    """Let a polite kill end what is forked from this process, whatever it does here.
+
+    An app's own processes (`multiprocessing.Pool`) are ended so, and inherit the handlers by
+    which this process takes it for a Ctrl-C or stops at the next safe place.
+    """
+    os.register_at_fork(after_in_child=_forget_our_handler)
+
+
+def _forget_our_handler() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    ours = str(getattr(handler, "__module__", "")).startswith("umbel.")
+    if handler is signal.default_int_handler or ours:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _stopped(stop: BaseException | None) -> int:
@@ -198,7 +232,7 @@ def _stopped(stop: BaseException | None) -> int:
 
 def _explain(error: Exception, *, debug: bool) -> int:
     """Say in one sentence what went wrong; the exit status."""
-    from umbel.strategies.errors import UmbelError, place
+    from umbel.strategies.errors import UmbelError, described
 
     if debug and not isinstance(error, click.ClickException):
         traceback.print_exception(error)
@@ -213,8 +247,7 @@ def _explain(error: Exception, *, debug: bool) -> int:
     if isinstance(error, UmbelError):
         _say(str(error))
         return error.exit_status
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    _say(f"{what} ({place(error)}); add --debug for the traceback")
+    _say(f"{described(error)}; add --debug for the traceback")
     return 1
 
 

@@ -1,23 +1,37 @@
 """The link engine as a Flower `Grid`: real nodes, in streams, with nothing that polls."""
 
 import logging
+import math
 import queue
+import signal
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from umbel.server.flower import CRASHED, NodeInfo, give_id, take_identity
 from umbel.server.link.hub import Hub, Instruction, Reply
+from umbel.server.link.room import MARGIN, largest_reply
 from umbel.server.notes import Notes
-from umbel.server.own_grid import OwnGrid
+from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
 from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
+from umbel.transport.flower import (
+    CRASHED,
+    TOO_LATE,
+    UNAVAILABLE,
+    UNKNOWN,
+    NodeInfo,
+    give_id,
+    is_over,
+    no_such_message,
+    seconds_left,
+    take_identity,
+)
 from umbel.transport.frames import INLINE, LARGEST_CONTENT
 from umbel.transport.link_pb2 import Begin
 
@@ -26,7 +40,15 @@ _LOOK_UP_S = 0.5  # a waiting thread wakes up this often, so that a signal can i
 
 
 class StoppedError(KeyboardInterrupt):
-    """The server was told to end; like Ctrl-C, no app should take it for a failure."""
+    """The server was told to end; like Ctrl-C, no app should take it for a failure.
+
+    Attributes:
+        number: of the signal.
+        idle: it had no unfinished run.
+    """
+
+    number = int(signal.SIGTERM)
+    idle = False
 
 
 class LinkGrid(OwnGrid):
@@ -42,7 +64,9 @@ class LinkGrid(OwnGrid):
         run_config: the run's options, for the nodes' `Context.run_config`.
         enough: the share of a round's training replies that is waited for; the rest are
             stragglers, whose cohort was chosen larger for them.
-        largest: bytes of the largest reply that is taken.
+        largest: bytes of the largest reply that is taken; 0 is four times the largest content
+            that the run has sent, and `margin`.
+        margin: bytes; large where the first reply may bring a model that nobody has sent.
     """
 
     def __init__(
@@ -52,7 +76,8 @@ class LinkGrid(OwnGrid):
         run_id: int = 1,
         run_config: Mapping[str, Any] | None = None,
         enough: float = 1.0,
-        largest: int = LARGEST_CONTENT,
+        largest: int = 0,
+        margin: int = MARGIN,
     ) -> None:
         if not 0 < enough <= 1:
             raise ConfigError(f"enough is {enough}; it is a share of replies, above 0, at most 1")
@@ -61,9 +86,13 @@ class LinkGrid(OwnGrid):
         super().__init__(run_id)
         self._config = b"".join(encode(RecordDict({"c": ConfigRecord(dict(run_config or {}))})))
         self._enough = enough
-        self._limits = Limits(total=largest)
+        self._largest, self._margin = largest, margin
+        self._limits = Limits(total=largest or LARGEST_CONTENT)
+        self._sent = 0  # bytes of the largest content
+        self._late: set[int] = set()  # nodes that have let a round's time run out
         self._asked: Counter[str] = Counter()
         self._open: dict[str, Message] = {}
+        self._pushed: set[str] = set()
         self._inbox: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self._ready: dict[str, Message] = {}
         self.stopping = False
@@ -82,22 +111,50 @@ class LinkGrid(OwnGrid):
         return super().get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send.
+
+        Returns:
+            Ids to pull replies by; as Flower's grid has it, None in the place of a message to a
+            node that is not in this federation.
+        """
         self._go_on()
-        return self._push(messages, self._inbox, None)
+        ids = self._push(messages, self._inbox, None)
+        self._pushed.update(message_id for message_id in ids if message_id is not None)
+        return ids  # type: ignore[return-value]  # None is Flower's own answer, against its types
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to these messages that are here; it does not wait."""
+        """The replies that are here; it does not wait.
+
+        An error stands in the place of a reply that was pulled before, of a message that is
+        unknown, and of one whose ttl is over.
+        """
         self._go_on()
         while not self._inbox.empty():
             reply = self._message(self._inbox.get())
             if reply is not None:
                 self._ready[reply.metadata.reply_to_message_id] = reply
-        return [self._ready.pop(each) for each in list(message_ids) if each in self._ready]
+        found = []
+        for message_id in dict.fromkeys(message_ids):
+            asked = self._open.get(message_id) if message_id in self._pushed else None
+            if message_id in self._ready:
+                found.append(in_time(self._ready.pop(message_id)))
+            elif asked is None:
+                found.append(no_such_message(message_id or "", self._run.run_id))
+            elif is_over(asked):
+                found += self._expire([message_id])
+            else:
+                continue
+            self._pushed.discard(message_id)
+        return found
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        return list(self.stream(messages, timeout))
+        """The replies, in the order of the messages they answer."""
+        messages = list(messages)
+        replies = {r.metadata.reply_to_message_id: r for r in self.stream(messages, timeout)}
+        ids = [message.metadata.message_id for message in messages]
+        return [replies[message_id] for message_id in ids if message_id in replies]
 
     def _go_on(self) -> None:
         if self.stopping:
@@ -126,20 +183,42 @@ class LinkGrid(OwnGrid):
         """
         messages = list(messages)
         inbox: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         training = bool(messages) and all(m.metadata.message_type == "train" for m in messages)
         self.phase = messages[0].metadata.message_type if messages else self.phase
-        waiting = set(self._push(messages, inbox, deadline))
-        may_miss = len(waiting) - ceil(self._enough * len(waiting)) if training else 0
+        ids = self._push(messages, inbox, None if timeout is None else deadline)
+        yield from (
+            self._nobody(message)
+            for message, message_id in zip(messages, ids, strict=True)
+            if message_id is None
+        )
+        waiting = {message_id for message_id in ids if message_id is not None}
+        patience = _Patience(self._late, waiting, self.hub.lost_after)
+        wanted = ceil(self._enough * len(waiting)) if training else len(waiting)
+        soonest = time.monotonic() + min(map(seconds_left, messages), default=0.0)
         try:
-            while len(waiting) > may_miss:
-                reply = self._next(inbox, deadline)
+            while waiting and wanted > 0:
+                until = patience.until(waiting, deadline)
+                reply = self._next(inbox, min(until, soonest))
                 if reply is None:
-                    break
+                    if time.monotonic() >= until:
+                        self._note_late(waiting)
+                        break
+                    over = [each for each in waiting if is_over(self._open[each])]
+                    waiting.difference_update(over)
+                    yield from self._expire(over)
+                    left = [seconds_left(self._open[each]) for each in waiting]
+                    soonest = time.monotonic() + min(left, default=0.0)
+                    continue
                 waiting.discard(reply.instruction.message_id)
+                patience.answered(reply.instruction.node_id)
                 message = self._message(reply)
                 del reply
                 if message is not None:
+                    message = in_time(message)
+                    # An error is no reply that one could do with: whoever fails at once must
+                    # not end the round for those who train.
+                    wanted -= not message.has_error()
                     yield message
                 del message  # while the next is decoded, this one must not take room
         finally:
@@ -149,47 +228,82 @@ class LinkGrid(OwnGrid):
                 self._name_stragglers(waiting)
                 self.hub.cancel(waiting)
 
-    def _next(self, inbox: "queue.SimpleQueue[Reply]", deadline: float | None) -> Reply | None:
+    def _next(self, inbox: "queue.SimpleQueue[Reply]", until: float) -> Reply | None:
+        """The next reply; None when the time is over."""
         while True:
             self._go_on()
-            left = _LOOK_UP_S if deadline is None else deadline - time.monotonic()
+            left = until - time.monotonic()
             try:
                 return inbox.get(timeout=min(_LOOK_UP_S, max(0.0, left)))
             except queue.Empty:
-                if deadline is not None and left <= 0:
+                if left <= 0:
                     return None
+
+    def _expire(self, message_ids: Sequence[str]) -> list[Message]:
+        """Errors in the place of replies to messages whose ttl is over; their nodes are told."""
+        if not message_ids:
+            return []
+        self.hub.cancel(message_ids)
+        replies = []
+        for message_id in message_ids:
+            reply = Message(Error(UNKNOWN, TOO_LATE), reply_to=self._open.pop(message_id))
+            give_id(reply, f"{message_id}/reply")
+            replies.append(reply)
+        return replies
+
+    def _nobody(self, message: Message) -> Message:
+        """The reply in the place of a node that is not in this federation."""
+        reason = not_here(message.metadata.dst_node_id)
+        return Message(Error(UNAVAILABLE, reason), reply_to=message)
 
     def _push(
         self,
         messages: Iterable[Message],
         inbox: "queue.SimpleQueue[Reply]",
         deadline: float | None,
-    ) -> list[str]:
+    ) -> list[str | None]:
+        """Give messages to the hub; their ids, None for those to nobody."""
         encoded: dict[int, tuple[RecordDict, list[Buffer], int]] = {}
         instructions = []
+        ids: list[str | None] = []
+        messages = list(messages)
         for message in messages:
+            check_ttl(message)
             content = message.content
             if id(content) not in encoded:  # one content for many nodes is encoded once
                 parts = encode(content)
                 encoded[id(content)] = (content, parts, zlib.crc32(parts[0]))
-            _, parts, digest = encoded[id(content)]
+                self._sent = max(self._sent, size_of(parts))
+        largest = self._largest or min(LARGEST_CONTENT, largest_reply(self._sent, self._margin))
+        for message in messages:
+            data = message.metadata
+            line = self.hub.lines.get(data.dst_node_id)
+            if line is None or line.node.revoked is not None:
+                log.error("%s", not_here(data.dst_node_id))
+                self._identify(message)  # its error reply needs one
+                ids.append(None)
+                continue
+            _, parts, digest = encoded[id(message.content)]
             message_id = self._identify(message)
             begin = Begin(
                 id=message_id,
                 size=size_of(parts),
                 inline=b"".join(parts) if size_of(parts) <= INLINE else b"",
                 run_id=self._run.run_id,
-                group_id=message.metadata.group_id,
-                message_type=message.metadata.message_type,
-                ttl=message.metadata.ttl,
+                group_id=data.group_id,
+                message_type=data.message_type,
+                ttl=data.ttl,
                 run_config=self._config,
                 digest=digest,
+                largest=largest,
             )
-            node_id = message.metadata.dst_node_id
-            instructions.append(Instruction(message_id, node_id, begin, parts, deadline, inbox))
+            over = time.monotonic() + seconds_left(message)
+            due = over if deadline is None else min(over, deadline)
+            instructions.append(Instruction(message_id, data.dst_node_id, begin, parts, due, inbox))
             self._open[message_id] = message
+            ids.append(message_id)
         self.hub.submit(instructions)
-        return [instruction.message_id for instruction in instructions]
+        return ids
 
     def _identify(self, message: Message) -> str:
         data = message.metadata
@@ -219,14 +333,68 @@ class LinkGrid(OwnGrid):
         give_id(message, f"{reply.instruction.message_id}/reply")
         return message
 
+    def _note_late(self, message_ids: set[str]) -> None:
+        """The round's time has run out for these: the next is not held up by them as long."""
+        for node_id in map(_node_of, message_ids):
+            line = self.hub.lines.get(node_id)
+            if node_id not in self._late and line is not None and line.session is not None:
+                self._late.add(node_id)
+                log.warning(
+                    "node %s was there and let the time run out; until it answers in time, it is "
+                    "waited for at most %.0f s after the others",
+                    self.name_of(node_id),
+                    self.hub.lost_after,
+                )
+
     def _name_stragglers(self, message_ids: set[str]) -> None:
-        names = sorted(self.name_of(int(each.rsplit("/", 2)[1])) for each in message_ids)
+        names = sorted(self.name_of(_node_of(each)) for each in message_ids)
         log.warning("not waited for any longer: %s", ", ".join(names))
+
+    def gone(self) -> set[int]:
+        """Ids of the nodes that were revoked since the run began, or before."""
+        lines = list(self.hub.lines.values())
+        return {line.node.node_id for line in lines if line.node.revoked is not None}
 
     def name_of(self, node_id: int) -> str:
         """A node's name, for people."""
         line = self.hub.lines.get(node_id)
         return line.node.name if line is not None else str(node_id)
+
+
+class _Patience:
+    """How long late nodes are waited for, once all others have answered.
+
+    Args:
+        late: ids of the nodes that have let the time of their last instruction run out; one
+            that answers is taken out.
+        waiting: ids of the messages.
+        longest: seconds after the others' last reply, or four times as long as they took.
+    """
+
+    def __init__(self, late: set[int], waiting: set[str], longest: float) -> None:
+        self._late, self._longest = late, longest
+        self._began = self._last = time.monotonic()
+        nodes = set(map(_node_of, waiting))
+        self._others = nodes - late
+        self._matters = bool(self._others) and bool(nodes & late)
+
+    def answered(self, node_id: int) -> None:
+        """A reply has come."""
+        self._late.discard(node_id)
+        if node_id in self._others:
+            self._others.discard(node_id)
+            self._last = time.monotonic()
+
+    def until(self, waiting: set[str], deadline: float) -> float:
+        """When the wait ends, on the monotonic clock."""
+        if not self._matters or self._others or not waiting:
+            return deadline
+        mine = self._last + max(self._longest, 4 * (self._last - self._began))
+        return min(mine, deadline)
+
+
+def _node_of(message_id: str) -> int:
+    return int(message_id.rsplit("/", 2)[1])
 
 
 class ObservedLinkGrid(Notes, LinkGrid):

@@ -10,11 +10,13 @@ from flwr.app import RecordDict
 from torch import nn
 
 from umbel.clients.data.examples import Examples
-from umbel.clients.example_ledger import ExampleLedger, Steps
+from umbel.clients.node_ledger import StateLedger
 from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainer import Job, Options, Weights
 from umbel.privacy.budget.accounting import epsilon as epsilon_of
+from umbel.privacy.budget.accounting import poisson
+from umbel.privacy.budget.events import Charge
 from umbel.strategies.errors import ConfigError, RunError
 
 
@@ -47,7 +49,7 @@ def test_a_round_charges_the_nodes_own_ledger() -> None:
     trained = trainer.train(start, _examples(), _job(options, memory))
     plan = trainer.schedule(200, options)
     assert (plan.sampling_rate, plan.steps) == (0.25, 8)
-    assert ExampleLedger.read(memory).entries == (Steps(plan.noise_multiplier, 0.25, 8),)
+    assert StateLedger(memory).spent("record") == {Charge(poisson(plan.noise_multiplier, 0.25)): 8}
     expected = epsilon_of(plan.noise_multiplier, 0.25, 8, 1e-5)
     assert trained.metrics == {"example-epsilon": pytest.approx(expected, rel=0.02)}
     assert trained.examples == 200
@@ -61,10 +63,11 @@ def test_all_planned_rounds_fit_the_budget_and_no_further_one_does() -> None:
         result = trainer.train(weights, _examples(), _job(options, memory, number))
         weights, spent = result.weights, result.metrics["example-epsilon"]
     assert 1.9 < spent <= 2.0
-    before = ExampleLedger.read(memory)
+    before = StateLedger(memory).spent("record")
     with pytest.raises(RunError, match="takes no further part"):
         trainer.train(weights, _examples(), _job(options, memory, 5))
-    assert ExampleLedger.read(memory) == before
+    assert StateLedger(memory).spent("record") == before
+    assert StateLedger(memory).participations("record") == 4
 
 
 def test_the_noise_has_the_promised_deviation() -> None:
