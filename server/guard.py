@@ -40,6 +40,10 @@ class Guard(Protocol):
         """
         ...
 
+    def forfeit(self, number: int, facts: Facts) -> None:
+        """Commit what a round costs that is given up, and whose sum somebody may have seen."""
+        ...
+
     def affords(self, claims: Sequence[Claim]) -> bool:
         """Whether a release outside of rounds fits the budget."""
         ...
@@ -78,6 +82,9 @@ class NoGuard:
         return None
 
     def charge(self, number: int, facts: Facts, replies: int) -> None:  # noqa: ARG002
+        return None
+
+    def forfeit(self, number: int, facts: Facts) -> None:  # noqa: ARG002
         return None
 
     def affords(self, claims: Sequence[Claim]) -> bool:  # noqa: ARG002

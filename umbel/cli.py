@@ -32,6 +32,7 @@ _GROUPS = {
     "privacy": "Plan a private run: epsilon of a schedule, noise for a budget.",
     "bench": "Benchmarks of this installation.",
     "data": "Data sets: list them, fetch them.",
+    "client": "Be a node of a federation: stay connected, train when asked.",
 }
 """Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
 
@@ -169,7 +170,6 @@ app.command("report")(run_commands.report)
 app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)
 app.command("server")(server_commands.server)
-app.command("client")(server_commands.client)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)
 app.add_typer(server_commands.nodes, name="nodes")
@@ -202,6 +202,8 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         status = _stopped(stop)
     sys.stdout.flush()
+    for each in (signal.SIGTERM, signal.SIGINT):  # nothing is left that one could interrupt
+        signal.signal(each, signal.SIG_DFL)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -230,7 +232,7 @@ def _stopped(stop: BaseException | None) -> int:
 
 def _explain(error: Exception, *, debug: bool) -> int:
     """Say in one sentence what went wrong; the exit status."""
-    from umbel.strategies.errors import UmbelError, place
+    from umbel.strategies.errors import UmbelError, described
 
     if debug and not isinstance(error, click.ClickException):
         traceback.print_exception(error)
@@ -245,8 +247,7 @@ def _explain(error: Exception, *, debug: bool) -> int:
     if isinstance(error, UmbelError):
         _say(str(error))
         return error.exit_status
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    _say(f"{what} ({place(error)}); add --debug for the traceback")
+    _say(f"{described(error)}; add --debug for the traceback")
     return 1
 
 

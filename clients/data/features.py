@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -162,6 +162,7 @@ class Featured:
     dataset: str | DataSet
     recipe: Recipe | Callable[[Options], Recipe]
     cache: Path | None = None
+    FIXED: ClassVar[bool] = True
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -141,7 +141,7 @@ def _lead(
         sentences.append(_STOPPED.get(str(stopped), f"It stopped: {stopped}."))
     elif done:
         sentences.append("It has not ended: this page shows the rounds so far.")
-    return sentences
+    return [*sentences, *(f"Note: {warning}." for warning in result.get("warnings", ()))]
 
 
 def _outcome(result: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
@@ -157,7 +157,10 @@ def _outcome(result: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
     text = f"{text} {_phrase(name, final[name])}"
     if name != "loss" and "loss" in final:
         text += f" and {_phrase('loss', final['loss'])}"
-    text += ", measured by the coordinator on its own data."
+    if result.get("measured") == "nodes":
+        text += ", measured by the nodes on their own test examples (means over all of them)."
+    else:
+        text += ", measured by the coordinator on its own data."
     values = [(one.metrics[name], one.number) for one in rounds if one.has(name)]
     better = direction(name)
     if better and values:
@@ -276,10 +279,24 @@ def _about(config: Mapping[str, Any], directory: RunDirectory) -> list[tuple[str
         run["model size"] = size_text(model["bytes"])
     parts = [
         ("Run", _pairs(run)),
+        ("Use the model", _use(config, directory)),
         ("Machine", _pairs(_machine(config.get("machine")))),
         ("Versions", _pairs(config.get("versions"))),
     ]
     return [(title, table) for title, table in parts if table.rows]
+
+
+def _use(config: Mapping[str, Any], directory: RunDirectory) -> Table:
+    """Three lines of Python that load the model; none before there is one."""
+    model = config.get("model")
+    if not isinstance(model, Mapping) or "use" not in model or not directory.model_path.is_file():
+        return Table((), ())
+    code = (
+        "import umbel",
+        f"model = umbel.load({str(directory.path.resolve())!r})",
+        f"result = {model['use']}",
+    )
+    return Table((), [(str(at), line) for at, line in enumerate(code, start=1)])
 
 
 def _machine(value: object) -> dict[str, Any]:

@@ -15,6 +15,7 @@ by the next write. All of it is strict JSON; infinity is the text `"Infinity"` t
 (`umbel.server.output.strict`).
 """
 
+import json
 import os
 import platform
 import re
@@ -31,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -232,7 +233,9 @@ class RunDirectory:
 
         def save(path: Path) -> None:
             try:
-                save_file(_separate(tensors), path, metadata=dict(description or {}))
+                plain, pairs = _storable(_separate(tensors))
+                about = {**(description or {}), **({PAIRS: json.dumps(pairs)} if pairs else {})}
+                save_file(plain, path, metadata=about)
             except SafetensorError as error:  # safetensors wraps the operating system's error
                 raise OSError(str(error)) from error
 
@@ -246,7 +249,10 @@ class RunDirectory:
             ConfigError: there is no model, or the file is damaged.
         """
         try:
-            return dict(load_file(self.model_path))
+            found = dict(load_file(self.model_path))
+            with safe_open(self.model_path, "pt") as file:
+                pairs = json.loads((file.metadata() or {}).get(PAIRS, "[]"))
+            return found | {name: torch.view_as_complex(found[name]) for name in pairs}
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{self.model_path} cannot be read as a model: {error}.") from error
 
@@ -397,3 +403,14 @@ def _separate(tensors: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str,
         result[name] = array.clone() if storage in seen else array
         seen.add(storage)
     return result
+
+
+PAIRS = "complex128"
+"""In the file's header: names of the tensors that are kept as pairs of real numbers."""
+
+
+def _storable(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of types that safetensors has; complex128 as pairs, and whose those are."""
+    pairs = [name for name, value in tensors.items() if value.dtype == torch.complex128]
+    views = {name: torch.view_as_real(tensors[name]) for name in pairs}
+    return {**tensors, **views}, pairs

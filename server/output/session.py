@@ -39,9 +39,10 @@ class Session:
     began: float = field(default_factory=time.monotonic)
     result: dict[str, Any] = field(default_factory=dict)
 
-    def describe(self, parameters: int, bytes_each: int) -> None:
-        """Write the model's size into the run's configuration."""
-        model = {"parameters": parameters, "bytes": parameters * bytes_each}
+    def describe(self, parameters: int, bytes_each: int, use: str = "") -> None:
+        """Write the model's size, and how it is used, into the run's configuration."""
+        model: dict[str, Any] = {"parameters": parameters, "bytes": parameters * bytes_each}
+        model |= {"use": use} if use else {}
         self.run.write_config({**self.run.config(), "model": model})
 
     def finish(self) -> dict[str, Any]:

@@ -143,6 +143,11 @@ class Budget:
     def _gate(self, charges: Sequence[Charge]) -> Callable[[], bool]:
         return lambda: self._fits(charges)
 
+    def forfeit(self, number: int, facts: Facts) -> None:
+        """Charge a round that an earlier process left in the middle, unless it has done so."""
+        if number not in self._repeated:
+            self.charge(number, facts, 0)
+
     def affords(self, claims: Sequence[Claim]) -> bool:
         """Whether a release outside of rounds fits what is left of the budget."""
         return self._fits([self.plan.charge(claim) for claim in claims])
