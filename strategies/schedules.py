@@ -1,11 +1,12 @@
 """Learning-rate schedules: a factor for each round, from 1 at the start."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from umbel.strategies.errors import ConfigError
 
 Schedule = Literal["constant", "cosine", "linear", "step", "exponential"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
 def factor(
@@ -44,6 +45,4 @@ def factor(
             return float(gamma ** (done // every))
         case "exponential":
             return float(gamma**done)
-    raise ConfigError(
-        f"schedule is {schedule!r}; it can be constant, cosine, linear, step or exponential"
-    )
+    raise ConfigError(f"schedule is {schedule!r}; it can be {', '.join(SCHEDULES)}")

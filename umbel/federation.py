@@ -19,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.pooling import Questions, can_pool, questions_of
-from umbel.clients.trainer import Trainer, Weights
+from umbel.clients.trainer import ChecksOptions, Trainer, Weights
 from umbel.server.output.report import write_report
 from umbel.server.output.session import Session, current
 from umbel.server.roster import roster
@@ -120,6 +120,24 @@ class Federation:
         # What was implied follows the choice; what the app's own file says otherwise stands.
         implied = {n: v for n, v in after.items() if known.get(n) == before.get(n, known.get(n))}
         return override(chosen, {**implied, **changes})
+
+    def check_options(self, options: Options) -> None:
+        """Refuse options that cannot be used, before there is a directory, a process or a message.
+
+        Args:
+            options: complete ones.
+
+        Raises:
+            ConfigError: a value of any group, of the trainer's or of the layers that they ask for
+                cannot be used.
+            StackError: layers that do not fit together.
+        """
+        RunOptions.read(options)
+        PrivacyOptions.read(options)
+        SecureOptions.read(options)
+        if isinstance(self.trainer, ChecksOptions):
+            self.trainer.check_options(options)
+        self.stack_for(options)
 
     def stack_for(self, options: Options) -> Stack:
         """The stack that these options ask for, the privacy layers among them."""

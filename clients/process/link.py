@@ -30,11 +30,12 @@ from umbel.clients.process.membership import (
     open_channel,
     refusal,
 )
-from umbel.clients.process.trainee import CRASHED, Answer, Trainee
+from umbel.clients.process.trainee import Answer, Trainee
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.text import plain
 from umbel.transport.certificates import Identity
 from umbel.transport.codec import size_of
+from umbel.transport.flower import CRASHED
 from umbel.transport.frames import (
     INLINE,
     LARGEST_CONTENT,
