@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from umbel.clients.trainer import (
     BundleTrainer,
+    ChecksOptions,
     CohortTrainer,
     Evaluated,
     Job,
@@ -49,6 +50,12 @@ class ChosenTrainer:
         if name not in self.trainers:
             raise ConfigError(f"{self.option} is {name!r}; it can be {', '.join(self.trainers)}")
         return self.trainers[str(name)]
+
+    def check_options(self, options: Options) -> None:
+        """Raises ConfigError where no trainer has the name, or the chosen one refuses."""
+        trainer = self.chosen(options)
+        if isinstance(trainer, ChecksOptions):
+            trainer.check_options(options)
 
     def initial(self, options: Options, seed: int) -> Weights:
         return self.chosen(options).initial(options, seed)

@@ -42,10 +42,12 @@ class ExamplePrivacy:
     """What a node promises about each of its records. Option names are the same in kebab-case.
 
     Attributes:
-        example_epsilon: the node's budget for the whole run.
-        example_delta: of the same; well below one over the number of records.
-        example_norm: every record's gradient is clipped to this.
-        example_noise: noise over norm, instead of what the budget asks for; 0 lets it decide.
+        example_epsilon: the budget of each record of a node, for the whole run.
+        example_delta: the probability that this guarantee may fail with; well below one over the
+            number of records.
+        example_norm: the norm to which every record's gradient is clipped.
+        example_noise: the noise over the norm, instead of what the budget asks for; 0 lets it
+            decide.
     """
 
     example_epsilon: float = 3.0
@@ -115,6 +117,11 @@ class PrivateSgd(ExamplePrivacy):
                 f"DP-SGD needs a loss for each record, and {self.trainer.objective.name} gives "
                 "only their mean; use cross-entropy, binary-cross-entropy or mse"
             )
+
+    def check_options(self, options: Options) -> None:
+        """Raises ConfigError where a setting of training or of the promise cannot be used."""
+        self.trainer.check_options(options)
+        self.privacy(options)
 
     def initial(self, options: Options, seed: int) -> Weights:
         return self.trainer.initial(options, seed)

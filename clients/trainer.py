@@ -115,6 +115,15 @@ class ReadyTrainer(Protocol):
 
 
 @runtime_checkable
+class ChecksOptions(Protocol):
+    """A trainer that can tell before a run begins whether its options can be used."""
+
+    def check_options(self, options: Options) -> None:
+        """Raises ConfigError where an option has the wrong type or is out of its range."""
+        ...
+
+
+@runtime_checkable
 class CohortTrainer(Protocol):
     """A trainer that can train several nodes' models as one batched computation."""
 

@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from umbel.server.drive import drive, stream
+from umbel.server.drive import ROUND_TTL, drive, stream
 from umbel.server.guard import Guard
 from umbel.server.roster import NodeRef
 from umbel.strategies.collect import Gather, Gathering
@@ -55,7 +55,8 @@ def pool_requests(
             record = ArrayRecord({**model, MEMBERS: to_array(members)})
             content = RecordDict({MODEL: record, CONFIG: config})
             group = str(config.get("round", 0))
-            requests.append(Message(content, part[0].node_id, f"query.{POOL}", group_id=group))
+            first, kind = part[0].node_id, f"query.{POOL}"
+            requests.append(Message(content, first, kind, ttl=ROUND_TTL, group_id=group))
     return requests
 
 

@@ -9,6 +9,10 @@ from flwr.serverapp import Grid
 
 from umbel.strategies.collect import Gather, Sum
 
+ROUND_TTL = 365 * 86400.0
+"""Seconds that a message of a round is good for: what ends it is the option `round-timeout`, and
+not the twelve hours after which Flower lets a message expire that says nothing."""
+
 
 def stream(grid: Grid, messages: Sequence[Message], timeout: float | None) -> Iterator[Message]:
     """Replies in order of arrival, on grids that can do so; else as one batch."""

@@ -5,8 +5,9 @@ from abc import abstractmethod
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from umbel.server.flower import NodeInfo, Run, empty_run, take_identity
 from umbel.server.roster import NodeRef
+from umbel.strategies.errors import ConfigError
+from umbel.transport.flower import NodeInfo, Run, empty_run, expired, is_over, take_identity
 
 
 class OwnGrid(Grid):
@@ -46,3 +47,27 @@ class OwnGrid(Grid):
 
     def get_nodes(self) -> list[NodeInfo]:
         return [NodeInfo(node_id=node.node_id, name=node.name) for node in self.roster()]
+
+
+def check_ttl(message: Message) -> None:
+    """Raise where a message has no time to be answered in.
+
+    Raises:
+        ConfigError: its ttl is not above 0.
+    """
+    if message.metadata.ttl <= 0:
+        ttl = message.metadata.ttl
+        raise ConfigError(f"a message has a ttl of {ttl}; it must be above 0 seconds")
+
+
+def in_time(reply: Message) -> Message:
+    """A reply, or what stands in its place if it came after the ttl of what it answers."""
+    return expired(reply) if is_over(reply) else reply
+
+
+def not_here(node_id: int) -> str:
+    """What is said of a message to nobody."""
+    return (
+        f"a message is addressed to node {node_id}, which is not in this federation; "
+        "take node ids from grid.get_node_ids()"
+    )

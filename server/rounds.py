@@ -19,7 +19,7 @@ from torch import Tensor
 from umbel.server import checkpoint
 from umbel.server.asking import Asker, pool_requests, processes_of, public_arrays, trips
 from umbel.server.checkpoint import Best, Position
-from umbel.server.drive import Phases, drive, stream
+from umbel.server.drive import ROUND_TTL, Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.failures import Failures
 from umbel.server.job import Evaluate as Evaluate
@@ -202,7 +202,10 @@ class Rounds:
         if self.processes and kind == "train":
             return pool_requests(model, config, cohort, self.processes)
         content = RecordDict({MODEL: ArrayRecord(model), CONFIG: config})
-        return [Message(content, node.node_id, kind, group_id=str(number)) for node in cohort]
+        group = str(number)
+        return [
+            Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
+        ]
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate

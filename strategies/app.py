@@ -9,7 +9,6 @@ task.py          what both import
 import hashlib
 import importlib
 import sys
-import tomllib
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from umbel.strategies.errors import ConfigError, described
-from umbel.strategies.options import Value, flatten
+from umbel.strategies.options import Value, flatten, read_toml
 
 T = TypeVar("T")
 
@@ -76,13 +75,9 @@ def open_app(path: Path) -> AppFolder:
     if not path.is_dir():
         raise ConfigError(f"there is no folder {path}; make an app with: umbel new {path.name}")
     file = path / "pyproject.toml"
-    try:
-        with file.open("rb") as opened:
-            project = tomllib.load(opened)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is no app: it has no pyproject.toml") from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not file.exists():
+        raise ConfigError(f"{path} is no app: it has no pyproject.toml")
+    project = read_toml(file)
     app = _table(file, project, "tool", "flwr", "app")
     components = _table(file, app, "components")
     references = [components.get(key) for key in ("serverapp", "clientapp")]

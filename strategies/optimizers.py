@@ -4,7 +4,6 @@ The update is a direction of improvement, so it plays the part of the negative g
 (Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -114,6 +113,9 @@ def _moved(parameters: Tensor, direction: Tensor, rate: float) -> Tensor:
     return torch.add(parameters, direction.to(parameters.dtype), alpha=rate)
 
 
+OPTIMIZERS = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+
+
 def optimizer_named(
     name: str,
     *,
@@ -129,13 +131,11 @@ def optimizer_named(
         ConfigError: there is none of that name.
     """
     plain, adaptive = learning_rate or 1.0, learning_rate or 0.1
-    makers: dict[str, Callable[[], ServerOptimizer]] = {
-        "fedavg": lambda: FedAvg(plain),
-        "fedavgm": lambda: FedAvgM(plain, momentum),
-        "fedadam": lambda: Adaptive("fedadam", adaptive, beta_1, beta_2, tau),
-        "fedyogi": lambda: Adaptive("fedyogi", adaptive, beta_1, beta_2, tau),
-        "fedadagrad": lambda: Adaptive("fedadagrad", adaptive, beta_1, beta_2, tau),
-    }
-    if name not in makers:
-        raise ConfigError(f"optimizer is {name!r}; it can be {', '.join(makers)}")
-    return makers[name]()
+    match name:
+        case "fedavg":
+            return FedAvg(plain)
+        case "fedavgm":
+            return FedAvgM(plain, momentum)
+        case "fedadam" | "fedyogi" | "fedadagrad":
+            return Adaptive(name, adaptive, beta_1, beta_2, tau)
+    raise ConfigError(f"optimizer is {name!r}; it can be {', '.join(OPTIMIZERS)}")

@@ -6,12 +6,23 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from umbel.strategies.errors import ConfigError
 
 Value = bool | int | float | str
 Options = Mapping[str, Value]
+
+
+LARGEST = 10**18
+"""No whole number among the options is beyond this: nodes receive them as 64-bit integers."""
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def shown(value: object) -> str:
+    """A value as a person writes it in `-c`: `true` rather than Python's `True`."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def dashed(name: str) -> str:
@@ -60,11 +71,17 @@ def checked(name: str, value: Any, default: Value) -> Value:
         ConfigError: another type, or NaN. Infinity is a number: no budget, no bound.
     """
     kind = type(default)
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise ConfigError(
+            f"{name} is {value}; a whole number has at most 18 digits, because it travels to the "
+            "nodes in 64 bits"
+        )
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        raise ConfigError(f"{name} is {value!r}, but it must be {words[kind]}, such as {default!r}")
+        raise ConfigError(
+            f"{name} is {shown(value)}, but it must be {_WORDS[kind]}, such as {shown(default)}"
+        )
     if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{name} is NaN; give a number, such as {default!r}")
     return value
@@ -81,30 +98,43 @@ def parse(texts: Iterable[str]) -> dict[str, Value]:
     options: dict[str, Value] = {}
     for text in texts:
         if text.strip().endswith(".toml") and "=" not in text:
-            options |= _file(text.strip())
+            options |= flatten(read_toml(Path(text.strip())))
             continue
         pairs = re.findall(r"([^\s=]+)\s*=\s*('[^']*'|\"[^\"]*\"|\S+)", text)
         left = re.sub(r"([^\s=]+)\s*=\s*('[^']*'|\"[^\"]*\"|\S+)", "", text).strip()
         if left:
             raise ConfigError(f"{left!r} is not name=value; write for example -c 'rounds=5 seed=1'")
-        options |= {name: _value(value) for name, value in pairs}
+        options |= {name: _value(name, value) for name, value in pairs}
     return options
 
 
-def _value(text: str) -> Value:
+def _value(name: str, text: str) -> Value:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    if isinstance(value, str) and not value.isprintable():
+        raise ConfigError(
+            f"{name} is {text}, in which a backslash makes a control character; write it in single "
+            "quotes, where a backslash is only itself"
+        )
     return value if isinstance(value, bool | int | float | str) else text
 
 
-def _file(path: str) -> dict[str, Value]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file in UTF-8, with or without the mark that Windows editors put first.
+
+    Raises:
+        ConfigError: it cannot be read; the sentence names the file and what is wrong with it.
+    """
     try:
-        with open(path, "rb") as file:  # noqa: PTH123
-            return flatten(tomllib.load(file))
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} cannot be read: it is not in UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from error
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"the options file {path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:

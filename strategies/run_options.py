@@ -1,13 +1,13 @@
 """The options that every federation understands."""
 
-import math
 from dataclasses import dataclass
 
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.optimizers import optimizer_named
-from umbel.strategies.options import OptionGroup, choose, dashed
-from umbel.strategies.schedules import factor
+from umbel.strategies.limits import above, at_least, check_limits, one_of, option, up_to_one
+from umbel.strategies.optimizers import OPTIMIZERS, optimizer_named
+from umbel.strategies.options import OptionGroup
+from umbel.strategies.schedules import SCHEDULES, factor
 
 
 @dataclass(frozen=True)
@@ -16,26 +16,34 @@ class RunOptions(OptionGroup):
 
     Attributes:
         rounds: how many rounds to train.
-        seed: fixes the partition, the first model, local shuffles and (without privacy) cohorts.
-        cohort: `all`, `fixed` or `poisson`.
-        cohort_size: nodes in a round; expected nodes for `poisson`.
+        seed: what fixes the partition, the first model, local shuffles and (without privacy)
+            cohorts.
+        cohort: who takes part in a round: `all` nodes, a `fixed` number, or each node with the
+            same probability (`poisson`).
+        cohort_size: how many nodes take part in a round; for `poisson` their expected number.
         cohort_cap: the most nodes of a Poisson round; 0 is no cap.
-        min_replies: a round with fewer usable replies leaves the model as it is.
+        min_replies: the fewest usable replies of a round; with fewer the model stays as it is.
         round_timeout: seconds to wait for the replies of a round; 0 waits for ever.
-        optimizer: `fedavg`, `fedavgm`, `fedadam`, `fedyogi` or `fedadagrad`.
-        server_learning_rate: of the optimiser; 0 is its own, 1 for the averages and 0.1 for the
-            adaptive ones.
-        server_momentum: of `fedavgm`.
-        beta_1: of the adaptive optimisers; beta_2, tau likewise.
-        schedule: of the nodes' learning rate: `constant`, `cosine`, `linear`, `step`,
-            `exponential`.
-        schedule_gamma: see `umbel.strategies.schedules.factor`, schedule_every likewise; 0 is
-            the schedule's own: `cosine` and `linear` fall to 0, `step` multiplies by 0.1 and
-            `exponential` by 0.95.
+        optimizer: the optimiser of the server: `fedavg`, `fedavgm`, `fedadam`, `fedyogi` or
+            `fedadagrad`.
+        server_learning_rate: learning rate of the server's optimiser; 0 is its own, which is 1
+            for the averages and 0.1 for the adaptive ones.
+        server_momentum: momentum of `fedavgm`.
+        beta_1: decay of the first moment in the adaptive optimisers.
+        beta_2: decay of the second moment in the adaptive optimisers.
+        tau: adaptivity of the adaptive optimisers, added to the root of the second moment (Reddi
+            et al. 2021, https://arxiv.org/abs/2003.00295, algorithm 2).
+        schedule: how the nodes' learning rate goes over rounds: `constant`, `cosine`, `linear`,
+            `step`, `exponential`.
+        schedule_gamma: the factor at the end of `cosine` and `linear`, of a step of `step`, and of
+            a round of `exponential`; 0 is the schedule's own, which is 0 at an end, 0.1 a step and
+            0.95 a round.
+        schedule_every: rounds between the steps of `step`.
         warmup_rounds: rounds over which the learning rate rises.
-        buffers: what becomes of running statistics. `local`: each node goes on with its own, and
-            the delivered model has those of all nodes together; `mean`: nodes go on with the mean
-            as well; `never`: they do not leave a node, and the delivered model has the first ones.
+        buffers: what happens to running statistics: with `local` each node goes on with its own
+            and the delivered model has those of all nodes together; with `mean` nodes go on with
+            their mean as well; with `never` they do not leave a node, and the delivered model has
+            the first ones.
         evaluate_every: rounds between central evaluations; the last round always has one.
         federated_every: rounds between evaluations on the nodes' own test data; 0 is only at
             the end, -1 never.
@@ -46,73 +54,43 @@ class RunOptions(OptionGroup):
         average_from: from this round on, the run ends with the mean of the models; 0 is off.
     """
 
-    rounds: int = 10
-    seed: int = 0
-    cohort: str = "all"
-    cohort_size: float = 0.0
-    cohort_cap: int = 0
-    min_replies: int = 1
-    round_timeout: float = 3600.0
-    optimizer: str = "fedavg"
-    server_learning_rate: float = 0.0
-    server_momentum: float = 0.9
-    beta_1: float = 0.9
-    beta_2: float = 0.99
-    tau: float = 1e-3
-    schedule: str = "constant"
-    schedule_gamma: float = 0.0
-    schedule_every: int = 10
-    warmup_rounds: int = 0
-    buffers: str = "local"
-    evaluate_every: int = 1
-    federated_every: int = 0
-    federated_nodes: int = 0
-    early_stop_patience: int = 0
+    rounds: int = option(10, at_least(1))
+    seed: int = option(0, at_least(0))
+    cohort: str = option("all", one_of("all", "fixed", "poisson"))
+    cohort_size: float = option(0.0, at_least(0))
+    cohort_cap: int = option(0, at_least(0))
+    min_replies: int = option(1, at_least(1))
+    round_timeout: float = option(3600.0, at_least(0))
+    optimizer: str = option("fedavg", one_of(*OPTIMIZERS))
+    server_learning_rate: float = option(0.0, at_least(0))
+    server_momentum: float = option(0.9, up_to_one())
+    beta_1: float = option(0.9, up_to_one())
+    beta_2: float = option(0.99, up_to_one())
+    tau: float = option(1e-3, above(0))
+    schedule: str = option("constant", one_of(*SCHEDULES))
+    schedule_gamma: float = option(0.0, at_least(0))
+    schedule_every: int = option(10, at_least(1))
+    warmup_rounds: int = option(0, at_least(0))
+    buffers: str = option("local", one_of("local", "mean", "never"))
+    evaluate_every: int = option(1, at_least(1))
+    federated_every: int = option(0, at_least(-1))
+    federated_nodes: int = option(0, at_least(0))
+    early_stop_patience: int = option(0, at_least(0))
     early_stop_metric: str = "loss"
-    keep: str = "last"
-    average_from: int = 0
+    keep: str = option("last", one_of("last", "best"))
+    average_from: int = option(0, at_least(0))
 
     def __post_init__(self) -> None:
-        self._check_counts()
-        choose("buffers", self.buffers, ("local", "mean", "never"))
-        choose("keep", self.keep, ("last", "best"))
-        if self.server_learning_rate < 0:
-            raise ConfigError(
-                f"server-learning-rate is {self.server_learning_rate}; it must be at least 0"
-            )
-        for name in ("server_momentum", "beta_1", "beta_2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{dashed(name)} is {getattr(self, name)}; it must be from 0 up to 1"
-                )
+        check_limits(self)
         if self.warmup_rounds and self.warmup_rounds >= self.rounds:
             raise ConfigError(
                 f"warmup-rounds is {self.warmup_rounds} of {self.rounds} rounds, so the learning "
                 "rate would never be reached; warm up for fewer rounds"
             )
-        if self.tau <= 0:
-            raise ConfigError(f"tau is {self.tau}; it must be above 0")
         # each of these raises where its options do not make one, before a run has begun
         self.learning_rate_factor(self.warmup_rounds + 1)
         optimizer_named(self.optimizer, learning_rate=self.server_learning_rate)
         cohort_named(self.cohort, self.cohort_size, self.cohort_cap)
-
-    def _check_counts(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{dashed(name)} is {value}; it must be finite")
-        least = {"rounds": 1, "evaluate_every": 1, "schedule_every": 1, "federated_every": -1}
-        least["min_replies"] = 1
-        for name in (
-            *least,
-            *("cohort_size", "cohort_cap", "round_timeout", "warmup_rounds", "seed"),
-            *("federated_nodes", "early_stop_patience", "average_from", "schedule_gamma"),
-        ):
-            if getattr(self, name) < least.get(name, 0):
-                raise ConfigError(
-                    f"{dashed(name)} is {getattr(self, name)}; "
-                    f"it must be at least {least.get(name, 0)}"
-                )
 
     def learning_rate_factor(self, number: int) -> float:
         """What the nodes' learning rate is multiplied by in round `number`."""

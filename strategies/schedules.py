@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from umbel.strategies.errors import ConfigError
 
 Schedule = Literal["constant", "cosine", "linear", "step", "exponential"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 OWN_GAMMA = {"step": 0.1, "exponential": 0.95}
 """What a gamma of 0 means where it is a factor: training must not stop by a default."""
@@ -50,9 +51,7 @@ def factor(
             return float(gamma ** (done // every))
         case "exponential":
             return float(gamma**done)
-    raise ConfigError(
-        f"schedule is {schedule!r}; it can be constant, cosine, linear, step or exponential"
-    )
+    raise ConfigError(f"schedule is {schedule!r}; it can be {', '.join(SCHEDULES)}")
 
 
 def checked_rate(options: Mapping[str, Any]) -> float | None:

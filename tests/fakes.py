@@ -16,11 +16,11 @@ from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from umbel.server.embedded.workers import Nursery
-from umbel.server.flower import Envelope
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, Sum
 from umbel.strategies.layer import Facts, Stateless
 from umbel.strategies.records import to_array
 from umbel.strategies.stack import Stack
+from umbel.transport.flower import Envelope
 
 APPS = Path(__file__).parent / "apps"
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 """The table of CONTRIBUTING.md; every room may import itself, `umbel` may import all."""
 ROOMS = tuple(MAY_IMPORT)
 FLOWERS_OWN = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
-"""What Flower exports; anything else is touched in `server/flower.py`, with a reason."""
+"""What Flower exports; anything else is touched in `transport/flower.py`, with a reason."""
 
 
 def sources(room: str) -> list[Path]:
@@ -134,7 +134,7 @@ def test_flowers_internals_are_touched_in_one_file() -> None:
         for room in [*ROOMS, "umbel"]
         if room != "benchmarks"  # which measure Flower's own parts beside ours
         for file in sources(room)
-        if file != ROOT / "server" / "flower.py"
+        if file != ROOT / "transport" / "flower.py"
         for line, name in imported(ast.parse(file.read_text(encoding="utf-8")))
         if name.startswith("flwr.") and not name.startswith(FLOWERS_OWN)
     ]

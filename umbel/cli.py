@@ -110,6 +110,35 @@ def run_command(
         typer.echo(line)
 
 
+@app.command("options")
+def options_command(
+    path: AppArgument = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The reference page of Umbel's own options.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List every option of an app: type, default, values, meaning, and who reads it."""
+    from umbel import options_listing
+    from umbel.federation import FederationServerApp
+    from umbel.run import example
+    from umbel.strategies.app import open_app
+
+    if markdown:
+        typer.echo(options_listing.reference(), nl=False)
+        return
+    folder = open_app(path if path is not None else example())
+    server = folder.server_app()
+    federation = server.federation if isinstance(server, FederationServerApp) else None
+    rows = options_listing.listing(federation, folder.options)
+    if as_json:
+        typer.echo(json.dumps({"app": folder.name, "options": options_listing.as_json(rows)}))
+        return
+    from umbel.options_table import show
+
+    show(rows)
+
+
 @app.command("report")
 def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
@@ -177,6 +206,7 @@ def main() -> None:
     # of the whole command, but people add it at the end of the line that failed
     arguments = ["--debug"] * debug + [word for word in sys.argv[1:] if word != "--debug"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+    forks_die_politely()
     _mount(arguments)
     status: Any
     try:
@@ -187,6 +217,22 @@ def main() -> None:
         status = _stopped(stop)
     sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def forks_die_politely() -> None:
+    """Let a polite kill end what is forked from this process, whatever it does here.
+
+    An app's own processes (`multiprocessing.Pool`) are ended so, and inherit the handlers by
+    which this process takes it for a Ctrl-C or stops at the next safe place.
+    """
+    os.register_at_fork(after_in_child=_forget_our_handler)
+
+
+def _forget_our_handler() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    ours = str(getattr(handler, "__module__", "")).startswith("umbel.")
+    if handler is signal.default_int_handler or ours:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _stopped(stop: BaseException | None) -> int:

@@ -21,7 +21,7 @@ from umbel.clients.given import check_functions, check_trainer
 from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainer import Trainer, Weights
+from umbel.clients.trainer import ChecksOptions, Trainer, Weights
 from umbel.server.output.report import write_report
 from umbel.server.output.session import Session, current
 from umbel.server.roster import roster
@@ -113,7 +113,6 @@ class Federation:
         for name, value in (self.tuned(complete) if self.tuned else {}).items():
             if name not in given or (given[name] == 0 and known[name] != 0):
                 complete[name] = checked(name, value, known[name])
-        checked_rate(complete)
         return complete
 
     def override(self, known: Options, changes: Options) -> dict[str, Value]:
@@ -129,6 +128,25 @@ class Federation:
         # What was implied follows the choice; what the app's own file says otherwise stands.
         implied = {n: v for n, v in after.items() if known.get(n) == before.get(n, known.get(n))}
         return override(chosen, {**implied, **changes})
+
+    def check_options(self, options: Options) -> None:
+        """Refuse options that cannot be used, before there is a directory, a process or a message.
+
+        Args:
+            options: complete ones.
+
+        Raises:
+            ConfigError: a value of any group, of the trainer's or of the layers that they ask for
+                cannot be used.
+            StackError: layers that do not fit together.
+        """
+        RunOptions.read(options)
+        checked_rate(options)
+        PrivacyOptions.read(options)
+        SecureOptions.read(options)
+        if isinstance(self.trainer, ChecksOptions):
+            self.trainer.check_options(options)
+        self.stack_for(options)
 
     def stack_for(self, options: Options) -> Stack:
         """The stack that these options ask for, the privacy layers among them."""

@@ -1,6 +1,7 @@
 """`umbel privacy`: planning, before anything runs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,11 @@ def epsilon(
             accountant=accountant,  # type: ignore[arg-type]
             cross_check=True,
         )
+        if not math.isfinite(result.epsilon):
+            raise ValueError(
+                f"noise-multiplier is {noise_multiplier:g}, which is no noise: epsilon is "
+                "infinite; give a larger one, such as 1"
+            )
     except ValueError as error:
         raise ConfigError(_options(error)) from error
     if plot is not None:
@@ -64,13 +70,13 @@ def epsilon(
         "noise_multiplier": noise_multiplier,
         "sampling_rate": sampling_rate,
         "rounds": rounds,
-        "accountant": accountant,
+        "accountant": result.accountant,
         "epsilon_rdp": result.cross_check if accountant == "pld" else result.epsilon,
         "relation": relation_name(ADD_OR_REMOVE),
         "unit": "client",
         "against": "model-user",
     }
-    _say(said, f"epsilon {result.epsilon:.4f} at delta {delta:g}", as_json, plot)
+    _say(said, f"epsilon {result.epsilon:.4f} at delta {delta:g}", as_json, plot, accountant)
 
 
 @app.command()
@@ -94,25 +100,25 @@ def noise(
             accountant=accountant,  # type: ignore[arg-type]
         )
         charge = Charge(poisson(found, sampling_rate))
-        reached = spent({charge: rounds}, delta, accountant=accountant).epsilon  # type: ignore[arg-type]
+        reached = spent({charge: rounds}, delta, accountant=accountant)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(_options(error)) from error
     if plot is not None:
         _draw(plot, charge, rounds, delta)
     said: dict[str, Any] = {
         "noise_multiplier": found,
-        "epsilon": reached,
+        "epsilon": reached.epsilon,
         "target_epsilon": epsilon,
         "delta": delta,
         "sampling_rate": sampling_rate,
         "rounds": rounds,
-        "accountant": accountant,
+        "accountant": reached.accountant,
         "relation": relation_name(ADD_OR_REMOVE),
         "unit": "client",
         "against": "model-user",
     }
-    sentence = f"noise multiplier {found:g} spends epsilon {reached:.4f} at delta {delta:g}"
-    _say(said, sentence, as_json, plot)
+    sentence = f"noise multiplier {found:g} spends epsilon {reached.epsilon:.4f} at delta {delta:g}"
+    _say(said, sentence, as_json, plot, accountant)
 
 
 def _whole(rounds: int) -> None:
@@ -129,7 +135,16 @@ def _options(error: ValueError) -> str:
 _OPTIONS = ("epsilon", "delta", "noise-multiplier", "sampling-rate", "rounds", "accountant")
 
 
-def _say(said: dict[str, Any], sentence: str, as_json: bool, plot: Path | None) -> None:
+_NOTES = {
+    "rdp": "out of reach of the exact accountant (epsilon above 60, little noise, or a very small "
+    "delta), so this is the upper bound of Renyi DP",
+    "gaussian": "out of reach of the exact accountant (epsilon above 60, little noise, or a very "
+    "small delta), so this is the upper bound of the rounds without their sampling",
+}
+"""What to say where another accountant than the one that was asked for has answered."""
+
+
+def _say(said: dict[str, Any], sentence: str, as_json: bool, plot: Path | None, asked: str) -> None:
     if as_json:
         typer.echo(json.dumps(said))
         return
@@ -139,6 +154,9 @@ def _say(said: dict[str, Any], sentence: str, as_json: bool, plot: Path | None) 
         f"accountant {said['accountant']}; hides whether one node takes part (add or remove one) "
         "from whoever sees the models, not from the server"
     )
+    note = _NOTES.get(said["accountant"])
+    if note is not None and asked == "pld":
+        typer.echo(f"note: {note}")
     if plot is not None:
         typer.echo(f"drawn to {plot}")
 

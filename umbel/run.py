@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +24,6 @@ from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
-from umbel.strategies.run_options import RunOptions
 
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
@@ -129,7 +129,7 @@ def _plan(
     federation = server_app.federation if isinstance(server_app, FederationServerApp) else None
     options = (federation.override if federation else override)(known, changes)
     if federation is not None:
-        RunOptions.read(options)  # raises before there is a directory or a process
+        federation.check_options(options)
     return _Plan(folder, server_app, options, nodes or folder.nodes or NODES, workers)
 
 
@@ -172,6 +172,7 @@ def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -
         "changes": changes,
         "nodes": plan.nodes,
         "engine": "embedded",
+        "run_id": secrets.randbits(62) + 1,
         "workers": plan.workers,
         "versions": versions(),
         "machine": machine(),
@@ -191,6 +192,7 @@ def _execute(
         plan.nodes,
         workers=plan.workers,
         run_config=plan.options,
+        run_id=directory.config().get("run_id", 1),  # runs of earlier releases had no other
         group_size=plan.group_size,
         nursery=nursery,
         log=directory.log_path,

@@ -118,7 +118,9 @@ def resolve(
     if not isinstance(app, FederationServerApp):
         return dict(folder.options), override(folder.options, changes)
     known = app.federation.complete(folder.options)
-    return known, app.federation.override(known, changes)
+    options = app.federation.override(known, changes)
+    app.federation.check_options(options)
+    return known, options
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ import grpc
 
 from umbel.clients.process.instruction import Receiving, Task, key
 from umbel.clients.process.membership import Membership, NodeSettings, open_channel, refusal
-from umbel.clients.process.trainee import CRASHED, Answer, Trainee
+from umbel.clients.process.trainee import Answer, Trainee
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.transport.certificates import Identity
 from umbel.transport.codec import size_of
+from umbel.transport.flower import CRASHED
 from umbel.transport.frames import (
     INLINE,
     LARGEST_CONTENT,

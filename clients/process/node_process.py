@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from umbel.clients.process.memory import Memory
 from umbel.clients.process.pipe import BESIDE, HEAD_BYTES, lengths, pack
@@ -38,10 +38,7 @@ from umbel.strategies.errors import ConfigError, described
 from umbel.strategies.secure.node import HANDOVER
 from umbel.strategies.secure.wire import SECURE
 from umbel.transport.codec import Buffer, decode, encode, encode_values, size_of
-
-SERVER_NODE = 1
-RAISED = 2
-"""Flower's code of an exception in a client app."""
+from umbel.transport.flower import Envelope
 
 
 def shared_file() -> int:
@@ -175,19 +172,16 @@ class Worker:
 
 
 def _message(header: Mapping[str, Any], content: RecordDict) -> Message:
-    metadata = Metadata(
+    envelope = Envelope(
         run_id=header["run_id"],
         message_id=header["id"],
-        src_node_id=SERVER_NODE,
-        dst_node_id=header["node_id"],
-        reply_to_message_id="",
+        node_id=header["node_id"],
         group_id=header["group_id"],
         created_at=time.time(),  # of this clock: the coordinator's may be another
         ttl=header["ttl"],
         message_type=header["message_type"],
-        src_task_id=1,
     )
-    return Message(metadata=metadata, content=content)  # type: ignore[call-overload, no-any-return]
+    return envelope.message(content)
 
 
 def _take_threads(threads: int) -> None:

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbel.clients.process.node_process import RAISED, read_shared, shared_file, wipe_shared
+from umbel.clients.process.node_process import read_shared, shared_file, wipe_shared
 from umbel.clients.process.pipe import BESIDE, Pipe, pack
 from umbel.clients.process.sessions import SecureSessions
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.secure.policy import RefusalError
 from umbel.transport.codec import Buffer, CodecError
+from umbel.transport.flower import CRASHED, RAISED
 from umbel.transport.link_pb2 import Begin
 
 log = logging.getLogger("umbel.node")
-CRASHED = 3
-"""Flower's code of a client app that died."""
 _LOADING_S = 600.0
 
 

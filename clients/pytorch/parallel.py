@@ -2,11 +2,12 @@
 
     trainer    -> each rank   weights, examples, job         (pickled, over a pipe of this machine)
     rank 0..n  <-> each other gradients, averaged            (gloo on CPUs, NCCL on GPUs; loopback)
-    rank 0     -> trainer     weights after training
+    rank 0     -> trainer     weights after training, the node's memory
 
 Every rank works on its part of each batch, and losses are weighted so that the averaged gradient
 is that of the whole batch: the result is that of one process, to float tolerance. (Two things
 see only a rank's own part: dropout, and batch norm on CPUs; on GPUs batch norm is synchronised.)
+Every rank has the node's memory, and what rank 0 makes of it is kept.
 A team is started by its first job and kept; it ends with its trainer or its process.
 
 To train models that one device cannot hold, `spread` is the one function to change.
@@ -112,7 +113,7 @@ class _Group:
 
     def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
         known = examples is self.held
-        request = (weights, None if known else examples, replace(job, memory=RecordDict()))
+        request = (weights, None if known else examples, job)
         blob = _pickled(request, "the node's examples")
         for number, rank in enumerate(self.ranks):
             try:
@@ -120,25 +121,32 @@ class _Group:
             except OSError:
                 raise self._death(number) from None
         self.held = examples
-        results = self._results()
+        results, memory = self._results()
+        job.memory.clear()
+        job.memory.update(memory)
         loss = sum(result.metrics["loss"] for result in results) / self.world
         return replace(results[0], metrics={**results[0].metrics, "loss": loss})
 
-    def _results(self) -> list[Trained]:
-        """One result a rank; the first that fails speaks for all."""
+    def _results(self) -> tuple[list[Trained], RecordDict]:
+        """One result a rank, and the node's memory as rank 0 leaves it.
+
+        The first that fails speaks for all.
+        """
         results: dict[int, Trained] = {}
+        memory = RecordDict()
         waiting = {id(rank.pipe): number for number, rank in enumerate(self.ranks)}
         while waiting:
             for pipe in wait([self.ranks[number].pipe for number in waiting.values()]):
                 number = waiting.pop(id(pipe))
                 try:
-                    result = pickle.loads(self.ranks[number].pipe.recv_bytes())
+                    result, kept = pickle.loads(self.ranks[number].pipe.recv_bytes())
                 except (EOFError, OSError):
                     raise self._death(number) from None
                 if isinstance(result, BaseException):
                     raise result
                 results[number] = result
-        return [results[number] for number in range(self.world)]
+                memory = kept if number == 0 else memory
+        return [results[number] for number in range(self.world)], memory
 
     def _death(self, number: int) -> RunError:
         return RunError(
@@ -222,11 +230,13 @@ def _serve(
             return
         held = held if examples is None else examples
         answer: Any
+        memory = None
         try:
             work = pickle.loads(blob) if work is None else work
             answer = work(weights, held, job, share)
+            memory = job.memory if share.rank == 0 else None
         except UmbelError as error:
             answer = error
         except Exception as error:
             answer = RunError(f"training failed with {type(error).__name__}: {error}")
-        pipe.send_bytes(pickle.dumps(answer))
+        pipe.send_bytes(pickle.dumps((answer, memory)))

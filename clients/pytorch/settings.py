@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import choose, dashed
+from umbel.strategies.limits import at_least, check_limits, one_of, option
 
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
 BATCHED = ("auto", "on", "off")
@@ -16,19 +16,20 @@ class TorchSettings:
     """How a node trains. Option names are the same in kebab-case.
 
     Attributes:
-        learning_rate: of the local optimiser; a round's own rate (`Job.learning_rate`) wins.
+        learning_rate: learning rate of the local optimiser; a round's own rate
+            (`Job.learning_rate`) wins.
         batch_size: examples a step; 0 is all of them.
         local_epochs: passes over the node's examples.
         local_steps: steps of the optimiser; above 0 it takes the place of `local_epochs`.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        proximal_mu: FedProx: mu/2 times the squared distance to the model that was sent is
-            added to the loss (Li et al. 2020, https://arxiv.org/abs/1812.06127, eq. 2).
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD.
+        proximal_mu: strength of FedProx: mu/2 times the squared distance to the model that was sent
+            is added to the loss (Li et al. 2020, https://arxiv.org/abs/1812.06127, eq. 2).
         clip_gradient: largest l2 norm of a step's gradient; 0 is no limit.
-        accumulate: a batch is worked through in this many parts, to save memory.
-        precision: "float32", "bf16" or "fp16" (mixed, on CUDA only); "auto" is bf16 on CUDA
-            devices that have it and float32 elsewhere.
-        device: "auto" (CUDA, else MPS, else CPU) or a name that torch knows.
+        accumulate: in how many parts a batch is worked through, to save memory.
+        precision: number format of training: "float32", "bf16" or "fp16" (mixed, on CUDA only);
+            "auto" is bf16 on CUDA devices that have it and float32 elsewhere.
+        device: where to train: "auto" (CUDA, else MPS, else CPU) or a name that torch knows.
         gpus: how many of its node's GPUs a job uses together; 0 is all of them.
         local_processes: how many processes a job uses together on the CPU, for models whose
             step is worth splitting.
@@ -36,20 +37,20 @@ class TorchSettings:
             is faster, "on" wherever it is possible, "off".
     """
 
-    learning_rate: float = 0.05
-    batch_size: int = 32
-    local_epochs: int = 1
-    local_steps: int = 0
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    proximal_mu: float = 0.0
-    clip_gradient: float = 0.0
-    accumulate: int = 1
-    precision: str = "auto"
+    learning_rate: float = option(0.05, at_least(0))
+    batch_size: int = option(32, at_least(0))
+    local_epochs: int = option(1, at_least(0))
+    local_steps: int = option(0, at_least(0))
+    momentum: float = option(0.0, at_least(0))
+    weight_decay: float = option(0.0, at_least(0))
+    proximal_mu: float = option(0.0, at_least(0))
+    clip_gradient: float = option(0.0, at_least(0))
+    accumulate: int = option(1, at_least(1))
+    precision: str = option("auto", one_of(*PRECISIONS))
     device: str = "auto"
-    gpus: int = 1
-    local_processes: int = 1
-    batched: str = "auto"
+    gpus: int = option(1, at_least(0))
+    local_processes: int = option(1, at_least(1))
+    batched: str = option("auto", one_of(*BATCHED))
 
     def on_gpus(self) -> bool:
         """Whether a job that several processes share runs on GPUs; else it runs on CPUs."""
@@ -70,21 +71,9 @@ class TorchSettings:
         """Raises:
         ConfigError: a value is out of its range.
         """
-        for name in ("batch_size", "local_steps", "local_epochs", "gpus"):
-            _at_least(0, name, getattr(self, name))
-        for name in ("learning_rate", "momentum", "weight_decay", "proximal_mu", "clip_gradient"):
-            _at_least(0, name, getattr(self, name))
-        for name in ("accumulate", "local_processes"):
-            _at_least(1, name, getattr(self, name))
+        check_limits(self)
         if self.local_epochs == 0 and self.local_steps == 0:
             raise ConfigError("local-epochs and local-steps are both 0; set one of them above 0")
-        choose("precision", self.precision, PRECISIONS)
-        choose("batched", self.batched, BATCHED)
-
-
-def _at_least(least: float, field: str, value: float) -> None:
-    if not least <= value < float("inf"):
-        raise ConfigError(f"{dashed(field)} is {value}; it must be at least {least}")
 
 
 def choose_device(name: str) -> torch.device:

@@ -111,6 +111,10 @@ class TorchTrainer(TorchSettings):
         settings.validate()
         return settings
 
+    def check_options(self, options: Options) -> None:
+        """Raises ConfigError where a setting cannot be used."""
+        self.settings(options)
+
     def initial(self, options: Options, seed: int) -> Weights:
         """The first model: parameters drawn from `seed`, buffers as every node builds them."""
         parameters, _ = split(build(self.model, options, seed))

@@ -13,6 +13,8 @@ What makes numbers wrong, and what happens here:
     unlike releases that no one accountant takes                                each gets a part
         of delta and the epsilons add up (basic composition), never an average or a guess
     a table's error                                                 is taken off delta first
+    a table that would not fit, or a delta below its tails          is answered by the smaller
+        of two upper bounds, and says which (`umbel.privacy.budget.beyond`)
 """
 
 import functools
@@ -39,9 +41,15 @@ from dp_accounting import (
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import RdpAccountant
 
+from umbel.privacy.budget.beyond import (
+    LEAST_FOR_RDP,
+    gaussian_bound,
+    is_beyond,
+    smallest_multiplier,
+    without_sampling,
+)
 from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge
 from umbel.privacy.budget.renyi import has_curve, renyi_epsilon
-from umbel.privacy.noise.gaussian import gaussian_epsilon
 from umbel.privacy.validate import count, fraction, inside_unit, positive
 
 FINE = 1e-4
@@ -65,7 +73,8 @@ class Spent:
         epsilon: at `delta`; infinity where something was not private.
         delta: as asked for; the slack of the releases is inside it.
         relation: the neighbouring relation of epsilon.
-        accountant: what computed epsilon.
+        accountant: what computed epsilon: `pld`, `rdp`, `renyi`, or `gaussian` for the closed form;
+            several are joined by `+`.
         cross_check: epsilon by RDP, where RDP knows every event; None elsewhere.
     """
 
@@ -115,17 +124,18 @@ def spent(
     slack = math.fsum(charge.slack * times for charge, times in counts.items())
     left = delta - slack
     parts = _parts(counts, relation, accountant)
-    value = math.inf
+    value, names = math.inf, [part.partition("-")[0] for part in parts]
     if left > 0 and not _is_open(counts):
         share = left / max(1, len(parts))
-        value = math.fsum(_part(part, parts[part], relation, share, interval) for part in parts)
+        found = [_part(part, parts[part], relation, share, interval) for part in parts]
+        value, names = math.fsum(epsilon for epsilon, _ in found), [name for _, name in found]
     check = _rdp_or_none(counts, relation, left) if cross_check and accountant == "pld" else None
-    if check is not None and list(parts) == ["pld"] and value > check * 1.02 + 0.01:
+    if check is not None and names == ["pld"] and value > check * 1.02 + 0.01:
         raise ValueError(
             f"the accountants disagree: PLD says epsilon {value:.4f} and RDP, which bounds it from "
             f"above, {check:.4f}; report this as a defect with the list of releases"
         )
-    name = "+".join(dict.fromkeys(part.partition("-")[0] for part in parts)) or accountant
+    name = "+".join(dict.fromkeys(names)) or accountant
     return Spent(value, delta, relation, name, check)
 
 
@@ -226,21 +236,45 @@ def _part(
     relation: NeighboringRelation,
     delta: float,
     interval: float,
-) -> float:
-    if part == "pld" and all(isinstance(event, GaussianDpEvent) for event in events):
-        # Many Gaussians are one, whose curve Balle and Wang give in closed form.
-        distance = 2 if relation is REPLACE else 1
-        return gaussian_epsilon(_one_gaussian(events) / distance, delta)
+) -> tuple[float, str]:
+    """Epsilon of the events that one accountant takes, and what computed it."""
     if part == "renyi":
-        return renyi_epsilon(events, delta)
+        return renyi_epsilon(events, delta), part
     if part == "pld":
-        return _composed(tuple(events.items()), relation, delta, interval)
+        return _by_table(events, relation, delta, interval)
     under = REPLACE if part == "rdp-replace" else ZERO_OUT
-    accountant = RdpAccountant(ORDERS, under)
-    with _orders_may_fail():
-        for event, times in events.items():
-            accountant.compose(_for_rdp(event, under), times)
-    return float(accountant.get_epsilon(delta))
+    return _by_rdp(events, under, delta), "rdp"
+
+
+def _by_rdp(events: Mapping[DpEvent, int], relation: NeighboringRelation, delta: float) -> float:
+    accountant = RdpAccountant(ORDERS, relation)
+    try:
+        with _orders_may_fail():
+            for event, times in events.items():
+                accountant.compose(_for_rdp(event, relation), times)
+            return float(accountant.get_epsilon(delta))
+    except (OverflowError, ZeroDivisionError):  # so little noise that its square is no number
+        return math.inf
+
+
+def _by_table(
+    events: Mapping[DpEvent, int], relation: NeighboringRelation, delta: float, interval: float
+) -> tuple[float, str]:
+    """By a table of the privacy loss, unless it is out of reach or a closed form is exact."""
+    distance = 2 if relation is REPLACE else 1
+    one = without_sampling(events, distance)
+    if one is None:
+        return _composed(tuple(events.items()), relation, delta, interval), "pld"
+    bound, name = gaussian_bound(one, delta), "gaussian"
+    if all(isinstance(event, GaussianDpEvent) for event in events):
+        return bound, "pld"  # many Gaussians are one, whose curve is known: nothing is lost
+    if not is_beyond(events, distance, delta, bound):
+        return _composed(tuple(events.items()), relation, delta, interval), "pld"
+    if relation is not REPLACE and smallest_multiplier(events) >= LEAST_FOR_RDP:
+        bound, name = min((bound, name), (_by_rdp(events, ZERO_OUT, delta), "rdp"))
+    if is_beyond(events, distance, delta, bound):
+        return bound, name
+    return _composed(tuple(events.items()), relation, delta, interval), "pld"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -257,7 +291,7 @@ def _composed(
 
 @contextmanager
 def _orders_may_fail() -> Iterator[None]:
-    """dp-accounting warns of each order whose series does not converge; others bound as well."""
+    """dp-accounting warns of orders whose series fails or rounds below 0; others bound as well."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -291,7 +325,7 @@ def _rdp_or_none(
     parts = _parts(counts, relation, "rdp")
     try:
         share = delta / max(1, len(parts))
-        return math.fsum(_part(part, parts[part], relation, share, COARSE) for part in parts)
+        return math.fsum(_part(part, parts[part], relation, share, COARSE)[0] for part in parts)
     except Exception as error:
         if isinstance(error, ValueError) or type(error).__name__ == "UnsupportedEventError":
             return None

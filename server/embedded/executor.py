@@ -5,9 +5,10 @@ import functools
 import io
 import pickle
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
@@ -15,8 +16,9 @@ from flwr.clientapp import ClientApp
 from threadpoolctl import ThreadpoolController
 
 from umbel.server.embedded.packing import Packed, unpack
-from umbel.server.flower import RAISED, Envelope
+from umbel.strategies import streams
 from umbel.strategies.errors import described
+from umbel.transport.flower import RAISED, Envelope
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,14 @@ class Task:
         envelope: the message without its content.
         content: of the message, packed once for all nodes that get the same.
         state: the node's pickled state; None where it has none.
+        seed: of the random generators that the app draws from while it answers. It depends on the
+            run, the node and its message alone, so any process draws the same numbers for it.
     """
 
     envelope: Envelope
     content: Packed
     state: bytes | None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,6 @@ class Executor:
     run_config: Mapping[str, Any]
     nodes: int
     threads: int = 1
-    _empty: bytes = field(default=pickle.dumps(RecordDict(), protocol=5), repr=False)
 
     def run(self, tasks: Sequence[Task]) -> list[Done]:
         """Run tasks in order; exceptions of the app become error replies."""
@@ -83,6 +87,7 @@ class Executor:
             return None
         with self._threads():
             contexts = [self._context(task) for task in tasks]
+            streams.seed_all(tasks[0].seed)
             try:
                 replies = many([self._message(task) for task in tasks], contexts)
             except (Exception, SystemExit):
@@ -94,6 +99,7 @@ class Executor:
 
     def _one(self, task: Task) -> Done:
         context = self._context(task)
+        streams.seed_all(task.seed)
         try:
             reply = self.app(self._message(task), context)
             if not isinstance(reply, Message):
@@ -112,7 +118,7 @@ class Executor:
             run_id=task.envelope.run_id,
             node_id=node_id,
             node_config={"partition-id": node_id - FIRST_NODE, "num-partitions": self.nodes},
-            state=pickle.loads(task.state or self._empty),
+            state=RecordDict() if task.state is None else pickle.loads(task.state),
             run_config=dict(self.run_config),
         )
 
@@ -123,23 +129,30 @@ class Executor:
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
-        """One number of threads wherever a node runs: results must not depend on where."""
+        """One number of threads wherever a node runs: results must not depend on where.
+
+        In a worker it is so already, and nothing is set.
+        """
         torch = sys.modules.get("torch")
-        with self._libraries.limit(limits=self.threads):
-            if torch is None:
-                yield
-                return
-            before = torch.get_num_threads()
+        before = [(library, library.get_num_threads()) for library in self._libraries]
+        changed = [(library, count) for library, count in before if count != self.threads]
+        for library, _ in changed:
+            library.set_num_threads(self.threads)
+        operations = self.threads if torch is None else torch.get_num_threads()
+        if torch is not None and operations != self.threads:
             torch.set_num_threads(self.threads)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(before)
+        try:
+            yield
+        finally:
+            for library, count in changed:
+                library.set_num_threads(count)
+            if torch is not None:
+                torch.set_num_threads(operations)
 
     @functools.cached_property
-    def _libraries(self) -> ThreadpoolController:
+    def _libraries(self) -> list[Any]:
         """BLAS and OpenMP as the app has loaded them; looking for them takes a millisecond."""
-        return ThreadpoolController()
+        return list(ThreadpoolController().lib_controllers)
 
 
 LONGEST_TRACEBACK = 20_000
@@ -149,11 +162,37 @@ FIRST_NODE = 1001
 """Id of the virtual node that holds partition 0; below are Flower's reserved ids."""
 
 
+class _Diverted(io.TextIOBase):
+    """Standard output while nodes run: what this thread prints goes elsewhere."""
+
+    def __init__(self, elsewhere: Any, before: Any) -> None:
+        self._elsewhere, self._before = elsewhere, before
+        self._thread = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        written: int = self._here().write(text)
+        return written
+
+    def flush(self) -> None:
+        self._here().flush()
+
+    def fileno(self) -> int:
+        number: int = self._before.fileno()
+        return number
+
+    def isatty(self) -> bool:
+        return False
+
+    def _here(self) -> Any:
+        """The server app may print meanwhile, where nodes run in a thread beside it."""
+        return self._elsewhere if threading.get_ident() == self._thread else self._before
+
+
 @contextlib.contextmanager
 def output_to(log: io.TextIOBase | None) -> Iterator[None]:
     """Send what an app prints to the run's log, so that it does not tear the progress bar."""
     if log is None:
         yield
         return
-    with contextlib.redirect_stdout(log):
+    with contextlib.redirect_stdout(_Diverted(log, sys.stdout)):
         yield

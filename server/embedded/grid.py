@@ -3,16 +3,18 @@
 Nodes have no thread and no process of their own. A message to a node is a task; tasks run in
 this process, or on worker processes, in the order in which they were pushed. What lasts of a
 node is its `Context.state`, pickled, between its messages. Nothing polls: whoever waits for
-replies does the work or sleeps until a worker speaks.
+replies does the work or sleeps until a worker speaks. For messages that were pushed and that
+nobody waits for, a thread beside the app does so (the attendant).
 """
 
 import itertools
+import logging
 import math
 import pickle
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,24 @@ from flwr.clientapp import ClientApp
 from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, output_to
 from umbel.server.embedded.packing import Packed, pack
 from umbel.server.embedded.workers import Nursery, Workers
-from umbel.server.flower import Envelope, give_id, take_identity
 from umbel.server.notes import Notes
-from umbel.server.own_grid import OwnGrid
+from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
 from umbel.server.roster import NodeRef
+from umbel.strategies import streams
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
+from umbel.transport.flower import (
+    TOO_LATE,
+    UNAVAILABLE,
+    UNKNOWN,
+    Envelope,
+    give_id,
+    no_such_message,
+    seconds_left,
+    take_identity,
+)
+
+log = logging.getLogger("flwr")  # what Flower's own grid says of such messages it says there
 
 
 @dataclass
@@ -38,6 +52,15 @@ class _Waiting:
 
     task: Task
     group: int
+
+
+@dataclass(frozen=True)
+class _Open:
+    """What is known of a message while it has no reply."""
+
+    envelope: Envelope
+    until: float
+    """When its ttl is over, on the monotonic clock."""
 
 
 @dataclass
@@ -54,6 +77,29 @@ class NodeStates:
             self.changed.add(node_id)
 
 
+class _Seeds:
+    """A seed for every message, from the run's, the node and which of its messages it is.
+
+    Which thread of an app pushed first, and how many workers there are, makes no difference. A
+    run that goes on counts anew in every round, so it needs to know nothing of earlier ones.
+    """
+
+    def __init__(self, run_config: Mapping[str, Any]) -> None:
+        seed = run_config.get("seed", 0)
+        self._seed = seed if isinstance(seed, int) else 0
+        self._asked: dict[tuple[int, str], tuple[int, int]] = {}
+
+    def of(self, envelope: Envelope) -> int:
+        """The seed of the next message."""
+        about = (envelope.node_id, envelope.message_type)
+        last, count = self._asked.get(about, (0, 0))
+        group = envelope.group_id
+        if group.isdecimal() and int(group) > last:
+            last, count = int(group), 0
+        self._asked[about] = last, count + 1
+        return streams.derived_seed(self._seed, *about, last, count)
+
+
 class EmbeddedGrid(OwnGrid):
     """A Flower grid whose nodes live on this machine.
 
@@ -61,7 +107,8 @@ class EmbeddedGrid(OwnGrid):
         app: the app's folder, or a ClientApp of this process (then `workers` must be 0).
         nodes: how many virtual nodes; node i has the `partition-id` i.
         workers: worker processes; 0 runs the nodes in this process.
-        run_config: the run's options, as every node's `Context.run_config`.
+        run_config: the run's options, as every node's `Context.run_config`. Its `seed`, if it has
+            one, is what nodes' random numbers are derived from.
         run_id: of the run, for messages and contexts.
         threads: of a node's tensor operations. Fixed, so that the number of workers does not
             change results.
@@ -97,15 +144,22 @@ class EmbeddedGrid(OwnGrid):
         self._nodes = nodes
         self._group_size = max(1, group_size)
         self._log = log.open("a", encoding="utf-8") if log else None
+        self._seeds = _Seeds(config)
         self._queue: deque[_Waiting] = deque()
         self._ready: dict[str, Message] = {}
-        self._open: set[str] = set()
+        self._open: dict[str, _Open] = {}
+        self._soonest = math.inf
+        """No open message's ttl is over before."""
         self._at_work: set[int] = set()
         self._alone: set[int] = set()
         """Nodes of whose group one hung; from then on each is a group of its own."""
-        self._pump_lock = threading.RLock()
-        self._queue_lock = threading.Lock()
-        """Guards the queue and what is counted; held for moments, never while work is done."""
+        self._lock = threading.RLock()
+        """Guards all of this; held for moments, never while work is done."""
+        self._news = threading.Condition(self._lock)
+        """Replies have come, or the work is free to be taken up."""
+        self._working = False
+        """Whether a thread is doing the work: running tasks, or listening to workers."""
+        self._attendant = _Attendant(self)
         self._next_id = self._next_group = 0
         self._executor: Executor | None = None
         self._workers: Workers | None = None
@@ -124,7 +178,8 @@ class EmbeddedGrid(OwnGrid):
                 log=log,
             )
         else:
-            client = app if isinstance(app, ClientApp) else open_app(app).client_app()
+            with streams.kept():  # an app may seed the generators where it is imported
+                client = app if isinstance(app, ClientApp) else open_app(app).client_app()
             self._executor = Executor(client, config, nodes, threads)
 
     def __enter__(self) -> "EmbeddedGrid":
@@ -135,6 +190,7 @@ class EmbeddedGrid(OwnGrid):
 
     def close(self) -> None:
         """End the worker processes; unanswered messages are lost."""
+        self._attendant.close(self._workers.wake if self._workers is not None else None)
         if self._workers is not None:
             self._workers.close()
             self._workers = None
@@ -153,45 +209,48 @@ class EmbeddedGrid(OwnGrid):
         return list(range(FIRST_NODE, FIRST_NODE + self._nodes))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        messages = list(messages)  # a generator of the app's must not run under the lock
-        with self._queue_lock:
-            ids = [self._enqueue(*each) for each in self._grouped(messages)]
-        if self._workers is not None:
-            self._workers.wake()
-        return ids
+        """Send; the nodes set to work whether or not anybody waits for their replies.
 
-    def _grouped(self, messages: list[Message]) -> Iterator[tuple[Envelope, Packed, int]]:
-        """What is queued for each message: envelope, content, and number of its group."""
-        packed: dict[int, Packed] = {}
-        group: set[int] = set()
-        last_type = ""
-        size = _evenly(len(messages), self._group_size)
-        for message in messages:
-            envelope = self._envelope(message)
-            content = message.content
-            if id(content) not in packed:  # the same object in many messages is packed once
-                packed[id(content)] = pack(content)
-            kind, node_id = envelope.message_type, envelope.node_id
-            alone = node_id in self._alone or bool(group & self._alone)
-            full = alone or len(group) >= (size if kind == "train" else 1)
-            if not group or full or kind != last_type or node_id in group:
-                self._next_group, group, last_type = self._next_group + 1, set(), kind
-            group.add(node_id)
-            yield envelope, packed[id(content)], self._next_group
-
-    def _enqueue(self, envelope: Envelope, content: Packed, group: int) -> str:
-        self._open.add(envelope.message_id)
-        self._queue.append(_Waiting(Task(envelope, content, None), group))
-        return envelope.message_id
+        Returns:
+            Ids to pull replies by; as Flower's grid has it, None in the place of a message to a
+            node that is not in this federation.
+        """
+        ids = self._push(list(messages))
+        self._attendant.take({message_id for message_id in ids if message_id is not None})
+        return ids  # type: ignore[return-value]  # None is Flower's own answer, against its types
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Replies to these messages. Works until all are there: nothing else would."""
-        return list(self._replies(set(message_ids), None))
+        """The replies that are here; it does not wait.
+
+        An error stands in the place of a reply that was pulled before, of a message that is
+        unknown, and of one whose ttl is over.
+        """
+        self._attendant.look()
+        self._expire()
+        found = []
+        with self._lock:
+            for message_id in dict.fromkeys(message_ids):
+                if message_id in self._ready:
+                    found.append(self._ready.pop(message_id))
+                elif message_id not in self._open:
+                    found.append(no_such_message(message_id or "", self._run.run_id))
+        return [in_time(reply) for reply in found]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        return list(self.stream(messages, timeout))
+        """The replies, in the order of the messages they answer."""
+        messages = list(messages)
+        ids = self._push(messages)
+        replies = {
+            reply.metadata.reply_to_message_id: reply
+            for reply in self._beside_workers(self._replies(_known(ids), timeout))
+        }
+        answers = [
+            self._nobody(message) if message_id is None else replies.get(message_id)
+            for message, message_id in zip(messages, ids, strict=True)
+        ]
+        return [answer for answer in answers if answer is not None]
 
     # ---- what only this engine has
 
@@ -203,7 +262,13 @@ class EmbeddedGrid(OwnGrid):
         After `timeout` seconds the iterator ends; workers that are still busy with one of these
         messages are replaced, so that a hung node costs its own reply only.
         """
-        return self._beside_workers(self._replies(set(self.push_messages(messages)), timeout))
+        messages = list(messages)
+        ids = self._push(messages)
+        for message, message_id in zip(messages, ids, strict=True):
+            if message_id is None:
+                yield self._nobody(message)
+        del messages
+        yield from self._beside_workers(self._replies(_known(ids), timeout))
 
     def roster(self) -> list[NodeRef]:
         """All nodes, by partition."""
@@ -216,16 +281,70 @@ class EmbeddedGrid(OwnGrid):
         """The node's name in reports: its partition."""
         return str(node_id - FIRST_NODE)
 
-    def _envelope(self, message: Message) -> Envelope:
-        node_id = message.metadata.dst_node_id
-        if not FIRST_NODE <= node_id < FIRST_NODE + self._nodes:
-            raise ConfigError(
-                f"a message is addressed to node {node_id}, which is not in this federation; "
-                "take node ids from grid.get_node_ids()"
-            )
+    # ---- sending
+
+    def _push(self, messages: list[Message]) -> list[str | None]:
+        """Queue messages; their ids, None for those to nobody."""
+        self._attendant.look()
+        streams.look_closely()
+        with self._lock:
+            ids = [self._enqueue(*each) for each in self._grouped(messages)]
+        if self._workers is not None:
+            self._workers.wake()
+        return ids
+
+    def _grouped(
+        self, messages: list[Message]
+    ) -> Iterator[tuple[Envelope | None, Packed | None, float, int]]:
+        """What is queued for each message: envelope, content, seconds, number of its group."""
+        packed: dict[int, Packed] = {}
+        group: set[int] = set()
+        last_type = ""
+        size = _evenly(len(messages), self._group_size)
+        for message in messages:
+            envelope = self._envelope(message)
+            if envelope is None:
+                yield None, None, 0.0, 0
+                continue
+            content = message.content
+            if id(content) not in packed:  # the same object in many messages is packed once
+                packed[id(content)] = pack(content)
+            kind, node_id = envelope.message_type, envelope.node_id
+            alone = node_id in self._alone or bool(group & self._alone)
+            full = alone or len(group) >= (size if kind == "train" else 1)
+            if not group or full or kind != last_type or node_id in group:
+                self._next_group, group, last_type = self._next_group + 1, set(), kind
+            group.add(node_id)
+            yield envelope, packed[id(content)], seconds_left(message), self._next_group
+
+    def _envelope(self, message: Message) -> Envelope | None:
+        data = message.metadata
+        if not FIRST_NODE <= data.dst_node_id < FIRST_NODE + self._nodes:
+            log.error("%s", not_here(data.dst_node_id))
+            return None
+        check_ttl(message)
         self._next_id += 1
         give_id(message, f"{self._run.run_id}-{self._next_id}")
         return Envelope.of(message)
+
+    def _enqueue(
+        self, envelope: Envelope | None, content: Packed | None, left: float, group: int
+    ) -> str | None:
+        if envelope is None or content is None:
+            return None
+        until = time.monotonic() + left
+        self._soonest = min(self._soonest, until)
+        self._open[envelope.message_id] = _Open(envelope, until)
+        task = Task(envelope, content, None, self._seeds.of(envelope))
+        self._queue.append(_Waiting(task, group))
+        return envelope.message_id
+
+    def _nobody(self, message: Message) -> Message:
+        """The reply in the place of a node that is not here."""
+        node_id = message.metadata.dst_node_id
+        return Envelope.of(message).error(UNAVAILABLE, not_here(node_id))
+
+    # ---- receiving
 
     def _beside_workers(self, replies: Iterator[Message]) -> Iterator[Message]:
         """While workers use the cores, what is done with their replies runs on those left over."""
@@ -240,38 +359,70 @@ class EmbeddedGrid(OwnGrid):
             torch.set_num_threads(before)
 
     def _replies(self, wanted: set[str], timeout: float | None) -> Iterator[Message]:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        wanted &= self._open | self._ready.keys()
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         while wanted:
-            for message_id in tuple(self._ready):  # another thread may add to it meanwhile
-                if message_id in wanted:
-                    wanted.discard(message_id)
-                    yield self._ready.pop(message_id)
+            while (reply := self._take(wanted)) is not None:
+                yield in_time(reply)
+                del reply  # while the next is awaited, this one must not take room
             if not wanted:
                 return
-            if deadline is not None and time.monotonic() >= deadline:
-                with self._pump_lock:
-                    self._give_up(wanted)
+            if time.monotonic() >= deadline:
+                self._give_up(wanted)
                 return
-            with self._pump_lock:
-                if not wanted & self._ready.keys():
-                    self._pump(deadline)
+            self._work(wanted, deadline)
+            if not self._open:  # another thread has pulled what this one waits for
+                with self._lock:
+                    wanted &= self._ready.keys()
 
-    def _pump(self, deadline: float | None) -> None:
+    def _take(self, wanted: set[str]) -> Message | None:
+        """A reply that is there."""
+        with self._lock:
+            for message_id in self._ready:
+                if message_id in wanted:
+                    wanted.discard(message_id)
+                    return self._ready.pop(message_id)
+        return None
+
+    # ---- the work
+
+    def _work(self, wanted: Collection[str], deadline: float) -> None:
+        """Take part in the work until something has happened; one thread does it at a time."""
+        with self._news:
+            while self._working:
+                if self._any_ready(wanted) or time.monotonic() >= deadline:
+                    return
+                self._attendant.look()
+                self._news.wait(_left(deadline))
+            if self._any_ready(wanted):
+                return
+            self._working = True
+        try:
+            self._pump(deadline)
+        finally:
+            with self._news:
+                self._working = False
+                self._news.notify_all()
+
+    def _any_ready(self, wanted: Collection[str]) -> bool:
+        return any(message_id in wanted for message_id in self._ready)
+
+    def _pump(self, deadline: float) -> None:
         """Get at least one task done, or wait for a worker until the deadline."""
+        self._expire()
         if self._executor is not None:
             tasks = self._next_tasks()
             if tasks:
-                with output_to(self._log):
-                    for task, done in zip(tasks, self._executor.run(tasks), strict=True):
-                        self._finish(task, done)
+                with output_to(self._log), streams.kept():
+                    done = self._executor.run(tasks)
+                for pair in zip(tasks, done, strict=True):
+                    self._finish(*pair)
             return
         assert self._workers is not None
+        self._dismiss()
         while self._workers.idle and (tasks := self._next_tasks()):
             self._workers.give(tasks)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
         split: list[Task] = []
-        for task, result in self._workers.wait(left):
+        for task, result in self._workers.wait(_left(min(deadline, self._soonest))):
             if result is None:
                 split.append(task)
             else:
@@ -280,7 +431,7 @@ class EmbeddedGrid(OwnGrid):
 
     def _requeue(self, tasks: list[Task]) -> None:
         """Put the tasks of a group back, each by itself, so that all workers share them."""
-        with self._queue_lock:
+        with self._lock:
             for task in reversed(tasks):
                 self._at_work.discard(task.envelope.node_id)
                 if task.envelope.message_id in self._open:
@@ -288,49 +439,96 @@ class EmbeddedGrid(OwnGrid):
                     self._queue.appendleft(_Waiting(task, self._next_group))
 
     def _next_tasks(self) -> list[Task]:
-        """The next group, each task with its node's state of this moment.
+        """The next group whose nodes are free, each task with its node's state of this moment.
 
-        Empty while a node of the group is still at work: its state must come back first.
+        A group waits while one of its nodes is at work, or has an earlier task that waits: the
+        node's state must come back first.
         """
-        with self._queue_lock:
-            if not self._queue:
+        with self._lock:
+            busy = set(self._at_work)
+            for _, members in itertools.groupby(self._queue, key=lambda waiting: waiting.group):
+                group = list(members)
+                nodes = {waiting.task.envelope.node_id for waiting in group}
+                if not nodes & busy:
+                    break
+                busy |= nodes
+            else:
                 return []
-            first = self._queue[0].group
-            group = list(itertools.takewhile(lambda waiting: waiting.group == first, self._queue))
-            nodes = {waiting.task.envelope.node_id for waiting in group}
-            if nodes & self._at_work:
-                return []
+            if group[0] is self._queue[0]:
+                for _ in group:
+                    self._queue.popleft()
+            else:
+                taken = {id(waiting) for waiting in group}
+                self._queue = deque(w for w in self._queue if id(w) not in taken)
             self._at_work |= nodes
-            for _ in group:
-                self._queue.popleft()
-        return [
-            replace(w.task, state=self.states.by_node.get(w.task.envelope.node_id)) for w in group
-        ]
+            return [
+                replace(w.task, state=self.states.by_node.get(w.task.envelope.node_id))
+                for w in group
+            ]
 
     def _finish(self, task: Task, done: Done) -> None:
         message_id = task.envelope.message_id
-        self._at_work.discard(task.envelope.node_id)
-        if message_id not in self._open:
-            return  # given up, or reported as dead already
-        self._open.discard(message_id)
-        self.states.put(task.envelope.node_id, done.state)
         give_id(done.reply, f"{message_id}-reply")
-        self._ready[message_id] = done.reply
+        with self._news:
+            self._at_work.discard(task.envelope.node_id)
+            if self._open.pop(message_id, None) is None:
+                return  # given up, or reported as dead already
+            self.states.put(task.envelope.node_id, done.state)
+            self._ready[message_id] = done.reply
+            self._attendant.let_go(message_id)
         if done.failure and self._log is not None:
             name = self.name_of(task.envelope.node_id)
             self._log.write(f"node {name} failed:\n{done.failure}\n")
             self._log.flush()
         self.on_done(1)
 
-    def _give_up(self, message_ids: set[str]) -> None:
-        with self._queue_lock:
-            self._open -= message_ids
-            left = [w for w in self._queue if w.task.envelope.message_id in self._open]
-            self._queue = deque(left)
+    # ---- what is not waited for any longer
+
+    def _expire(self) -> None:
+        """Answer the messages whose ttl is over with an error."""
+        now = time.monotonic()
+        if now < self._soonest:
+            return
+        with self._news:
+            over = {message_id for message_id, known in self._open.items() if known.until <= now}
+            for message_id in over:
+                envelope = self._open[message_id].envelope
+                self._ready[message_id] = envelope.error(UNKNOWN, TOO_LATE)
+                give_id(self._ready[message_id], f"{message_id}-reply")
+            self._forget(over)
+            self._soonest = min((known.until for known in self._open.values()), default=math.inf)
+            self._news.notify_all()
+
+    def _forget(self, message_ids: Iterable[str]) -> None:
+        """Nobody waits for these; whoever does the work next dismisses who is busy with them."""
+        for message_id in message_ids:
+            self._open.pop(message_id, None)
+            self._attendant.let_go(message_id)
+        self._queue = deque(w for w in self._queue if w.task.envelope.message_id in self._open)
         if self._workers is not None:
-            for task in self._workers.abandon(message_ids):
-                self._at_work.discard(task.envelope.node_id)
-                self._alone.add(task.envelope.node_id)
+            self._workers.wake()
+
+    def _give_up(self, message_ids: set[str]) -> None:
+        with self._news:
+            self._forget(message_ids)
+            if self._working or self._workers is None:
+                return
+            self._working = True
+        try:
+            self._dismiss()
+        finally:
+            with self._news:
+                self._working = False
+                self._news.notify_all()
+
+    def _dismiss(self) -> None:
+        """Replace the workers that are busy with what nobody waits for."""
+        assert self._workers is not None
+        for task in self._workers.abandon(self._open):
+            self._at_work.discard(task.envelope.node_id)
+            self._alone.add(task.envelope.node_id)
+
+    # ---- checkpoints
 
     def pickled_states(self) -> Mapping[int, bytes]:
         """States that changed since the last call, by node id."""
@@ -345,12 +543,80 @@ class EmbeddedGrid(OwnGrid):
             self.states.by_node[node_id] = state
 
 
+class _Attendant:
+    """A thread that works for messages that were pushed, so that nobody has to wait for them.
+
+    It begins with the first such message. Without worker processes the nodes run in it, beside
+    the server app.
+    """
+
+    def __init__(self, grid: EmbeddedGrid) -> None:
+        self._grid = grid
+        self._waiting: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._fault: BaseException | None = None
+
+    def take(self, message_ids: set[str]) -> None:
+        """See to these messages."""
+        with self._grid._news:
+            self._waiting |= message_ids & self._grid._open.keys()
+            if self._thread is None and self._waiting:
+                self._thread = threading.Thread(target=self._attend, daemon=True)
+                self._thread.start()
+            self._grid._news.notify_all()
+
+    def let_go(self, message_id: str) -> None:
+        """This message needs nobody any longer."""
+        self._waiting.discard(message_id)
+
+    def look(self) -> None:
+        """Raise what went wrong meanwhile, in the thread of the app."""
+        if self._fault is not None and threading.current_thread() is not self._thread:
+            fault, self._fault = self._fault, None
+            raise fault
+
+    def close(self, wake: Callable[[], None] | None) -> None:
+        """End; a node that runs in this process cannot be stopped, and ends with it."""
+        with self._grid._news:
+            self._closed = True
+            self._waiting.clear()
+            self._grid._news.notify_all()
+        if self._thread is not None and wake is not None:
+            wake()
+            self._thread.join()
+
+    def _attend(self) -> None:
+        news = self._grid._news
+        while True:
+            with news:
+                news.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+            try:
+                self._grid._work((), math.inf)
+            except BaseException as fault:
+                with news:
+                    self._fault = fault
+                    self._waiting.clear()
+                    news.notify_all()
+
+
 class ObservedGrid(Notes, EmbeddedGrid):
     """An embedded grid that takes notes, for apps that keep their own rounds."""
 
 
 def _nothing(_: int) -> None:
     return None
+
+
+def _known(ids: Iterable[str | None]) -> set[str]:
+    return {message_id for message_id in ids if message_id is not None}
+
+
+def _left(deadline: float) -> float | None:
+    """Seconds until then; None where there is no end."""
+    return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
 
 
 def _evenly(count: int, most: int) -> int:

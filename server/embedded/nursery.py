@@ -62,6 +62,7 @@ def work(pipe: socket.socket) -> None:
     from umbel.server.embedded.packing import BlobCache, Packed, pack, receive, send, unpack
     from umbel.server.embedded.shelf import Shelf, reuse_memory
     from umbel.strategies.app import open_app
+    from umbel.strategies.streams import expendable
 
     try:
         _, shelves, _, _ = socket.recv_fds(pipe, 1, 2)
@@ -83,7 +84,8 @@ def work(pipe: socket.socket) -> None:
             numbers, text = pickle.loads(parcel.text)
             blobs = cache.join(numbers, parcel.blobs)
             tasks: list[Task] = unpack(Packed(text, tuple(blobs)))
-            done = executor.one_by_one(tasks) if len(tasks) == 1 else executor.together(tasks)
+            with expendable():  # the next task begins with a seed of its own
+                done = executor.one_by_one(tasks) if len(tasks) == 1 else executor.together(tasks)
             send(pipe, pack(done), outbound)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return

@@ -8,7 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 from umbel.server.embedded.executor import Done, Task
 from umbel.server.embedded.packing import BlobCache, Packed, pack, receive, send, unpack
 from umbel.server.embedded.shelf import Shelf, reuse_memory
-from umbel.server.flower import CRASHED
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.transport.flower import CRASHED
 
 PRELOAD = ("torch", "flwr.clientapp", "umbel.server.embedded.executor", "umbel.strategies.app")
 """What the nursery imports once for all workers."""
@@ -174,11 +174,12 @@ class Workers:
         """Make a `wait` in another thread return."""
         self._wake_write.send(b"!")
 
-    def abandon(self, message_ids: set[str]) -> list[Task]:
-        """Kill the processes that work on these messages only, and replace them; their tasks."""
+    def abandon(self, wanted: Container[str]) -> list[Task]:
+        """Kill the processes none of whose messages is wanted, and replace them; their tasks."""
         tasks: list[Task] = []
         for worker in list(self._workers):
-            if worker.busy and {task.envelope.message_id for task in worker.busy} <= message_ids:
+            ids = [task.envelope.message_id for task in worker.busy]
+            if ids and not any(message_id in wanted for message_id in ids):
                 tasks += self._replace(worker)
         return tasks
 

@@ -1,23 +1,35 @@
 """The link engine as a Flower `Grid`: real nodes, in streams, with nothing that polls."""
 
 import logging
+import math
 import queue
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from umbel.server.flower import CRASHED, NodeInfo, give_id, take_identity
 from umbel.server.link.hub import Hub, Instruction, Reply
 from umbel.server.notes import Notes
-from umbel.server.own_grid import OwnGrid
+from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
 from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
+from umbel.transport.flower import (
+    CRASHED,
+    TOO_LATE,
+    UNAVAILABLE,
+    UNKNOWN,
+    NodeInfo,
+    give_id,
+    is_over,
+    no_such_message,
+    seconds_left,
+    take_identity,
+)
 from umbel.transport.frames import INLINE, LARGEST_CONTENT
 from umbel.transport.link_pb2 import Begin
 
@@ -64,6 +76,7 @@ class LinkGrid(OwnGrid):
         self._limits = Limits(total=largest)
         self._asked: Counter[str] = Counter()
         self._open: dict[str, Message] = {}
+        self._pushed: set[str] = set()
         self._inbox: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self._ready: dict[str, Message] = {}
         self.stopping = False
@@ -82,22 +95,50 @@ class LinkGrid(OwnGrid):
         return super().get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send.
+
+        Returns:
+            Ids to pull replies by; as Flower's grid has it, None in the place of a message to a
+            node that is not in this federation.
+        """
         self._go_on()
-        return self._push(messages, self._inbox, None)
+        ids = self._push(messages, self._inbox, None)
+        self._pushed.update(message_id for message_id in ids if message_id is not None)
+        return ids  # type: ignore[return-value]  # None is Flower's own answer, against its types
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to these messages that are here; it does not wait."""
+        """The replies that are here; it does not wait.
+
+        An error stands in the place of a reply that was pulled before, of a message that is
+        unknown, and of one whose ttl is over.
+        """
         self._go_on()
         while not self._inbox.empty():
             reply = self._message(self._inbox.get())
             if reply is not None:
                 self._ready[reply.metadata.reply_to_message_id] = reply
-        return [self._ready.pop(each) for each in list(message_ids) if each in self._ready]
+        found = []
+        for message_id in dict.fromkeys(message_ids):
+            asked = self._open.get(message_id) if message_id in self._pushed else None
+            if message_id in self._ready:
+                found.append(in_time(self._ready.pop(message_id)))
+            elif asked is None:
+                found.append(no_such_message(message_id or "", self._run.run_id))
+            elif is_over(asked):
+                found += self._expire([message_id])
+            else:
+                continue
+            self._pushed.discard(message_id)
+        return found
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        return list(self.stream(messages, timeout))
+        """The replies, in the order of the messages they answer."""
+        messages = list(messages)
+        replies = {r.metadata.reply_to_message_id: r for r in self.stream(messages, timeout)}
+        ids = [message.metadata.message_id for message in messages]
+        return [replies[message_id] for message_id in ids if message_id in replies]
 
     def _go_on(self) -> None:
         if self.stopping:
@@ -126,21 +167,35 @@ class LinkGrid(OwnGrid):
         """
         messages = list(messages)
         inbox: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         training = bool(messages) and all(m.metadata.message_type == "train" for m in messages)
         self.phase = messages[0].metadata.message_type if messages else self.phase
-        waiting = set(self._push(messages, inbox, deadline))
+        ids = self._push(messages, inbox, None if timeout is None else deadline)
+        yield from (
+            self._nobody(message)
+            for message, message_id in zip(messages, ids, strict=True)
+            if message_id is None
+        )
+        waiting = {message_id for message_id in ids if message_id is not None}
         may_miss = len(waiting) - ceil(self._enough * len(waiting)) if training else 0
+        soonest = time.monotonic() + min(map(seconds_left, messages), default=0.0)
         try:
             while len(waiting) > may_miss:
-                reply = self._next(inbox, deadline)
+                reply = self._next(inbox, min(deadline, soonest))
                 if reply is None:
-                    break
+                    if time.monotonic() >= deadline:
+                        break
+                    over = [each for each in waiting if is_over(self._open[each])]
+                    waiting.difference_update(over)
+                    yield from self._expire(over)
+                    left = [seconds_left(self._open[each]) for each in waiting]
+                    soonest = time.monotonic() + min(left, default=0.0)
+                    continue
                 waiting.discard(reply.instruction.message_id)
                 message = self._message(reply)
                 del reply
                 if message is not None:
-                    yield message
+                    yield in_time(message)
                 del message  # while the next is decoded, this one must not take room
         finally:
             for message_id in waiting:
@@ -149,25 +204,53 @@ class LinkGrid(OwnGrid):
                 self._name_stragglers(waiting)
                 self.hub.cancel(waiting)
 
-    def _next(self, inbox: "queue.SimpleQueue[Reply]", deadline: float | None) -> Reply | None:
+    def _next(self, inbox: "queue.SimpleQueue[Reply]", until: float) -> Reply | None:
+        """The next reply; None when the time is over."""
         while True:
             self._go_on()
-            left = _LOOK_UP_S if deadline is None else deadline - time.monotonic()
+            left = until - time.monotonic()
             try:
                 return inbox.get(timeout=min(_LOOK_UP_S, max(0.0, left)))
             except queue.Empty:
-                if deadline is not None and left <= 0:
+                if left <= 0:
                     return None
+
+    def _expire(self, message_ids: Sequence[str]) -> list[Message]:
+        """Errors in the place of replies to messages whose ttl is over; their nodes are told."""
+        if not message_ids:
+            return []
+        self.hub.cancel(message_ids)
+        replies = []
+        for message_id in message_ids:
+            reply = Message(Error(UNKNOWN, TOO_LATE), reply_to=self._open.pop(message_id))
+            give_id(reply, f"{message_id}/reply")
+            replies.append(reply)
+        return replies
+
+    def _nobody(self, message: Message) -> Message:
+        """The reply in the place of a node that is not in this federation."""
+        reason = not_here(message.metadata.dst_node_id)
+        return Message(Error(UNAVAILABLE, reason), reply_to=message)
 
     def _push(
         self,
         messages: Iterable[Message],
         inbox: "queue.SimpleQueue[Reply]",
         deadline: float | None,
-    ) -> list[str]:
+    ) -> list[str | None]:
+        """Give messages to the hub; their ids, None for those to nobody."""
         encoded: dict[int, tuple[RecordDict, list[Buffer], int]] = {}
         instructions = []
+        ids: list[str | None] = []
         for message in messages:
+            data = message.metadata
+            check_ttl(message)
+            line = self.hub.lines.get(data.dst_node_id)
+            if line is None or line.node.revoked is not None:
+                log.error("%s", not_here(data.dst_node_id))
+                self._identify(message)  # its error reply needs one
+                ids.append(None)
+                continue
             content = message.content
             if id(content) not in encoded:  # one content for many nodes is encoded once
                 parts = encode(content)
@@ -179,17 +262,19 @@ class LinkGrid(OwnGrid):
                 size=size_of(parts),
                 inline=b"".join(parts) if size_of(parts) <= INLINE else b"",
                 run_id=self._run.run_id,
-                group_id=message.metadata.group_id,
-                message_type=message.metadata.message_type,
-                ttl=message.metadata.ttl,
+                group_id=data.group_id,
+                message_type=data.message_type,
+                ttl=data.ttl,
                 run_config=self._config,
                 digest=digest,
             )
-            node_id = message.metadata.dst_node_id
-            instructions.append(Instruction(message_id, node_id, begin, parts, deadline, inbox))
+            over = time.monotonic() + seconds_left(message)
+            due = over if deadline is None else min(over, deadline)
+            instructions.append(Instruction(message_id, data.dst_node_id, begin, parts, due, inbox))
             self._open[message_id] = message
+            ids.append(message_id)
         self.hub.submit(instructions)
-        return [instruction.message_id for instruction in instructions]
+        return ids
 
     def _identify(self, message: Message) -> str:
         data = message.metadata

@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from umbel.server.flower import UNAVAILABLE
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub, Line
 from umbel.server.link.listener import Doors, Listener
@@ -35,6 +34,7 @@ from umbel.transport.certificates import (
     renewal_due,
     save_identity,
 )
+from umbel.transport.flower import UNAVAILABLE
 from umbel.transport.keyfiles import KeyFileError
 from umbel.transport.scheduling import work_in_batches
 

@@ -64,7 +64,8 @@ class RunDirectory:
             out: use exactly this directory instead of an id under `parent`.
 
         Raises:
-            ConfigError: the directory holds a run already or cannot be written.
+            ConfigError: the directory holds a run already, holds other files, or cannot be
+                written.
         """
         path = out if out is not None else (parent or Path("runs")) / _run_id(name)
         run = cls(path)
@@ -75,6 +76,10 @@ class RunDirectory:
             )
         with _writing(path, ConfigError):
             path.mkdir(parents=True, exist_ok=True)
+            if any(not file.name.startswith(".") for file in path.iterdir()):
+                raise ConfigError(
+                    f"{path} holds other files and no run; name a new or an empty folder with --out"
+                )
         started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
         _replace_json(run.config_path, {**started, **config}, ConfigError)
         return run

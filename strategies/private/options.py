@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import OptionGroup, choose
+from umbel.strategies.limits import above, at_least, check_limits, one_of, option, up_to_one
+from umbel.strategies.options import OptionGroup
 
 MECHANISMS = ("gaussian", "local", "tree", "banded")
 
@@ -22,16 +23,20 @@ class PrivacyOptions(OptionGroup):
     Attributes:
         epsilon: the budget of the whole run, and of all runs about the population before it;
             infinity is no budget.
-        delta: of the guarantee; below one over the number of nodes.
+        delta: the probability that the guarantee may fail with; far below one over the number of
+            nodes.
         noise_multiplier: noise over clipping norm, instead of what the budget asks for; 0 lets
             the budget decide.
         clipping_norm: the longest update, or the first norm where clipping is adaptive.
-        clipping: `fixed` or `adaptive`.
+        clipping: whether the norm is `fixed`, or `adaptive` and follows the updates.
         clipping_quantile: part of the updates that adaptive clipping leaves whole.
-        mechanism: `gaussian`, `local`, `tree` or `banded`.
-        bands: of `banded`; 0 takes as many as the separation allows, up to 16.
-        separation: of `tree` and `banded`: rounds between two participations of a node.
-        sampling: `poisson`, `fixed` (a fixed number without replacement) or `all`.
+        mechanism: who adds which noise: the server (`gaussian`, or noise that is shared between
+            rounds: `tree`, `banded`), or each node (`local`).
+        bands: how many rounds share noise in `banded`; 0 takes as many as the separation allows, up
+            to 16.
+        separation: for `tree` and `banded`, the rounds between two participations of a node.
+        sampling: how a round's nodes are drawn: `poisson`, `fixed` (a fixed number without
+            replacement) or `all`.
         release_metrics: metrics of the nodes that are released with noise, each with its limit,
             as "loss:5,accuracy:1"; others are dropped.
         population: a name for the people whose data this is; runs about one population share
@@ -41,44 +46,31 @@ class PrivacyOptions(OptionGroup):
         insecure_noise_seed: for tests only: noise that can be repeated; -1 is real noise.
     """
 
-    epsilon: float = math.inf
-    delta: float = 1e-5
-    noise_multiplier: float = 0.0
-    clipping_norm: float = 1.0
-    clipping: str = "fixed"
-    clipping_quantile: float = 0.5
-    mechanism: str = "gaussian"
-    bands: int = 0
-    separation: int = 0
-    sampling: str = "poisson"
+    epsilon: float = option(
+        math.inf,
+        above(0, infinite=True, hint="leave it out for a run without privacy, or give epsilon=3"),
+    )
+    delta: float = option(
+        1e-5,
+        up_to_one(
+            without_zero=True, hint="far below one over the number of nodes, such as delta=1e-5"
+        ),
+    )
+    noise_multiplier: float = option(0.0, at_least(0, "0 lets epsilon decide"))
+    clipping_norm: float = option(1.0, above(0))
+    clipping: str = option("fixed", one_of("fixed", "adaptive"))
+    clipping_quantile: float = option(0.5, up_to_one(without_zero=True))
+    mechanism: str = option("gaussian", one_of(*MECHANISMS))
+    bands: int = option(0, at_least(0))
+    separation: int = option(0, at_least(0))
+    sampling: str = option("poisson", one_of("poisson", "fixed", "all"))
     release_metrics: str = ""
     population: str = ""
     ledger: str = ""
-    insecure_noise_seed: int = -1
+    insecure_noise_seed: int = option(-1, at_least(-1))
 
     def __post_init__(self) -> None:
-        choose("clipping", self.clipping, ("fixed", "adaptive"))
-        choose("mechanism", self.mechanism, MECHANISMS)
-        choose("sampling", self.sampling, ("poisson", "fixed", "all"))
-        if not self.epsilon > 0:
-            raise ConfigError(
-                f"epsilon is {self.epsilon:g}; a budget is above 0, such as epsilon=3 (leave it "
-                "out for a run without privacy)"
-            )
-        if not 0 < self.delta < 1:
-            raise ConfigError(
-                f"delta is {self.delta:g}; it must lie between 0 and 1, far below one over the "
-                "number of nodes, such as delta=1e-5"
-            )
-        if not (self.noise_multiplier >= 0 and math.isfinite(self.noise_multiplier)):
-            raise ConfigError(
-                f"noise-multiplier is {self.noise_multiplier:g}; it must be a finite number above "
-                "0, or 0 to let epsilon decide"
-            )
-        if not (self.clipping_norm > 0 and math.isfinite(self.clipping_norm)):
-            raise ConfigError(
-                f"clipping-norm is {self.clipping_norm:g}; it must be a finite number above 0"
-            )
+        check_limits(self)
         self._check_correlated()
 
     def _check_correlated(self) -> None:

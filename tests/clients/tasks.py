@@ -1,13 +1,17 @@
 """Tasks of the tests of PyTorch's trainer."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import MetricRecord
 from torch import nn
 
 from umbel.clients.data.examples import Examples
-from umbel.clients.trainer import Job, Weights
+from umbel.clients.pytorch.loop import Share
+from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainer import Job, Trained, Weights
 
 
 def linear() -> nn.Module:
@@ -37,3 +41,14 @@ def close(one: Weights, other: Weights, rtol: float = 1e-4, atol: float = 1e-6) 
 
 
 # --- seeds
+
+
+class Counting(TorchTrainer):
+    """Keeps in its memory how often this node was trained, and learns at that rate."""
+
+    def train_share(self, weights: Weights, examples: Any, job: Job, share: Share) -> Trained:
+        before = job.memory.get("own")
+        times = int(before["n"]) + 1 if isinstance(before, MetricRecord) else 1  # type: ignore[arg-type]
+        job.memory["own"] = MetricRecord({"n": times})
+        rate = 0.1 * times
+        return super().train_share(weights, examples, replace(job, learning_rate=rate), share)

@@ -20,7 +20,6 @@ from umbel.clients.process.node_process import write_shared
 from umbel.clients.process.pipe import BESIDE
 from umbel.clients.process.sessions import SecureSessions
 from umbel.clients.process.trainee import Answer, AppSettings, Trainee
-from umbel.server.flower import take_identity
 from umbel.strategies.collect import Gathering, Sum
 from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
@@ -33,6 +32,7 @@ from umbel.strategies.secure.wire import SECURE, STAGES, query_of, stage_of
 from umbel.strategies.stack import Stack
 from umbel.transport.certificates import make_server_identity, open_authority, save_identity
 from umbel.transport.codec import decode, encode, encode_values
+from umbel.transport.flower import take_identity
 from umbel.transport.link_pb2 import Begin
 
 NODES = (1001, 1002, 1003)

@@ -7,13 +7,16 @@ import os
 import signal
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import MetricRecord, RecordDict
 from torch import nn
 
+from tests.clients.tasks import Counting, linear
 from umbel.clients.data.examples import Examples
 from umbel.clients.pytorch.loop import Share
 from umbel.clients.pytorch.trainer import TorchTrainer
@@ -74,6 +77,25 @@ def test_examples_are_sent_once_and_results_repeat(trainer: TorchTrainer) -> Non
         assert torch.equal(value, other.parameters[name])
     fewer = trainer.train(weights, examples.take(slice(4)), Job(1, 5, TEAM))
     assert fewer.examples == 4
+
+
+def test_what_a_trainer_keeps_of_its_node_goes_round_with_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # for the processes of the team
+    weights, examples = Counting(linear).initial({}, 1), classes(8)
+
+    def thrice(options: dict[str, Any]) -> tuple[RecordDict, Weights]:
+        trainer, memory, now = Counting(linear), RecordDict(), weights
+        for number in (1, 2, 3):
+            now = trainer.train(now, examples, Job(number, 5, options, memory=memory)).weights
+        trainer.team.close()
+        return memory, now
+
+    (alone, one), (shared, other) = thrice({}), thrice(TEAM)
+    assert alone == shared == RecordDict({"own": MetricRecord({"n": 3})})
+    for name, value in one.parameters.items():
+        torch.testing.assert_close(other.parameters[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_mistake_or_a_death_ends_the_team_and_the_next_job_starts_another(

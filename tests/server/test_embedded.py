@@ -6,7 +6,7 @@ import logging
 import random
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from umbel.server.embedded.executor import FIRST_NODE
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
+from umbel.transport.flower import UNAVAILABLE, UNKNOWN
 
 
 @pytest.fixture(autouse=True)
@@ -138,24 +139,55 @@ def test_nodes_and_messages_have_ids_that_apps_may_rely_on() -> None:
         assert data.message_id not in ("", created.metadata.message_id)
 
 
+def pulled(grid: EmbeddedGrid, ids: Iterable[str]) -> list[Message]:
+    """Replies to pushed messages, pulled until all are there."""
+    replies: list[Message] = []
+    left = set(ids)
+    while left:
+        new = grid.pull_messages(left)
+        left -= {reply.metadata.reply_to_message_id for reply in new}
+        replies += new
+    return replies
+
+
 def test_pushed_messages_can_be_pulled_in_parts_and_once() -> None:
     with EmbeddedGrid(echo_app(), 4) as grid:
         ids = list(grid.push_messages(ask(grid.get_node_ids())))
         assert len(set(ids)) == 4
-        late = grid.pull_messages(ids[2:])
-        early = grid.pull_messages(ids[:2])
+        late = pulled(grid, ids[2:])
+        early = pulled(grid, ids[:2])
         assert {m.metadata.reply_to_message_id for m in late} == set(ids[2:])
         assert {m.metadata.reply_to_message_id for m in early} == set(ids[:2])
-        assert list(grid.pull_messages(ids)) == []
-        assert list(grid.pull_messages(["unheard-of"])) == []
-        assert list(grid.send_and_receive([])) == []
+        assert not any(m.has_error() for m in late + early)
+        assert grid.send_and_receive([]) == []
 
 
-def test_a_message_to_nobody_is_an_error_of_the_app() -> None:
+def test_an_unknown_message_is_an_error_each_time_it_is_asked_for() -> None:
+    """As in Flower's own grid: one that was read is not told from one that never was."""
+    with EmbeddedGrid(echo_app(), 1) as grid:
+        ids = list(grid.push_messages(ask(grid.get_node_ids())))
+        pulled(grid, ids)
+        for _ in range(2):
+            again = grid.pull_messages([*ids, "unheard-of"])
+            assert [m.metadata.reply_to_message_id for m in again] == [*ids, "unheard-of"]
+            assert [m.error.code for m in again] == [UNKNOWN, UNKNOWN]
+
+
+def test_a_message_to_nobody_has_no_id_and_an_error_for_a_reply(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with EmbeddedGrid(echo_app(), 2) as grid:
-        with pytest.raises(ConfigError, match=r"node 5, which is not .* grid\.get_node_ids"):
-            grid.push_messages(ask([5]))
-        assert seen(grid.send_and_receive(ask(grid.get_node_ids()))) == [1, 1]
+        first, second = grid.get_node_ids()
+        with caplog.at_level(logging.ERROR, logger="flwr"):
+            ids = list(grid.push_messages(ask([first, 5])))
+        assert ids[1] is None
+        assert "node 5, which is not in this federation" in caplog.text
+        assert seen(pulled(grid, ids[:1])) == [1]
+        replies = grid.send_and_receive(ask([first, 5, second]))
+        assert [reply.has_error() for reply in replies] == [False, True, False]
+        assert (replies[1].error.code, replies[1].metadata.src_node_id) == (UNAVAILABLE, 5)
+        with pytest.raises(ConfigError, match="ttl of -1"):
+            grid.push_messages([Message(RecordDict(), first, "query", ttl=-1.0)])
 
 
 def test_several_messages_to_one_node_are_answered_in_order_with_its_state() -> None:
@@ -197,7 +229,7 @@ def test_changing_a_content_after_it_was_pushed_changes_nothing() -> None:
         content = RecordDict({"c": ConfigRecord({"a": 1})})
         ids = grid.push_messages([Message(content, grid.get_node_ids()[0], "query")])
         content["c"]["a"] = 2  # type: ignore[index]
-        (reply,) = grid.pull_messages(ids)
+        (reply,) = pulled(grid, ids)
         assert reply.content["c"]["a"] == 1  # type: ignore[index]
 
 
@@ -350,5 +382,5 @@ def test_any_order_of_pulling_gives_every_reply() -> None:
         ids = list(grid.push_messages(ask(grid.get_node_ids())))
         shuffle.shuffle(ids)
         for message_id in ids:
-            (reply,) = grid.pull_messages([message_id])
+            (reply,) = pulled(grid, [message_id])
             assert reply.metadata.reply_to_message_id == message_id

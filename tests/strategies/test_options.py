@@ -58,6 +58,22 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         parse([str(tmp_path / "missing.toml")])
 
 
+def test_a_file_from_windows_is_read_and_another_encoding_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "windows.toml"
+    file.write_bytes(b"\xef\xbb\xbfrounds = 3\r\nname = 'a'\r\n")
+    assert parse([str(file)]) == {"rounds": 3, "name": "a"}
+    for encoding in ("utf-16", "latin-1"):
+        file.write_bytes("name = 'ä'".encode(encoding))
+        with pytest.raises(ConfigError, match=r"windows\.toml cannot be read: it is not in UTF-8"):
+            parse([str(file)])
+
+
+def test_a_backslash_that_makes_a_control_character_is_refused() -> None:
+    assert parse([r"path='C:\new'"]) == parse([r"path=C:\new"]) == {"path": r"C:\new"}
+    with pytest.raises(ConfigError, match="write it in single quotes"):
+        parse([r'path="C:\new"'])
+
+
 def test_nested_tables_become_dotted_names() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": "x"}, "e": True}) == {
         "a.b.c": 1,
@@ -76,7 +92,10 @@ def test_nested_tables_become_dotted_names() -> None:
         (True, 10, "a whole number, such as 10"),
         (True, 0.5, "a number, such as 0.5"),
         ("fast", 0.5, "a number, such as 0.5"),
-        (1, True, "true or false, such as True"),
+        (1, True, "true or false, such as true"),
+        ("True", False, "true or false, such as false"),
+        (10**18 + 1, 0, "at most 18 digits"),
+        (-(10**19), 0.5, "at most 18 digits"),
         (1, "adam", "a text, such as 'adam'"),
         (math.nan, 0.5, "give a number"),
     ],
@@ -133,7 +152,7 @@ def test_defaults_are_valid_and_complete() -> None:
         ({"schedule": "cosin"}, "schedule is 'cosin'; it can be constant"),
         ({"schedule": "cosin", "warmup-rounds": 3}, "schedule is 'cosin'; it can be constant"),
         ({"schedule-gamma": -0.1}, "schedule-gamma is -0.1; it must be at least 0"),
-        ({"cohort": "fxied"}, "cohort is 'fxied'; it can be all, fixed or poisson"),
+        ({"cohort": "fxied"}, "cohort is 'fxied'; it can be all, fixed, poisson"),
         ({"cohort": "fixed"}, "cohort=fixed needs cohort-size"),
         ({"optimizer": "adam"}, "optimizer is 'adam'; it can be fedavg"),
         ({"rounds": "5"}, "rounds is '5', but it must be a whole number"),

@@ -17,6 +17,15 @@ def ask(grid, kind, nodes=None):
     return [Message(content, node, kind) for node in nodes]
 
 
+def pulled(grid, ids):
+    replies, left = [], set(ids)
+    while left:
+        new = list(grid.pull_messages(left))
+        left -= {reply.metadata.reply_to_message_id for reply in new}
+        replies += new
+    return replies
+
+
 @app.main()
 def main(grid, context):
     strategy = FedAvg(min_train_nodes=4, min_evaluate_nodes=4, min_available_nodes=4)
@@ -27,7 +36,7 @@ def main(grid, context):
     )
     custom = grid.send_and_receive(ask(grid, "train.custom"))
     ids = list(grid.push_messages(ask(grid, "query")))
-    queries = list(grid.pull_messages(ids))
+    queries = pulled(grid, ids)
     failures = list(grid.send_and_receive(ask(grid, "query.fail")))
     again = list(grid.send_and_receive(ask(grid, "query.fail")))
     unknown = list(grid.send_and_receive(ask(grid, "query.unheard_of")))
