@@ -3,18 +3,19 @@
     server -> node   train      model (flat), what the layers publish, the learning rate
     node -> server   update     trained minus received, through the stack's layers; metrics
     server -> node   evaluate   model
-    node -> server   metrics    on the node's own test examples
+    node -> server   metrics    on the node's own test examples; nothing where updates are protected
     server -> node   query.umbel_hello     on engines that do not know their nodes' names
     node -> server   its partition
     server -> node   query.umbel_ask, query.umbel_pool     see `umbel.clients.pooling`
 
 Weights arrive and leave as one flat vector whose layout both sides derive from the trainer; a
-digest of the layout travels with it, so a node with another model says so.
+digest of the layout travels with it, so a node with another model says so. Every message passes
+the node's gate first (`umbel.clients.gate`).
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from umbel.clients.charging import (
+    Charging,
+    answered,
+    charging_layers,
+    leaves,
+    releases_of,
+)
 from umbel.clients.data.examples import Node, Split
+from umbel.clients.gate import guarded
 from umbel.clients.holding import Holder
 from umbel.clients.pooling import (
     Questions,
@@ -37,9 +46,29 @@ from umbel.clients.pooling import (
     training_bundles,
 )
 from umbel.clients.statistics import TRAINED, answer_statistics, statistics_of
-from umbel.clients.trainer import CohortTrainer, Job, Options, Trained, Trainer, Tree, Weights
-from umbel.strategies.collect import BUFFERS, COUNTED, EXAMPLES, METRICS, UPDATE, Seals
+from umbel.clients.trainer import (
+    CohortTrainer,
+    Job,
+    Options,
+    Trained,
+    Trainer,
+    Tree,
+    Weights,
+    own_promise,
+    promising,
+)
+from umbel.strategies.collect import (
+    BUFFERS,
+    COUNTED,
+    EXAMPLES,
+    METRICS,
+    UPDATE,
+    Considers,
+    Sealing,
+    Seals,
+)
 from umbel.strategies.contents import find_record, take_record
+from umbel.strategies.contract import Contract
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.layout import (
     CONFIG,
@@ -51,6 +80,7 @@ from umbel.strategies.layout import (
     local_buffers,
 )
 from umbel.strategies.private.pooled import ASK, POOL
+from umbel.strategies.protection import hides, protection_of, quiet
 from umbel.strategies.records import (
     Manifest,
     from_array,
@@ -59,6 +89,7 @@ from umbel.strategies.records import (
     same_bits,
     to_array,
 )
+from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack
 
 LOCAL = "umbel.buffers"
@@ -78,6 +109,7 @@ class NodeHalf:
         options: completes the run's configuration with defaults.
         stack: the layers, from the options.
         questions: the private means that may be asked.
+        app_digest: SHA-256 of the app's files in hex; empty where the engine has none.
     """
 
     trainer: Trainer
@@ -85,7 +117,8 @@ class NodeHalf:
     options: Callable[[Options], Options]
     stack: Callable[[Options], Stack]
     questions: Questions = ()
-    _plans: dict[OptionsKey, "_Plan"] = field(default_factory=dict, repr=False)
+    app_digest: str = ""
+    _plans: dict[OptionsKey, "Plan"] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def _holder(self) -> Holder:
@@ -93,7 +126,10 @@ class NodeHalf:
 
     def train(self, message: Message, context: Context) -> Message:
         """Answer a request to train."""
-        plan = self._plan(context)
+        plan = self.plan(context)
+        refused = plan.consider(message, context)
+        if refused is not None:
+            return Message(refused, reply_to=message)
         task = plan.receive(message, context, self._split(plan, context))
         return plan.reply(task, self.trainer.train(task.weights, task.split.train, task.job))
 
@@ -105,7 +141,7 @@ class NodeHalf:
         None where the trainer cannot do that, or does not find it worth while.
         """
         if isinstance(self.trainer, CohortTrainer) and len(messages) > 1:
-            plan = self._plan(contexts[0])
+            plan = self.plan(contexts[0])
             tasks = [
                 plan.receive(message, context, self._split(plan, context))
                 for message, context in zip(messages, contexts, strict=True)
@@ -120,8 +156,14 @@ class NodeHalf:
         return None
 
     def evaluate(self, message: Message, context: Context) -> Message:
-        """Answer a request to evaluate; a node without test examples reports none."""
-        plan = self._plan(context)
+        """Answer a request to evaluate; a node without test examples reports none.
+
+        Where the run's updates are protected, a loss or a number of examples beside them would
+        tell what they hide, so that nothing is answered.
+        """
+        plan = self.plan(context)
+        if plan.quiet:
+            return Message(RecordDict({METRICS: MetricRecord()}), reply_to=message)
         split = self._split(plan, context)
         metrics: dict[str, float] = {}
         counted: dict[str, int] = {}
@@ -148,16 +190,27 @@ class NodeHalf:
         if action == POOL:
             return self._pool(message, context)
         if action == STATISTICS:
-            plan = self._plan(context)
-            names = statistics_of(self.trainer, plan.stack, plan.options)
-            return answer_statistics(message, names, plan.kept(context), context.state)
-        answers = self._plan(context).stack.collect.answers()
+            return self._statistics(message, context)
+        answers = self.plan(context).stack.collect.answers()
         if action not in answers:
             raise ConfigError(f"no query is registered under {action!r}")
+        if action == action_of("mask"):
+            leaves(context)
         return answers[action](message, context)
 
+    def _statistics(self, message: Message, context: Context) -> Message:
+        plan = self.plan(context)
+        if plan.quiet:
+            raise ConfigError(
+                "running statistics would travel in the clear beside protected updates; "
+                "use buffers=never, or a model with group normalisation"
+            )
+        names = statistics_of(self.trainer, plan.stack, plan.options)
+        return answer_statistics(message, names, plan.kept(context), context.state)
+
     def _ask(self, message: Message, context: Context) -> Message:
-        plan = self._plan(context)
+        plan = self.plan(context)
+        plan.check_askable()
         question = asked(message, questions_of(self.questions, plan.options))
         if question is None:
             raise ConfigError("a node was asked for a private mean without its name")
@@ -165,7 +218,8 @@ class NodeHalf:
         return answer_question(message, question, train, context.state)
 
     def _pool(self, message: Message, context: Context) -> Message:
-        plan, count = self._plan(context), node_of(context).partitions
+        plan, count = self.plan(context), node_of(context).partitions
+        plan.check_askable()
         question = asked(message, questions_of(self.questions, plan.options))
         examples = pooled_examples(self.data, members_of(message), count, plan.options)
         if question is not None:
@@ -175,17 +229,26 @@ class NodeHalf:
         bundles = training_bundles(self.trainer, task.weights, examples, task.job)
         return answer_pool(message, bundles, plan.stack, plan.manifest.size)
 
-    def _plan(self, context: Context) -> "_Plan":
+    def plan(self, context: Context) -> "Plan":
+        """What messages under the options of a context are answered with.
+
+        Raises:
+            ConfigError: options that the app does not have, or that do not go together.
+        """
         key = _options_key(context)
         if key not in self._plans:
             options = self.options(context.run_config)
             self._plans.clear()
-            self._plans[key] = _Plan(
-                options, self.stack(options), self.trainer.initial(options, int(options["seed"]))
+            self._plans[key] = Plan(
+                options,
+                self.stack(options),
+                self.trainer.initial(options, int(options["seed"])),
+                promising(self.trainer, options),
+                self.app_digest,
             )
         return self._plans[key]
 
-    def _split(self, plan: "_Plan", context: Context) -> Split:
+    def _split(self, plan: "Plan", context: Context) -> Split:
         key, node = (context.node_id, _options_key(context)), node_of(context)
         seed = job_seed(int(plan.options["seed"]), 0, node.partition)
         return self._holder.split(key, node, plan.options, seed, context.state)
@@ -201,19 +264,88 @@ class _Received:
     weights: Weights
     vector: Tensor
     job: Job
+    account: Charging
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What depends on the options alone, made once a process."""
+class Plan:
+    """What depends on the options alone, made once a process.
+
+    Attributes:
+        options: complete ones.
+        stack: as they build it.
+        first: the first model.
+        promise: the trainer, where it promises privacy for single records.
+        app_digest: of the app's files.
+    """
 
     options: Options
     stack: Stack
     first: Weights
+    promise: Trainer | None = None
+    app_digest: str = ""
+
+    @functools.cached_property
+    def quiet(self) -> bool:
+        """Whether nothing may travel beside an update."""
+        return self.promise is not None or quiet(self.stack)
+
+    @property
+    def records(self) -> bool:
+        """Whether training protects single records, with noise that nobody can repeat."""
+        return own_promise(self.promise) and int(self.options.get("insecure-noise-seed", -1)) < 0
+
+    @functools.cached_property
+    def contract(self) -> Contract:
+        """What this node acts on besides the messages of a round."""
+        first = self.first
+        return Contract.of(
+            self.options, self.stack, first.parameters, first.buffers, self.app_digest
+        )
+
+    @property
+    def size(self) -> int:
+        """Coordinates of an update before the first layer."""
+        return self.manifest.size
+
+    def check_askable(self) -> None:
+        """Raises:
+        ConfigError: the exact answer to a private mean would tell what protected updates hide.
+        """
+        if self.promise is not None or hides(self.stack):
+            raise ConfigError(
+                "a private mean takes its noise at the coordinator, which would see this node's "
+                f"exact answer; under {self.stack} nothing exact leaves a node, so ask none"
+            )
+
+    def consider(self, message: Message, context: Context) -> RecordDict | None:
+        """Before training: the refusal of what could not be sent afterwards; None is none.
+
+        Raises:
+            ConfigError: running statistics would travel beside a protected update.
+        """
+        if self.travelling.size and self.quiet:
+            raise ConfigError(
+                "buffers=mean would send running statistics in the clear beside protected "
+                "updates; use buffers=local, or a model with group normalisation"
+            )
+        if isinstance(self.stack.collect, Considers):
+            return self.stack.collect.consider(message, context, self._sealing(message))
+        return None
+
+    def _sealing(self, message: Message) -> Sealing:
+        told: Mapping[str, Any] = find_record(message.content, CONFIG, ConfigRecord) or {}
+        shares = protection_of(self.stack, self.size, told).shares
+        return Sealing(self.contract.blob, shares)
 
     @functools.cached_property
     def manifest(self) -> Manifest:
         return Manifest.of(self.first.parameters)
+
+    @functools.cached_property
+    def charging(self) -> tuple[Any, ...]:
+        """The layers that the node's ledger is charged for."""
+        return charging_layers(self.stack)
 
     @functools.cached_property
     def travelling(self) -> Manifest:
@@ -235,6 +367,7 @@ class _Plan:
         buffers |= public_of(message)
         number = int(config["round"])  # type: ignore[arg-type]
         rate = config.get("learning-rate")
+        account = Charging(message, context, self.options)
         job = Job(
             round=number,
             seed=job_seed(int(self.options["seed"]), number, node_of(context).partition),
@@ -242,9 +375,10 @@ class _Plan:
             learning_rate=None if rate is None else float(rate),  # type: ignore[arg-type]
             node=context.node_config,
             memory=context.state,
+            ledger=account,
         )
         weights = Weights(self.manifest.unflatten(vector), buffers)
-        return _Received(message, context, split, weights, vector, job)
+        return _Received(message, context, split, weights, vector, job, account)
 
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
@@ -260,8 +394,12 @@ class _Plan:
         self._keep(task.context, own, trained.examples)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
+        sealed = isinstance(self.stack.collect, Seals)
         if isinstance(self.stack.collect, Seals):
-            content = self.stack.collect.seal(content, task.message, task.context)
+            mine = self._sealing(task.message)
+            content = self.stack.collect.seal(content, task.message, task.context, mine)
+        releases = releases_of(self.charging, config, encoded.numel(), self.options)
+        content = task.account.finish(content, releases, sealed=sealed)
         return Message(content, reply_to=task.message)
 
     def _keep(self, context: Context, buffers: Tree, examples: int) -> None:
@@ -284,16 +422,48 @@ class _Plan:
 
 
 class FederationClientApp(ClientApp):
-    """The `ClientApp` of a federation; embedded engines may call `train_many`."""
+    """The `ClientApp` of a federation; embedded engines may call `train_many`.
+
+    Attributes:
+        half: answers messages.
+    """
 
     def __init__(self, half: NodeHalf) -> None:
         super().__init__()
         self.half = half
-        self.train()(half.train)
-        self.evaluate()(half.evaluate)
-        self.query(HELLO)(half.hello)
+        self._own: Options | None = None
+        self.train()(lambda message, context: self.half.train(message, context))
+        self.evaluate()(lambda message, context: self.half.evaluate(message, context))
+        self.query(HELLO)(lambda message, context: self.half.hello(message, context))
+
+    @property
+    def app_digest(self) -> str:
+        """SHA-256 of the app's files in hex; empty where nobody has told."""
+        return self.half.app_digest
+
+    def installed(self, digest: str, options: Options) -> None:
+        """Where the app comes from: the SHA-256 of its files, and the options in them."""
+        if digest != self.half.app_digest:
+            self.half = replace(self.half, app_digest=digest, _plans={})
+        self._own = options
+
+    @property
+    def app_options(self) -> Options | None:
+        """What options are in the app's own files, complete; None where nobody has told."""
+        return None if self._own is None else self.half.options(self._own)
+
+    def known(self, context: Context) -> Plan:
+        """What the gate asks about."""
+        return self.half.plan(context)
 
     def __call__(self, message: Message, context: Context) -> Message:
+        return guarded(self, message, context)
+
+    def unguarded(self, message: Message, context: Context) -> Message:
+        """The answer behind the gate."""
+        again = answered(message, context)
+        if again is not None:
+            return again
         category, _, action = message.metadata.message_type.partition(".")
         if category == "query" and action not in ("", HELLO):
             return self.half.answer(action, message, context)

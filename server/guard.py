@@ -27,6 +27,10 @@ class Guard(Protocol):
         """Commit what decoding this round's sum will cost, before it is decoded."""
         ...
 
+    def forfeit(self, number: int, facts: Facts) -> None:
+        """Commit what a round costs that is given up, and whose sum somebody may have seen."""
+        ...
+
     def affords(self, claims: Sequence[Claim]) -> bool:
         """Whether a release outside of rounds fits the budget."""
         ...
@@ -61,6 +65,9 @@ class NoGuard:
         return None
 
     def charge(self, number: int, facts: Facts, replies: int) -> None:  # noqa: ARG002
+        return None
+
+    def forfeit(self, number: int, facts: Facts) -> None:  # noqa: ARG002
         return None
 
     def affords(self, claims: Sequence[Claim]) -> bool:  # noqa: ARG002

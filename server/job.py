@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from umbel.server.guard import Guard, NoGuard
+from umbel.strategies.contract import Contract
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.records import Tree
 from umbel.strategies.run_options import RunOptions
@@ -36,6 +37,8 @@ class Job:
         questions: private means that are asked before, between and after rounds.
         statistics: names of the buffers that nodes show for the delivered model.
         pooled: virtual nodes that share a process may answer as one.
+        quiet: why nodes are not asked what they measure; empty where they are.
+        contract: what nodes act on, for secure sums; None takes their word.
 
     Raises:
         ConfigError: an option watches the central evaluation, and there is none.
@@ -51,6 +54,8 @@ class Job:
     questions: tuple[PrivateMean, ...] = ()
     statistics: tuple[str, ...] = ()
     pooled: bool = False
+    quiet: str = ""
+    contract: Contract | None = None
 
     def __post_init__(self) -> None:
         options = self.options

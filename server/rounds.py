@@ -27,10 +27,12 @@ from umbel.server.job import Job as Job
 from umbel.server.job import Outcome as Outcome
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.own_grid import OwnGrid
 from umbel.server.roster import NodeRef
 from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
-from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
+from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
+from umbel.strategies.composition import check_rounds
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
@@ -38,7 +40,9 @@ from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
 from umbel.strategies.records import Manifest, Tree, to_array
 
 CHECKPOINT_EVERY_S = 1.0
-"""Rounds that are shorter than this share a checkpoint; a resumed run repeats them."""
+"""Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
+_CHECKPOINT_SHARE = 0.05
+"""Where saving is quick, a checkpoint comes as soon as it costs no more than this share."""
 PATIENCE_WITHOUT_REPLIES = 3
 """Rounds in a row without enough replies after which a run gives up."""
 
@@ -81,12 +85,12 @@ class Rounds:
             expected_replies=self.expected,
             max_replies=self.cohort.most(len(nodes)),
         )
-        self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
+        check_rounds(self.job.stack, self.facts)
         self.processes = processes_of(grid) if job.pooled else 0
         self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
+        self._saved_at = self._saving_took = 0.0
         self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
         self._fair: Mapping[str, float] = {}
-        self._saved_at = 0.0
         self._metrics: Mapping[str, float] = {}
 
     def fit(self) -> Outcome:
@@ -108,7 +112,8 @@ class Rounds:
                 break
             position = self._round(position, number)
         position, _ = self._ask(position)
-        if stopped != "rounds" and self.job.options.federated_every >= 0 and position.round:
+        wanted = self.job.options.federated_every >= 0 and not self.job.quiet
+        if stopped != "rounds" and wanted and position.round:
             self._federated(position)  # the last round would have done it
         return self._end(position, stopped)
 
@@ -136,6 +141,8 @@ class Rounds:
     def _round(self, position: Position, number: int) -> Position:
         phases = Phases()
         with phases("sample"):
+            if self._once:
+                checkpoint.begin(self.run.checkpoint_path, number)
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
@@ -179,8 +186,17 @@ class Rounds:
         entropy = [self.job.options.seed, number, 1] if self.job.guard.seeded else None
         nodes = self.job.guard.eligible(number, self.nodes)
         cohort = [nodes[i] for i in self.cohort.draw(len(nodes), entropy)] if nodes else []
+        cohort = self._present(cohort)
         self.job.guard.open(number, cohort)
         return cohort
+
+    def _present(self, nodes: Sequence[NodeRef]) -> list[NodeRef]:
+        """Without those that were shut out since the run began.
+
+        They are drawn all the same: the sampling rate is of the population that was planned for.
+        """
+        gone = self.grid.gone() if isinstance(self.grid, OwnGrid) else set()
+        return [node for node in nodes if node.node_id not in gone]
 
     def _requests(
         self, position: Position, number: int, cohort: Sequence[NodeRef], kind: str = "train"
@@ -220,6 +236,7 @@ class Rounds:
             facts=facts,
             buffers=self.travelling.size,
             run_id=self.grid.run.run_id,
+            contract=self.job.contract,
         )
 
     def _replies(self, messages: Sequence[Message], phases: "Phases") -> Iterator[Message]:
@@ -353,13 +370,15 @@ class Rounds:
 
     def _federated_is_due(self, number: int) -> bool:
         every = self.job.options.federated_every
-        return every >= 0 and (
-            number == self.job.options.rounds or (every > 0 and number % every == 0)
+        return (
+            not self.job.quiet
+            and every >= 0
+            and (number == self.job.options.rounds or (every > 0 and number % every == 0))
         )
 
     def _federated(self, position: Position) -> FederatedEvaluation:
         count = self.job.options.federated_nodes or len(self.nodes)
-        nodes = self.nodes[:count]
+        nodes = self._present(self.nodes)[:count]
         requests = self._requests(position, position.round, nodes, "evaluate")
         timeout = self.job.options.round_timeout or None
         evaluation = gather(stream(self.grid, requests, timeout), nodes)
@@ -376,13 +395,14 @@ class Rounds:
             restore = getattr(self.grid, "restore_states", None)
             if restore is not None:
                 restore(checkpoint.load_nodes(self.run.checkpoint_path, position.round))
+            self._tell_what_is_repeated(position.round)
             self.run.truncate_rounds(position.round)
             for line in self.run.rounds():
                 self._metrics = line.get("metrics") or self._metrics
                 self._fair = _means_of(line.get("federated")) or self._fair
             if self.statistics.size and not position.buffers.numel():  # a run of an older version
-                return position.but(buffers=self._first_statistics())
-            return position
+                position = position.but(buffers=self._first_statistics())
+            return self._after_a_stop(position)
         self.run.truncate_rounds(-1)
         parameters = self.manifest.flatten(self.job.parameters)
         buffers = checkpoint.no_buffers()
@@ -402,17 +422,46 @@ class Rounds:
         position, metrics = self._evaluate(position)
         if metrics:
             self.run.append_round({"round": 0, "metrics": metrics})
-        return position
+        return self._after_a_stop(position)
+
+    @property
+    def _once(self) -> bool:
+        """Whether nodes answer a round once only: in secret sums, where their records stay."""
+        goes_back = hasattr(self.grid, "restore_states")
+        return isinstance(self.job.stack.collect, Seals) and not goes_back
+
+    def _after_a_stop(self, position: Position) -> Position:
+        """Go on with a round that no node has begun: those give no second update for one."""
+        begun = checkpoint.begun(self.run.checkpoint_path) if self._once else 0
+        if begun <= position.round:
+            return position
+        facts = self.job.stack.check(self.facts.but(round=begun), position.layers)
+        self.job.guard.forfeit(begun, facts)
+        self.progress.note(
+            f"round {begun} was under way when the coordinator stopped, and nodes give their "
+            "masked updates of a round once only; it is given up, and the run goes on after it"
+        )
+        return position.but(round=begun)
+
+    def _tell_what_is_repeated(self, saved: int) -> None:
+        done = max((int(line.get("round", 0)) for line in self.run.rounds()), default=0)
+        if done > saved:
+            which = f"round {done}" if done == saved + 1 else f"rounds {saved + 1} to {done}"
+            self.progress.note(
+                f"{which} had ended and not been saved yet; the run goes on before, and repeats it"
+            )
 
     def _first_statistics(self) -> Tensor:
         return self.statistics.flatten(self.job.buffers)
 
     def _save(self, position: Position, *, last: bool) -> None:
         now = time.monotonic()
-        if last or now - self._saved_at >= CHECKPOINT_EVERY_S:
+        wait = min(CHECKPOINT_EVERY_S, self._saving_took / _CHECKPOINT_SHARE)
+        if last or self._once or now - self._saved_at >= wait:
             states = getattr(self.grid, "pickled_states", dict)
             checkpoint.save(self.run.checkpoint_path, position, states())
-            self._saved_at = now
+            self._saved_at = time.monotonic()
+            self._saving_took = self._saved_at - now
 
     def _end(self, position: Position, stopped: str) -> Outcome:
         parameters, buffers = self._model(position)

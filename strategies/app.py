@@ -48,11 +48,18 @@ class AppFolder:
 
     def server_app(self) -> ServerApp:
         """Import the server's app; ConfigError says what went wrong."""
-        return load(self.path, self.server, ServerApp)
+        return self._installed(load(self.path, self.server, ServerApp))
 
     def client_app(self) -> ClientApp:
         """Import the nodes' app; ConfigError says what went wrong."""
-        return load(self.path, self.client, ClientApp)
+        return self._installed(load(self.path, self.client, ClientApp))
+
+    def _installed(self, app: T) -> T:
+        """Tell a federation's app where it comes from; others have no use for it."""
+        installed = getattr(app, "installed", None)
+        if installed is not None:
+            installed(self.digest(), self.options)
+        return app
 
     def digest(self) -> str:
         """SHA-256 over the names and contents of the app's Python and TOML files."""

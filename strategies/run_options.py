@@ -36,14 +36,15 @@ class RunOptions(OptionGroup):
         schedule: how the nodes' learning rate goes over rounds: `constant`, `cosine`, `linear`,
             `step`, `exponential`.
         schedule_gamma: the factor at the end of `cosine` and `linear`, of a step of `step`, and of
-            a round of `exponential`; 0 is the schedule's own, which is 0 at an end, 0.1 a step and
-            0.95 a round.
+            a round of `exponential`; 0 is the schedule's own: `cosine` and `linear` fall to 0,
+            `step` multiplies by 0.1 and `exponential` by 0.95.
         schedule_every: rounds between the steps of `step`.
         warmup_rounds: rounds over which the learning rate rises.
-        buffers: what happens to running statistics: with `local` each node goes on with its own
-            and the delivered model has those of all nodes together; with `mean` nodes go on with
-            their mean as well; with `never` they do not leave a node, and the delivered model has
-            the first ones.
+        max_examples: the largest number of examples that a node counts for in a mean by
+            examples; 0 is ten times the median of its round.
+        buffers: what becomes of running statistics. `local`: each node goes on with its own, and
+            the delivered model has those of all nodes together; `mean`: nodes go on with the mean
+            as well; `never`: they do not leave a node, and the delivered model has the first ones.
         evaluate_every: rounds between central evaluations; the last round always has one.
         federated_every: rounds between evaluations on the nodes' own test data; 0 is only at
             the end, -1 never.
@@ -71,6 +72,7 @@ class RunOptions(OptionGroup):
     schedule_gamma: float = option(0.0, at_least(0))
     schedule_every: int = option(10, at_least(1))
     warmup_rounds: int = option(0, at_least(0))
+    max_examples: int = option(0, at_least(0))
     buffers: str = option("local", one_of("local", "mean", "never"))
     evaluate_every: int = option(1, at_least(1))
     federated_every: int = option(0, at_least(-1))

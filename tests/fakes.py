@@ -131,7 +131,7 @@ WARM = """
 import importlib, json, os, signal, sys, traceback
 import umbel.federation, umbel.run, umbel.cli
 import umbel.privacy_commands, umbel.server.private.run, umbel.server.private.verify
-import umbel.strategies.private.private_stack
+import umbel.strategies.recipe
 
 
 def die_at(place, count, when):

@@ -32,6 +32,7 @@ _GROUPS = {
     "privacy": "Plan a private run: epsilon of a schedule, noise for a budget.",
     "bench": "Benchmarks of this installation.",
     "data": "Data sets: list them, fetch them.",
+    "client": "Be a node of a federation: stay connected, train when asked.",
 }
 """Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
 
@@ -183,7 +184,6 @@ def new_command(
 
 
 app.command("server")(server_commands.server)
-app.command("client")(server_commands.client)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)
 app.add_typer(server_commands.nodes, name="nodes")
@@ -216,6 +216,8 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         status = _stopped(stop)
     sys.stdout.flush()
+    for each in (signal.SIGTERM, signal.SIGINT):  # nothing is left that one could interrupt
+        signal.signal(each, signal.SIG_DFL)
     sys.exit(status if isinstance(status, int) else 0)
 
 

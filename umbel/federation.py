@@ -21,16 +21,19 @@ from umbel.clients.given import check_functions, check_trainer
 from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainer import ChecksOptions, Trainer, Weights
+from umbel.clients.trainer import ChecksOptions, Trainer, Weights, promising
 from umbel.server.output.report import write_report
 from umbel.server.output.session import Session, current
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.strategies.cohort import cohort_named
+from umbel.strategies.composition import compose
+from umbel.strategies.contract import Contract
 from umbel.strategies.errors import ConfigError, RunError, UmbelError, described
 from umbel.strategies.layout import shows_statistics
 from umbel.strategies.options import Options, Value, checked, override
 from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.options import SecureOptions
@@ -39,6 +42,8 @@ from umbel.strategies.stack import Stack
 if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean
 
+EXAMPLE_LEVEL = "example-"
+"""How the options begin that ask for privacy of single examples, which a trainer gives."""
 MISSPELT = 0.85
 """So alike are an option that nobody knows and one that somebody does, if it was misspelt."""
 LOCAL_STATISTICS = "running_mean"
@@ -113,6 +118,7 @@ class Federation:
         for name, value in (self.tuned(complete) if self.tuned else {}).items():
             if name not in given or (given[name] == 0 and known[name] != 0):
                 complete[name] = checked(name, value, known[name])
+        checked_rate(complete)
         return complete
 
     def override(self, known: Options, changes: Options) -> dict[str, Value]:
@@ -141,7 +147,6 @@ class Federation:
             StackError: layers that do not fit together.
         """
         RunOptions.read(options)
-        checked_rate(options)
         PrivacyOptions.read(options)
         SecureOptions.read(options)
         if isinstance(self.trainer, ChecksOptions):
@@ -149,21 +154,26 @@ class Federation:
         self.stack_for(options)
 
     def stack_for(self, options: Options) -> Stack:
-        """The stack that these options ask for, the privacy layers among them."""
+        """The stack of these options (complete ones), which holds what they ask for.
+
+        Raises:
+            ConfigError: they ask for what this app's stack or trainer does not do.
+            StackError: layers that do not fit together.
+        """
+        for name in options:
+            if name.startswith(EXAMPLE_LEVEL) and name not in self.known_options():
+                raise ConfigError(
+                    f"{name} asks for privacy of each example, but this app's trainer does not "
+                    "know it, so nothing would be private; wrap the trainer in PrivateSgd, or "
+                    f"leave {name} out"
+                )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
-        privacy = PrivacyOptions.read(options)
-        secure = SecureOptions.read(options)
-        if secure.secure:
-            from umbel.strategies.secure.secure_stack import secure_stack
+        return compose(stack, options, lambda: self._size(options))
 
-            return secure_stack(stack, secure, privacy)
-        if not privacy.on:
-            return stack
-        from umbel.strategies.private.private_stack import private_stack
-
-        run = RunOptions.read(options)
-        momentum = run.server_momentum if run.optimizer == "fedavgm" else 0.0
-        return private_stack(stack, privacy, run.rounds, momentum)
+    def _size(self, options: Options) -> int:
+        """Coordinates of an update before any layer."""
+        first = self.trainer.initial(options, RunOptions.read(options).seed)
+        return sum(tensor.numel() for tensor in first.parameters.values())
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
@@ -187,6 +197,12 @@ class Federation:
         run_options = RunOptions.read(options)
         first = self.trainer.initial(options, run_options.seed)
         questions = self._questions(options)
+        if questions and (hides(stack) or promising(self.trainer, options) is not None):
+            raise ConfigError(
+                f"the private mean {questions[0].name!r} takes its noise at the coordinator, which "
+                f"would see every node's exact answer; under {stack} nodes give none, so leave "
+                "the private means out, or train with central privacy (epsilon alone)"
+            )
         pooled = can_pool(self.trainer, self.data, nodes, stack, options, questions)
         return Job(
             parameters=first.parameters,
@@ -198,7 +214,17 @@ class Federation:
             questions=questions,
             statistics=statistics_of(self.trainer, stack, options),
             pooled=pooled,
+            quiet=self._quiet(stack, options),
         )
+
+    def _quiet(self, stack: Stack, options: Options) -> str:
+        """Why nodes are not asked what they measure, or how they answer private means."""
+        promise = promising(self.trainer, options)
+        if promise is not None:
+            return "single records are protected"
+        if hides(stack):
+            return "updates are hidden from the coordinator"
+        return "the run is private" if quiet(stack) else ""
 
     def _questions(self, options: Options) -> tuple["PrivateMean", ...]:
         found = questions_of(self.questions, options)
@@ -232,7 +258,12 @@ class FederationServerApp(ServerApp):
     def __init__(self, federation: Federation) -> None:
         super().__init__()
         self.federation = federation
+        self.app_digest = ""
         self.main()(self._run)
+
+    def installed(self, digest: str, _: Options) -> None:
+        """Where the app comes from: the SHA-256 of its files in hex."""
+        self.app_digest = digest
 
     def _run(self, grid: Grid, context: Context) -> None:
         federation = self.federation
@@ -240,6 +271,8 @@ class FederationServerApp(ServerApp):
         session = current(federation.name or "federation", dict(options))
         nodes = roster(grid)
         job = federation.job(options, len(nodes))
+        contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)
+        job = replace(job, contract=contract)
         private = None
         if job.stack.private:
             from umbel.server.private.run import PrivateRun
@@ -279,6 +312,11 @@ class FederationServerApp(ServerApp):
             cohort = cohort_named(job.options.cohort, job.options.cohort_size)
             for line in advice(cohort.expected(nodes), job.stack.private):
                 session.progress.note(line)
+        if job.quiet and job.options.federated_every >= 0:
+            session.progress.note(
+                f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
+                "accuracies and numbers of examples would tell about them what that hides"
+            )
         normed = any(LOCAL_STATISTICS in name for name in job.buffers)
         if job.statistics and normed:
             session.progress.note(

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from umbel.strategies.text import plain
+
 _WHY = {
     "rounds": "all rounds done",
     "early-stop": "stopped early, no more improvement",
@@ -14,7 +16,9 @@ _WHY = {
 
 def lines(result: Mapping[str, Any], report: Path) -> Iterator[str]:
     """The result of a run in a few lines, the report's place last."""
-    metrics = ", ".join(f"{name} {_number(name, value)}" for name, value in metrics_of(result))
+    metrics = ", ".join(
+        f"{plain(name, 80)} {_number(name, value)}" for name, value in metrics_of(result)
+    )
     why = _WHY.get(str(result.get("stopped")), str(result.get("stopped")))
     yield f"{result.get('rounds', 0)} rounds in {result['seconds']:.1f} s ({why})"
     if metrics:
@@ -45,16 +49,16 @@ def metrics_of(result: Mapping[str, Any]) -> list[tuple[str, float]]:
 def _summary(summary: Any) -> Iterator[str]:
     """An app's own summary: a text, or rows of named numbers."""
     if isinstance(summary, str):
-        yield summary
+        yield from map(plain, summary.splitlines())
     elif isinstance(summary, Mapping):
         width = max((len(str(name)) for name in summary), default=0)
         for name, value in summary.items():
             if isinstance(value, Mapping):
                 value = "  ".join(f"{key} {_number(key, number)}" for key, number in value.items())
-            yield f"{name!s:<{width}}  {value}"
+            yield plain(f"{name!s:<{width}}  {value}")
 
 
 def _number(name: str, value: Any) -> str:
     if not isinstance(value, int | float):
-        return str(value)
+        return plain(value)
     return f"{value:.1%}" if name == "accuracy" else f"{value:.4g}"

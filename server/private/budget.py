@@ -104,6 +104,11 @@ class Budget:
             if charges:
                 self.ledger.charge(self.run, f"round {number}", who, charges, round=number)
 
+    def forfeit(self, number: int, facts: Facts) -> None:
+        """Charge a round that an earlier process left in the middle, unless it has done so."""
+        if number not in self._repeated:
+            self.charge(number, facts, 0)
+
     def affords(self, claims: Sequence[Claim]) -> bool:
         """Whether a release outside of rounds fits what is left of the budget."""
         target = self.plan.privacy.epsilon

@@ -95,7 +95,7 @@ class Plan:
             "target_epsilon": self.privacy.epsilon,
             "delta": self.privacy.delta,
             "against": self.against,
-            "insecure": self.privacy.seed is not None or _insecure(self.stack),
+            "insecure": self.privacy.seed is not None or self.stack.insecure,
         }
 
 
@@ -127,26 +127,23 @@ def make_plan(
         StackError: layers that do not fit together.
     """
     options = _without_leaks(options)
-    separation = max((getattr(layer, "separation", 1) for layer in stack.layers), default=1)
-    options = _cohort_options(options, privacy, nodes, separation)
+    options = _cohort_options(options, privacy, nodes, stack.separation)
     cohort = cohort_named(options.cohort, options.cohort_size, options.cohort_cap)
     facts = Facts(
         size=size,
         expected_replies=cohort.expected(nodes),
         max_replies=cohort.most(nodes),
     )
-    waiting = [layer for layer in stack.layers if getattr(layer, "noise_multiplier", 1.0) is None]
     multiplier: float | None = None
-    if waiting:
+    if stack.waiting:
         multiplier = _noise_of(ledger, run)
         if multiplier is None:
             multiplier = _calibrated(
                 stack, options, privacy, cohort, nodes, facts, ledger, questions
             )
-        stack = with_noise(stack, multiplier)
-    elif privacy.mechanism != "local":
-        found = [getattr(layer, "noise_multiplier", None) for layer in stack.layers]
-        multiplier = next((value for value in found if value is not None), None)
+        stack = stack.with_noise(multiplier)
+    else:
+        multiplier = stack.noise_multiplier
     claims = claims_of(stack, facts, 1)
     if not claims:
         raise StackError("the stack makes no privacy claim; put Gaussian or LocalGaussian into it")
@@ -163,15 +160,6 @@ def claims_of(stack: Stack, facts: Facts, number: int) -> list[Claim]:
         for state in stack.init(facts.size)
     ]
     return stack.claims(stack.check(facts.but(round=number), tuple(states)))
-
-
-def with_noise(stack: Stack, noise_multiplier: float) -> Stack:
-    """The stack with this noise in every layer that waits for its noise."""
-    layers: list[Any] = list(stack.layers)
-    for i, layer in enumerate(layers):
-        if getattr(layer, "noise_multiplier", 1.0) is None:
-            layers[i] = layer.with_noise(noise_multiplier)
-    return replace(stack, layers=tuple(layers))
 
 
 def charges_of(
@@ -222,13 +210,13 @@ def _calibrated(
     questions: Sequence[PrivateMean],
 ) -> float:
     # A seeded run gets the noise that it would have if it were private.
-    sound = replace(stack, layers=tuple(_without_seed(layer) for layer in stack.layers))
+    sound = stack.without_seeds()
     asked = Counter(
-        charge_for(c, cohort, nodes) for q in questions for c in _without_seed(q).claims()
+        charge_for(c, cohort, nodes) for q in questions for c in q.without_seed().claims()
     )
 
     def planned(multiplier: float) -> Counter[Charge]:
-        noisy = with_noise(sound, multiplier)
+        noisy = sound.with_noise(multiplier)
         return charges_of(noisy, cohort, nodes, facts, options.rounds) + asked
 
     before = ledger.spent("model-user")
@@ -292,7 +280,7 @@ def _without_leaks(options: RunOptions) -> RunOptions:
 
 def _parameters(layer: Any) -> dict[str, Any]:
     fields = getattr(layer, "__dataclass_fields__", {})
-    values = {name: getattr(layer, name) for name in fields if name not in ("name", "private")}
+    values = {name: getattr(layer, name) for name in fields if name != "name"}
     plain = {
         name: dict(value) if isinstance(value, dict) else value
         for name, value in values.items()
@@ -309,15 +297,6 @@ def _question(question: PrivateMean) -> dict[str, Any]:
         "norm": question.norm,
         "noise_multiplier": question.noise_multiplier,
     }
-
-
-def _without_seed(part: Any) -> Any:
-    seeded = getattr(part, "insecure_seed", None) is not None
-    return replace(part, insecure_seed=None) if seeded else part
-
-
-def _insecure(stack: Stack) -> bool:
-    return any(getattr(layer, "insecure_seed", None) is not None for layer in stack.layers)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""The options of a private run; what they build is in `umbel.strategies.private.private_stack`.
+"""The options of a private run; what they build is in `umbel.strategies.recipe`.
 
 This module is imported by every run, that one by private runs alone: the mathematics behind it
 takes a second to import.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,3 +113,24 @@ class PrivacyOptions(OptionGroup):
                 f"epsilon is {given}; a budget is a finite number above 0, such as epsilon=3 "
                 "(leave it out for a run without privacy)"
             )
+
+
+def limits_of(text: str) -> dict[str, float]:
+    """`loss:5,accuracy:1` as a mapping.
+
+    Raises:
+        ConfigError: something else.
+    """
+    limits: dict[str, float] = {}
+    for part in filter(None, re.split(r"[,\s]+", text)):
+        name, colon, limit = part.partition(":")
+        try:
+            limits[name] = float(limit)
+        except ValueError:
+            colon = ""
+        if not (colon and name):
+            raise ConfigError(
+                f"release-metrics has {part!r}; write each metric with its largest value, such as "
+                "release-metrics='loss:5,accuracy:1'"
+            )
+    return limits
