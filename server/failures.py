@@ -20,7 +20,7 @@ class Failures:
         progress: where a person watches.
     """
 
-    names: Mapping[int, str]
+    names: dict[int, str]
     progress: Progress
     _told: set[str] = field(default_factory=set)
     _limited: set[int] = field(default_factory=set)
