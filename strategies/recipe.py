@@ -24,28 +24,21 @@ off the stack (`umbel.strategies.composition`).
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from umbel.strategies.collect import Collect, PlainSum
 from umbel.strategies.errors import ConfigError, StackError
 from umbel.strategies.layer import Facts, Layer
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
-from umbel.strategies.private.banded_gaussian import BandedGaussian
 from umbel.strategies.private.clip import Clip
-from umbel.strategies.private.gaussian import Gaussian
-from umbel.strategies.private.local_gaussian import LocalGaussian
 from umbel.strategies.private.options import PrivacyOptions, limits_of
 from umbel.strategies.private.private_metrics import PrivateMetrics
-from umbel.strategies.private.tree_gaussian import TreeGaussian
+from umbel.strategies.private.private_stack import clip_layer, free_name, noise_layer
 from umbel.strategies.run_options import RunOptions
-from umbel.strategies.secure.distributed_noise import DistributedNoise
-from umbel.strategies.secure.distributed_skellam import (
-    DistributedDiscreteGaussian,
-    DistributedSkellam,
-)
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
+from umbel.strategies.secure.secure_stack import secret_sum, share_layer, whole_steps
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.weigh import Weigh
 from umbel.strategies.stack import Stack
@@ -115,29 +108,29 @@ def _with_privacy(
     _go_together(stack, privacy, secret)
     above, below = _parts(stack.layers)
     _own_bound(above, privacy, size)
-    above = _with_bound(above, _clip(privacy, above), size)
+    above = _with_bound(above, clip_layer(privacy, above), size)
     limits = limits_of(privacy.release_metrics)
     if limits and not _has(above, PrivateMetrics):
         above.append(PrivateMetrics(limits))
     if secret:
-        below = _for_secure_sums(below, secure.secure_levels or NOISED_LEVELS, "stochastic")
-        noise: Layer[Any] = _shares(privacy, secure)
+        below = whole_steps(below, secure.secure_levels or NOISED_LEVELS, "stochastic")
+        noise: Layer[Any] = share_layer(privacy, secure)
     else:
-        noise = _noise(privacy, run)
+        noise = noise_layer(privacy, run)
     return Stack((*above, *below, noise), _counting_once(stack.collect, secure))
 
 
 def _summed_in_secret(stack: Stack, secure: SecureOptions, size: int) -> Stack:
     if isinstance(stack.collect, SecureSum):
         return stack  # the app's own layers; what they hold is read off the finished stack
-    collect = _secret(stack.collect, secure, "equal")
+    collect = secret_sum(stack.collect, secure, "equal")
     above, below = _parts(stack.layers)
-    above = _with_bound(above, Clip(secure.secure_norm, name=_named("clip", above)), size)
+    above = _with_bound(above, Clip(secure.secure_norm, name=free_name("clip", above)), size)
     limits = limits_of(secure.secure_metrics)
     by_examples = secure.secure_weighting == "examples"
     if (by_examples or limits) and not _has(above, Weigh):
         above.append(Weigh(secure.secure_weight_cap if by_examples else 0.0, limits))
-    below = _for_secure_sums(below, secure.secure_levels or FINE_LEVELS, "nearest")
+    below = whole_steps(below, secure.secure_levels or FINE_LEVELS, "nearest")
     return Stack((*above, *below), collect)
 
 
@@ -198,83 +191,13 @@ def _own_bound(layers: Sequence[Layer[Any]], privacy: PrivacyOptions, size: int)
         )
 
 
-def _named(name: str, layers: Sequence[Layer[Any]]) -> str:
-    """The usual name for one more layer, or another where that is taken."""
-    taken = {layer.name for layer in layers}
-    return f"{name}-below" if name in taken else name
-
-
-def _clip(privacy: PrivacyOptions, layers: Sequence[Layer[Any]]) -> Layer[Any]:
-    if privacy.clipping == "adaptive":
-        return AdaptiveClip(
-            privacy.clipping_norm,
-            privacy.clipping_quantile,
-            name=_named("adaptive-clip", layers),
-        )
-    return Clip(privacy.clipping_norm, name=_named("clip", layers))
-
-
-def _noise(privacy: PrivacyOptions, run: RunOptions) -> Layer[Any]:
-    given = privacy.noise_multiplier or None
-    match privacy.mechanism:
-        case "local":
-            return LocalGaussian(privacy.epsilon, privacy.delta, run.rounds, privacy.seed)
-        case "tree":
-            return TreeGaussian(privacy.separation, given, privacy.seed)
-        case "banded":
-            bands = privacy.bands or min(16, privacy.separation)
-            momentum = run.server_momentum if run.optimizer == "fedavgm" else 0.0
-            return BandedGaussian(
-                bands,
-                privacy.separation,
-                given,
-                privacy.seed,
-                rounds=run.rounds,
-                momentum=momentum,
-            )
-    return Gaussian(given, privacy.seed)
-
-
-def _shares(privacy: PrivacyOptions, secure: SecureOptions) -> DistributedNoise:
-    make = DistributedSkellam
-    if secure.secure_noise == "discrete-gaussian":
-        make = DistributedDiscreteGaussian
-    return make(
-        privacy.noise_multiplier or None,
-        secure.secure_min_cohort,
-        secure.secure_colluders,
-        privacy.seed,
-    )
-
-
-def _for_secure_sums(below: Layers, levels: int, rounding: str) -> Layers:
-    if _has(below, Quantize):
-        return below
-    return [*(below or [Rotate()]), Quantize(levels, cast(Any, rounding))]
-
-
 def _counting_once(collect: Collect, secure: SecureOptions) -> Collect:
     """The collect under noise: every update counts once, over a public denominator."""
     if secure.secure:
-        return _secret(collect, secure, "fixed")
+        return secret_sum(collect, secure, "fixed")
     if type(collect) is PlainSum or type(collect) is SecureSum:
         return replace(collect, weighting="fixed")
     return collect
-
-
-def _secret(collect: Collect, secure: SecureOptions, weighting: str) -> SecureSum:
-    if isinstance(collect, SecureSum):
-        return replace(collect, weighting=cast(Any, weighting))
-    if type(collect) is not PlainSum:
-        raise ConfigError(
-            f"secure=true lets the server see a sum only, but the app collects with "
-            f"{collect.name}, which is none; leave out secure=true, or collect with PlainSum"
-        )
-    return SecureSum(
-        mode=cast(Any, secure.secure_mode),  # its three values are checked by the options
-        min_cohort=secure.secure_min_cohort or 3,
-        weighting=cast(Any, weighting),
-    )
 
 
 def _go_together(stack: Stack, privacy: PrivacyOptions, secret: bool) -> None:

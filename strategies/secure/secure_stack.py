@@ -1,0 +1,62 @@
+"""The parts of a secure stack: whole numbers of updates, shares of noise, and the sum itself.
+
+In which order they stand, and what else there is, is in `umbel.strategies.recipe`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from umbel.strategies.collect import Collect, PlainSum
+from umbel.strategies.errors import ConfigError
+from umbel.strategies.layer import Layer
+from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.secure.distributed_noise import DistributedNoise
+from umbel.strategies.secure.distributed_skellam import (
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
+)
+from umbel.strategies.secure.options import SecureOptions
+from umbel.strategies.secure.quantize import Quantize
+from umbel.strategies.secure.rotate import Rotate
+from umbel.strategies.secure.secure_sum import SecureSum
+
+
+def share_layer(privacy: PrivacyOptions, secure: SecureOptions) -> DistributedNoise:
+    """The layer by which every node adds its share of the noise."""
+    make = DistributedSkellam
+    if secure.secure_noise == "discrete-gaussian":
+        make = DistributedDiscreteGaussian
+    return make(
+        privacy.noise_multiplier or None,
+        secure.secure_min_cohort,
+        secure.secure_colluders,
+        privacy.seed,
+    )
+
+
+def whole_steps(below: Sequence[Layer[Any]], levels: int, rounding: str) -> list[Layer[Any]]:
+    """The layers at the bottom of a stack, with those that make whole numbers of updates."""
+    if any(isinstance(layer, Quantize) for layer in below):
+        return list(below)
+    return [*(below or [Rotate()]), Quantize(levels, cast(Any, rounding))]
+
+
+def secret_sum(collect: Collect, secure: SecureOptions, weighting: str) -> SecureSum:
+    """The secure sum in place of a plain one; the app's own where it has one.
+
+    Raises:
+        ConfigError: the app collects otherwise.
+    """
+    if isinstance(collect, SecureSum):
+        return replace(collect, weighting=cast(Any, weighting))
+    if type(collect) is not PlainSum:
+        raise ConfigError(
+            f"secure=true lets the server see a sum only, but the app collects with "
+            f"{collect.name}, which is none; leave out secure=true, or collect with PlainSum"
+        )
+    return SecureSum(
+        mode=cast(Any, secure.secure_mode),  # its three values are checked by the options
+        min_cohort=secure.secure_min_cohort or 3,
+        weighting=cast(Any, weighting),
+    )
