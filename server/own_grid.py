@@ -15,10 +15,12 @@ class OwnGrid(Grid):
 
     Args:
         run_id: of the run, for messages and contexts.
+        enough: the share of a round's training replies that is waited for.
     """
 
-    def __init__(self, run_id: int) -> None:
+    def __init__(self, run_id: int, enough: float = 1.0) -> None:
         self._run = empty_run(run_id)
+        self.enough = enough
 
     @abstractmethod
     def roster(self) -> list[NodeRef]:

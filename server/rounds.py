@@ -31,6 +31,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.own_grid import OwnGrid
 from umbel.server.private.statements import Statements
 from umbel.server.roster import NodeRef
+from umbel.server.shortfall import Shortfall
 from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
@@ -125,6 +126,13 @@ class Rounds:
         wanted = self.job.options.federated_every >= 0 and not self.job.quiet
         if stopped != "rounds" and wanted and position.round:
             self._federated(position)  # the last round would have done it
+        missed = Shortfall.of(self.run.rounds())
+        if stopped == "rounds" and missed.nothing:
+            raise RunError(
+                f"none of the {missed.rounds} rounds changed the model: "
+                f"{missed.reason or 'no node could train'}; the nodes' errors are in "
+                f"{self.run.log_path}"
+            )
         return self._end(position, stopped)
 
     def _ask(self, position: Position) -> tuple[Position, bool]:
@@ -168,8 +176,9 @@ class Rounds:
             position = self._count_failures(position, number, sum_)
         if sum_.revealed:
             self.job.guard.charge(number, facts, sum_.replies)
+        before = position.parameters
         with phases("aggregate"):
-            position, train_metrics = self._apply(position, number, facts, sum_)
+            position, train_metrics = self._apply(position, number, facts, sum_, len(cohort))
         with phases("evaluate"):
             position = self._with_statistics(position, cohort)
             position, metrics = self._evaluate(position)
@@ -182,6 +191,7 @@ class Rounds:
             "bytes_down": self._bytes(requests),
             "bytes_up": sum_.bytes_up,
             "clients": sum_.replies,
+            "used": position.parameters is not before,
             "failed": self.failures.of([*sum_.rejected, *(federated.failed if federated else ())]),
             "metrics": metrics,
             "train": train_metrics,
@@ -265,12 +275,12 @@ class Rounds:
                 yield reply
 
     def _apply(
-        self, position: Position, number: int, facts: Facts, sum_: Sum
+        self, position: Position, number: int, facts: Facts, sum_: Sum, asked: int
     ) -> tuple[Position, dict[str, float]]:
         """The next model: decode the sum, step the optimiser, mix in the buffers."""
-        too_few = sum_.replies < self.job.options.min_replies and self.job.guard.seeded
-        if too_few or sum_.aborted:
-            return self._abandon(position, number, sum_), {}
+        need = self.job.options.min_replies or self._half_of(asked)
+        if (sum_.replies < need and self.job.guard.seeded) or sum_.aborted:
+            return self._abandon(position, number, sum_, need), {}
         rnd = Round(
             number=number,
             cohort=self.expected,
@@ -320,14 +330,18 @@ class Rounds:
             )
         return after
 
-    def _abandon(self, position: Position, number: int, sum_: Sum) -> Position:
+    def _half_of(self, asked: int) -> int:
+        """The fewest replies that stand for a round: half of those that are waited for."""
+        share = self.grid.enough if isinstance(self.grid, OwnGrid) else 1.0
+        return max(1, math.ceil(share * asked / 2))
+
+    def _abandon(self, position: Position, number: int, sum_: Sum, need: int) -> Position:
         """A round without enough replies leaves the model as it was."""
         if not sum_.replies and not sum_.rejected and not sum_.aborted:
             self.progress.note(f"round {number}: the draw chose no node; the model stays as it was")
             return position.but(round=number)
         first = self.failures.first(sum_.rejected)
         after = position.but(round=number, abandoned=position.abandoned + 1)
-        need = self.job.options.min_replies
         said = f"round {number}: {sum_.replies} of {need} needed replies could be used{first}"
         if sum_.aborted:
             said = f"round {number}: {sum_.aborted}{first}"

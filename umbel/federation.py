@@ -28,6 +28,7 @@ from umbel.server.private.population import place_of
 from umbel.server.provenance import record_start
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
+from umbel.server.shortfall import Shortfall
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.composition import compose
 from umbel.strategies.contract import Contract
@@ -298,6 +299,9 @@ class FederationServerApp(ServerApp):
         )
         self._advise(job, session, len(nodes))
         outcome = rounds.fit()
+        missed = Shortfall.of(session.run.rounds()).sentences()
+        if missed:
+            session.result["warnings"] = [*session.result.get("warnings", ()), *missed]
         session.result |= {
             "rounds": outcome.rounds,
             "metrics": dict(outcome.metrics),
