@@ -10,7 +10,7 @@ from tests.server.tiny_private_app import write_app
 from umbel.bench_privacy import opened
 from umbel.benchmarks.attack.plans import full, quick
 from umbel.cli import main
-from umbel.run import example
+from umbel.running import example
 from umbel.strategies.errors import ConfigError
 
 
