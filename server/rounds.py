@@ -9,10 +9,11 @@ One loop for every engine: all it needs is a Flower `Grid`.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.records import Manifest, Tree, to_array
+from umbel.strategies.records import Manifest, Tree, from_array, to_array
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -86,6 +87,9 @@ class Rounds:
         self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
         self.processes = processes_of(grid) if job.pooled else 0
         self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
+        self._first: Tree = job.parameters
+        self.job = replace(job, parameters={})  # the position holds the model from the start on
+        self._packed: tuple[Tensor, Array] | None = None
         self._saved_at = self._saving_took = 0.0
         self._metrics: Mapping[str, float] = {}
 
@@ -138,16 +142,18 @@ class Rounds:
         with phases("sample"):
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
+        bytes_down = self._bytes(requests)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
+        gathering = trips(self.job.stack, requests, self._gathering(number, facts))
+        del requests  # with them goes the model that was sent, once all have answered
         with phases("train"):
-            sum_ = drive(
-                trips(self.job.stack, requests, self._gathering(number, facts)),
-                lambda messages: self._replies(messages, phases),
-            )
+            sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
+        del gathering
         if sum_.revealed:
             self.job.guard.charge(number, facts, sum_.replies)
         with phases("aggregate"):
             position, train_metrics = self._apply(position, number, facts, sum_)
+        sum_ = replace(sum_, total=torch.empty(0), buffers=None)  # it is in the model now
         with phases("evaluate"):
             position, metrics = self._evaluate(position)
         with phases("federated"):
@@ -156,7 +162,7 @@ class Rounds:
             "round": number,
             "seconds": phases.total(),
             "phases": phases.seconds,
-            "bytes_down": self._bytes(requests),
+            "bytes_down": bytes_down,
             "bytes_up": sum_.bytes_up,
             "clients": sum_.replies,
             "failed": self.failures.of([*sum_.rejected, *(federated.failed if federated else ())]),
@@ -201,7 +207,7 @@ class Rounds:
             facts = self.facts.but(round=number)
             for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
-        model = {PARAMETERS: to_array(position.parameters)} | public_arrays(position.public)
+        model = {PARAMETERS: self._pack(position.parameters)} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
@@ -211,6 +217,20 @@ class Rounds:
         return [
             Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
         ]
+
+    def _share(self, vector: Tensor) -> Tensor:
+        """The vector over the bytes that are sent of it, so that they do not take room twice."""
+        array = to_array(vector)
+        shared = from_array(array)
+        if shared.dtype != vector.dtype:  # it travels as another type
+            return vector
+        self._packed = (shared, array)
+        return shared
+
+    def _pack(self, vector: Tensor) -> Array:
+        if self._packed is not None and self._packed[0] is vector:
+            return self._packed[1]
+        return to_array(vector)
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate
@@ -257,13 +277,14 @@ class Rounds:
         if average is None:
             return after, metrics
         parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
+        del average
         # A sum that is finite has no term that is not; it costs a tenth of looking at each.
         if not (math.isfinite(parameters.sum()) or bool(torch.isfinite(parameters).all())):
             raise RunError(
                 f"the model stopped being finite in round {number}; lower learning-rate or "
                 "server-learning-rate"
             )
-        after = after.but(parameters=parameters, slots=slots)
+        after = after.but(parameters=self._share(parameters), slots=slots)
         if sum_.buffers is not None:
             after = after.but(buffers=sum_.buffers.to(position.buffers.dtype))
         return self._averaged(after), metrics
@@ -373,7 +394,8 @@ class Rounds:
                 self._metrics = line.get("metrics") or self._metrics
             return position
         self.run.truncate_rounds(-1)
-        parameters = self.manifest.flatten(self.job.parameters)
+        parameters = self._share(self.manifest.flatten(self._first))
+        self._first = {}
         buffers = checkpoint.no_buffers()
         if self.travelling.size:
             buffers = self.travelling.flatten(

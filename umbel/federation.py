@@ -239,6 +239,9 @@ class FederationServerApp(ServerApp):
             private = PrivateRun(job, PrivacyOptions.read(options), len(nodes), session)
             job = private.job
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
+        job = rounds.job  # without the first model, which only the rounds need from here on
+        if private is not None:
+            private.job = job
         session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize)
         name = federation.name or session.run.config().get("app", "federation")
         session.progress.start(
