@@ -23,15 +23,19 @@ from umbel.server.checkpoint import Best, Position
 from umbel.server.drive import ROUND_TTL, Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.failures import Failures
+from umbel.server.guard import BudgetSpentError
 from umbel.server.job import Evaluate as Evaluate
 from umbel.server.job import Job as Job
 from umbel.server.job import Outcome as Outcome
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.own_grid import OwnGrid
-from umbel.server.roster import NodeRef
+from umbel.server.private.statements import Statements
+from umbel.server.roster import NodeRef, newcomers
+from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
-from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
+from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
+from umbel.strategies.composition import check_rounds
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
@@ -78,20 +82,55 @@ class Rounds:
             beta_2=options.beta_2,
             tau=options.tau,
         )
-        self.expected = self.cohort.expected(len(nodes))
-        self.facts = Facts(
-            size=self.manifest.size,
-            expected_replies=self.expected,
-            max_replies=self.cohort.most(len(nodes)),
-        )
-        self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
+        self.facts = self._population(nodes)
+        check_rounds(self.job.stack, self.facts)
         self.processes = processes_of(grid) if job.pooled else 0
-        self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
         self._first: Tree = job.parameters
         self.job = replace(job, parameters={})  # the position holds the model from the start on
         self._packed: tuple[Tensor, Array] | None = None
         self._saved_at = self._saving_took = 0.0
+        self._next_time: set[int] = set()
+        self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
+        self._fair: Mapping[str, float] = {}
+        names = {node.node_id: node.name for node in nodes}
+        self.failures = Failures(names, progress)
+        self.statements = Statements(run, names)
         self._metrics: Mapping[str, float] = {}
+
+    def _population(self, nodes: Sequence[NodeRef]) -> Facts:
+        """Take these for everyone; the facts of an update that follow from how many they are."""
+        self.nodes = nodes
+        self.expected = self.cohort.expected(len(nodes))
+        return Facts(
+            size=self.manifest.size,
+            expected_replies=self.expected,
+            max_replies=self.cohort.most(len(nodes)),
+        )
+
+    def _welcome(self) -> None:
+        """Let nodes take part that have come since the run began.
+
+        Not in a private run: what it promises was worked out for the nodes that were there.
+        """
+        new = newcomers(self.grid, self.nodes)
+        if not new:
+            return
+        if self.job.stack.private:
+            for node in new:
+                if node.node_id not in self._next_time:
+                    self.progress.note(
+                        f"node {node.name} has come after this run began; it takes part from the "
+                        f"next run on, because the privacy of this one counts on {len(self.nodes)} "
+                        "nodes"
+                    )
+            self._next_time |= {node.node_id for node in new}
+            return
+        everyone = sorted([*self.nodes, *new], key=lambda node: (node.partition, node.name))
+        self.facts = self._population(everyone)
+        check_rounds(self.job.stack, self.facts)
+        self.failures.names.update({node.node_id: node.name for node in new})
+        names = ", ".join(node.name for node in new)
+        self.progress.note(f"joined the run: {names}; there are {len(everyone)} nodes now")
 
     def fit(self) -> Outcome:
         """Train until a reason to stop; a run directory with a checkpoint is continued.
@@ -110,9 +149,17 @@ class Rounds:
             if reason is not None:
                 stopped = reason
                 break
-            position = self._round(position, number)
+            self._welcome()
+            try:
+                position = self._round(position, number)
+            except BudgetSpentError:  # by another run about the same people, since it was asked
+                stopped = "budget"
+                break
+        if stopped != "rounds":  # what was paid for is kept, whenever this run is looked at again
+            self._save(position, last=True)
         position, _ = self._ask(position)
-        if stopped != "rounds" and self.job.options.federated_every >= 0 and position.round:
+        wanted = self.job.options.federated_every >= 0 and not self.job.quiet
+        if stopped != "rounds" and wanted and position.round:
             self._federated(position)  # the last round would have done it
         return self._end(position, stopped)
 
@@ -127,7 +174,10 @@ class Rounds:
             if not self.job.guard.affords(question.claims()):
                 return position, True
             self.progress.note(f"asking all nodes for the private mean {question.name!r}")
-            answer = asker.ask(question, position.public, position.round, self.manifest.digest)
+            try:
+                answer = asker.ask(question, position.public, position.round, self.manifest.digest)
+            except BudgetSpentError:
+                return position, True
             position = position.but(
                 public={**position.public, **answer},
                 answered=(*position.answered, question.name),
@@ -140,6 +190,8 @@ class Rounds:
     def _round(self, position: Position, number: int) -> Position:
         phases = Phases()
         with phases("sample"):
+            if self._once:
+                checkpoint.begin(self.run.checkpoint_path, number)
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
         bytes_down = self._bytes(requests)
@@ -149,12 +201,15 @@ class Rounds:
         with phases("train"):
             sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
         del gathering
+        if not self.job.guard.seeded:
+            position = self._count_failures(position, number, sum_)
         if sum_.revealed:
             self.job.guard.charge(number, facts, sum_.replies)
         with phases("aggregate"):
             position, train_metrics = self._apply(position, number, facts, sum_)
         sum_ = replace(sum_, total=torch.empty(0), buffers=None)  # it is in the model now
         with phases("evaluate"):
+            position = self._with_statistics(position, cohort)
             position, metrics = self._evaluate(position)
         with phases("federated"):
             federated = self._federated(position) if self._federated_is_due(number) else None
@@ -173,7 +228,9 @@ class Rounds:
             "learning_rate": self._rate(number),
             **({"secure": dict(sum_.about)} if sum_.about else {}),
             **({} if sum_.revealed else {"aborted": sum_.aborted}),
+            **self.failures.limited(number, sum_.limited),
         }
+        self.statements.write()
         self.run.append_round(line)
         self.failures.tell(number, line["failed"])
         self.progress.round_done(line)
@@ -207,7 +264,10 @@ class Rounds:
             facts = self.facts.but(round=number)
             for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
-        model = {PARAMETERS: self._pack(position.parameters)} | public_arrays(position.public)
+        vector = position.parameters
+        if kind == "evaluate" and position.average is not None:
+            vector = position.average  # what the run would end with
+        model = {PARAMETERS: self._pack(vector)} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
@@ -245,6 +305,7 @@ class Rounds:
             facts=facts,
             buffers=self.travelling.size,
             run_id=self.grid.run.run_id,
+            contract=self.job.contract,
         )
 
     def _replies(self, messages: Sequence[Message], phases: "Phases") -> Iterator[Message]:
@@ -252,6 +313,7 @@ class Rounds:
         timeout = self.job.options.round_timeout or None
         for done, reply in enumerate(stream(self.grid, messages, timeout), start=1):
             self.progress.message_done(done, len(messages))
+            self.statements.hear(reply)
             with phases("aggregate", within="train"):
                 yield reply
 
@@ -273,7 +335,8 @@ class Rounds:
         average, layers, metrics = self.job.stack.decode(
             sum_, position.layers, rnd, self.facts.but(round=number)
         )
-        after = position.but(round=number, layers=layers, abandoned=0)
+        abandoned = 0 if self.job.guard.seeded else position.abandoned
+        after = position.but(round=number, layers=layers, abandoned=abandoned)
         if average is None:
             return after, metrics
         parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
@@ -288,6 +351,28 @@ class Rounds:
         if sum_.buffers is not None:
             after = after.but(buffers=sum_.buffers.to(position.buffers.dtype))
         return self._averaged(after), metrics
+
+    def _count_failures(self, position: Position, number: int, sum_: Sum) -> Position:
+        """Of a private run: how many rounds in a row all nodes that were asked have failed.
+
+        Such a round releases noise and is paid like any other, since model users must not see
+        who was asked. When all fail again and again there is nothing to protect and nothing to
+        learn, so the run ends before it has spent its budget on noise.
+
+        Raises:
+            RunError: it has happened too often, or in the first round to every node there is.
+        """
+        if sum_.replies or not sum_.rejected or sum_.aborted:
+            return position.but(abandoned=position.abandoned if sum_.aborted else 0)
+        after = position.but(abandoned=position.abandoned + 1)
+        everyone = position.round == 0 and len(sum_.rejected) >= len(self.nodes)
+        if after.abandoned >= PATIENCE_WITHOUT_REPLIES or everyone:
+            raise RunError(
+                f"round {number}: all {len(sum_.rejected)} nodes that were asked failed"
+                f"{self.failures.first(sum_.rejected)}; the run ends before it spends its budget "
+                f"on noise; the nodes' errors are in {self.run.log_path}"
+            )
+        return after
 
     def _abandon(self, position: Position, number: int, sum_: Sum) -> Position:
         """A round without enough replies leaves the model as it was."""
@@ -331,7 +416,20 @@ class Rounds:
         mixed = {**self.job.buffers, **own}
         if self.travelling.size:
             mixed |= self.travelling.unflatten(buffers)
+        elif self.statistics.size:
+            mixed |= self.statistics.unflatten(buffers)
         return self.manifest.unflatten(vector), mixed
+
+    def _with_statistics(self, position: Position, cohort: Sequence[NodeRef]) -> Position:
+        """The model's running statistics, of the nodes that trained; where they are looked at."""
+        options = self.job.options
+        last = position.round == options.rounds
+        judged = self.job.evaluate is not None and position.round % options.evaluate_every == 0
+        if not self.statistics.size or not (last or judged):
+            return position
+        timeout = options.round_timeout or None
+        found = ask_statistics(self.grid, cohort, self.statistics, position.round, timeout)
+        return position if found is None else position.but(buffers=self.statistics.flatten(found))
 
     def _evaluate(self, position: Position) -> tuple[Position, Mapping[str, float]]:
         options = self.job.options
@@ -366,8 +464,10 @@ class Rounds:
 
     def _federated_is_due(self, number: int) -> bool:
         every = self.job.options.federated_every
-        return every >= 0 and (
-            number == self.job.options.rounds or (every > 0 and number % every == 0)
+        return (
+            not self.job.quiet
+            and every >= 0
+            and (number == self.job.options.rounds or (every > 0 and number % every == 0))
         )
 
     def _federated(self, position: Position) -> FederatedEvaluation:
@@ -378,6 +478,7 @@ class Rounds:
         evaluation = gather(stream(self.grid, requests, timeout), nodes)
         if evaluation.rows:
             self.run.write_nodes(evaluation.rows)
+            self._fair = evaluation.means()
         return evaluation
 
     # ---- begin, save, end
@@ -392,7 +493,10 @@ class Rounds:
             self.run.truncate_rounds(position.round)
             for line in self.run.rounds():
                 self._metrics = line.get("metrics") or self._metrics
-            return position
+                self._fair = _means_of(line.get("federated")) or self._fair
+            if self.statistics.size and not position.buffers.numel():  # a run of an older version
+                position = position.but(buffers=self._first_statistics())
+            return self._after_a_stop(position)
         self.run.truncate_rounds(-1)
         parameters = self._share(self.manifest.flatten(self._first))
         self._first = {}
@@ -401,6 +505,8 @@ class Rounds:
             buffers = self.travelling.flatten(
                 averaged_buffers(self.job.buffers, self.job.options.buffers)
             )
+        elif self.statistics.size:
+            buffers = self._first_statistics()
         position = Position(
             round=0,
             parameters=parameters,
@@ -411,7 +517,26 @@ class Rounds:
         position, metrics = self._evaluate(position)
         if metrics:
             self.run.append_round({"round": 0, "metrics": metrics})
-        return position
+        return self._after_a_stop(position)
+
+    @property
+    def _once(self) -> bool:
+        """Whether nodes answer a round once only: in secret sums, where their records stay."""
+        goes_back = hasattr(self.grid, "restore_states")
+        return isinstance(self.job.stack.collect, Seals) and not goes_back
+
+    def _after_a_stop(self, position: Position) -> Position:
+        """Go on with a round that no node has begun: those give no second update for one."""
+        begun = checkpoint.begun(self.run.checkpoint_path) if self._once else 0
+        if begun <= position.round:
+            return position
+        facts = self.job.stack.check(self.facts.but(round=begun), position.layers)
+        self.job.guard.forfeit(begun, facts)
+        self.progress.note(
+            f"round {begun} was under way when the coordinator stopped, and nodes give their "
+            "masked updates of a round once only; it is given up, and the run goes on after it"
+        )
+        return position.but(round=begun)
 
     def _tell_what_is_repeated(self, saved: int) -> None:
         done = max((int(line.get("round", 0)) for line in self.run.rounds()), default=0)
@@ -421,10 +546,13 @@ class Rounds:
                 f"{which} had ended and not been saved yet; the run goes on before, and repeats it"
             )
 
+    def _first_statistics(self) -> Tensor:
+        return self.statistics.flatten(self.job.buffers)
+
     def _save(self, position: Position, *, last: bool) -> None:
         now = time.monotonic()
         wait = min(CHECKPOINT_EVERY_S, self._saving_took / _CHECKPOINT_SHARE)
-        if last or now - self._saved_at >= wait:
+        if last or self._once or now - self._saved_at >= wait:
             states = getattr(self.grid, "pickled_states", dict)
             checkpoint.save(self.run.checkpoint_path, position, states())
             self._saved_at = time.monotonic()
@@ -440,8 +568,24 @@ class Rounds:
             if self.job.evaluate is not None:
                 metrics = self.job.evaluate(parameters, buffers)
         self.run.write_model({**parameters, **buffers}, {"round": str(position.round)})
-        return Outcome(position.round, stopped, dict(metrics), parameters, buffers, position.public)
+        measured = "central" if metrics else ""
+        if self.job.evaluate is None and self._fair:
+            metrics, measured = self._fair, "nodes"
+        return Outcome(
+            rounds=position.round,
+            stopped=stopped,
+            metrics=dict(metrics),
+            parameters=parameters,
+            buffers=buffers,
+            public=position.public,
+            measured=measured,
+        )
 
     def _bytes(self, requests: Sequence[Message]) -> int:
         size = self.manifest.size * self.manifest.dtype.itemsize
         return len(requests) * (size + self.travelling.size * 4)
+
+
+def _means_of(federated: Mapping[str, Any] | None) -> dict[str, float]:
+    """The nodes' means, from the line of a round."""
+    return {name: float(values["mean"]) for name, values in (federated or {}).items()}

@@ -60,6 +60,7 @@ class NodeSettings:
         node_config: of the node, such as its `partition-id`.
         own_certificate: paths of certificate, key and root that someone brought along.
         proxy: go through the HTTP proxy of the environment.
+        policy: path of the policy file; empty is the one in the state folder.
     """
 
     address: str
@@ -68,6 +69,7 @@ class NodeSettings:
     node_config: Mapping[str, Any] = field(default_factory=dict)
     own_certificate: tuple[str, str, str] | None = None
     proxy: bool = False
+    policy: str = ""
 
 
 class Membership:
@@ -102,17 +104,7 @@ class Membership:
 
     def settings(self) -> NodeSettings | None:
         """What earlier starts have left, or None."""
-        try:
-            fields = json.loads((self.folder / "node.json").read_text())
-            if fields.get("own_certificate"):
-                fields["own_certificate"] = tuple(fields["own_certificate"])
-            return NodeSettings(**fields)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as problem:
-            raise ConfigError(
-                f"{self.folder / 'node.json'} is damaged ({problem}); remove it and join again"
-            ) from problem
+        return settings_in(self.folder)
 
     def remember(self, settings: NodeSettings) -> None:
         """Keep settings for the next start."""
@@ -215,6 +207,25 @@ class Membership:
                 return answer
             except grpc.aio.AioRpcError as problem:
                 raise refusal(address, problem) from None
+
+
+def settings_in(folder: Path) -> NodeSettings | None:
+    """What a node's starts have left in its state folder, or None.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        fields = json.loads((folder / "node.json").read_text())
+        if fields.get("own_certificate"):
+            fields["own_certificate"] = tuple(fields["own_certificate"])
+        return NodeSettings(**fields)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as problem:
+        raise ConfigError(
+            f"{folder / 'node.json'} is damaged ({problem}); remove it and join again"
+        ) from problem
 
 
 def open_channel(address: str, identity: Identity, *, proxy: bool = False) -> grpc.aio.Channel:

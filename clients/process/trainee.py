@@ -14,6 +14,7 @@ from typing import Any
 from umbel.clients.process.node_process import read_shared, shared_file, wipe_shared
 from umbel.clients.process.pipe import BESIDE, Pipe, pack
 from umbel.clients.process.sessions import SecureSessions
+from umbel.clients.process.spent import SpentRounds
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.secure.policy import RefusalError
 from umbel.transport.codec import Buffer, CodecError
@@ -43,6 +44,7 @@ class AppSettings:
         node_config: of the node.
         threads: of tensor operations; 0 leaves it to the libraries.
         environment: variables for the process, such as CUDA_VISIBLE_DEVICES.
+        spent: the file of the rounds that are spent; None keeps them in memory only.
     """
 
     app: Path
@@ -50,6 +52,7 @@ class AppSettings:
     node_config: Mapping[str, Any]
     threads: int = 0
     environment: Mapping[str, str] | None = None
+    spent: Path | None = None
 
 
 class Trainee:
@@ -69,7 +72,7 @@ class Trainee:
         self._pipe: Pipe | None = None
         self._starting: asyncio.Task[None] | None = None
         self._told: bytes | None = None  # the run's options that the process surely has
-        self._sessions = SecureSessions(settings.node_config)
+        self._sessions = SecureSessions(settings.node_config, SpentRounds(settings.spent))
         self.device = ""
 
     @property
@@ -187,6 +190,7 @@ class Trainee:
             "message_type": begin.message_type,
             "ttl": begin.ttl,
             "handover": self._sessions.wanted,
+            "spent": self._sessions.spent(begin.run_id),
         }
         if self._told != begin.run_config:
             header["run_config"] = begin.run_config.hex()

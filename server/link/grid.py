@@ -217,10 +217,11 @@ class LinkGrid(OwnGrid):
                 message = self._message(reply)
                 del reply
                 if message is not None:
+                    message = in_time(message)
                     # An error is no reply that one could do with: whoever fails at once must
                     # not end the round for those who train.
                     wanted -= not message.has_error()
-                    yield in_time(message)
+                    yield message
                 del message  # while the next is decoded, this one must not take room
         finally:
             if self._sent > _LARGE:
@@ -392,7 +393,8 @@ class _Patience:
         """When the wait ends, on the monotonic clock."""
         if not self._matters or self._others or not waiting:
             return deadline
-        return min(deadline, self._last + max(self._longest, 4 * (self._last - self._began)))
+        mine = self._last + max(self._longest, 4 * (self._last - self._began))
+        return min(mine, deadline)
 
 
 def _node_of(message_id: str) -> int:
