@@ -14,6 +14,8 @@ import functools
 _M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
 _MAPPED = 2 << 20
 """Bytes from which on memory is mapped on its own."""
+LARGE = 4 << 20
+"""Bytes of a content after which it is worth while to give memory back."""
 
 
 @functools.cache

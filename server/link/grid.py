@@ -19,7 +19,7 @@ from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
-from umbel.transport.allocator import give_back
+from umbel.transport.allocator import LARGE, give_back
 from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
 from umbel.transport.flower import (
     CRASHED,
@@ -37,7 +37,6 @@ from umbel.transport.frames import INLINE, LARGEST_CONTENT
 from umbel.transport.link_pb2 import Begin
 
 log = logging.getLogger("umbel.link")
-_LARGE = 4 << 20  # bytes of a content after which memory is given back
 _LOOK_UP_S = 0.5  # a waiting thread wakes up this often, so that a signal can interrupt it
 
 
@@ -224,7 +223,7 @@ class LinkGrid(OwnGrid):
                     yield message
                 del message  # while the next is decoded, this one must not take room
         finally:
-            if self._sent > _LARGE:
+            if self._sent > LARGE:
                 give_back()
             for message_id in waiting:
                 self._open.pop(message_id, None)
