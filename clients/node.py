@@ -242,7 +242,7 @@ class NodeHalf:
             self._plans[key] = Plan(
                 options,
                 self.stack(options),
-                self.trainer.initial(options, int(options["seed"])),
+                _without_values(self.trainer.initial(options, int(options["seed"]))),
                 promising(self.trainer, options),
                 self.app_digest,
             )
@@ -274,7 +274,7 @@ class Plan:
     Attributes:
         options: complete ones.
         stack: as they build it.
-        first: the first model.
+        first: the first model, its parameters without values.
         promise: the trainer, where it promises privacy for single records.
         app_digest: of the app's files.
     """
@@ -481,6 +481,12 @@ class FederationClientApp(ClientApp):
     ) -> list[Message] | None:
         """See `NodeHalf.train_many`."""
         return self.half.train_many(messages, contexts)
+
+
+def _without_values(first: Weights) -> Weights:
+    """The first model's layout: its parameters come with every message, its buffers may not."""
+    layout = {name: tensor.to("meta") for name, tensor in first.parameters.items()}
+    return Weights(layout, first.buffers)
 
 
 def _options_key(context: Context) -> OptionsKey:

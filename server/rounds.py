@@ -9,10 +9,11 @@ One loop for every engine: all it needs is a Flower `Grid`.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -40,7 +41,7 @@ from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.records import Manifest, Tree, to_array
+from umbel.strategies.records import Manifest, Tree, from_array, to_array
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -85,6 +86,9 @@ class Rounds:
         self.facts = self._population(nodes)
         check_rounds(self.job.stack, self.facts)
         self.processes = processes_of(grid) if job.pooled else 0
+        self._first: Tree = job.parameters
+        self.job = replace(job, parameters={})  # the position holds the model from the start on
+        self._packed: tuple[Tensor, Array] | None = None
         self._saved_at = self._saving_took = 0.0
         self._next_time: set[int] = set()
         self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
@@ -198,12 +202,13 @@ class Rounds:
                 checkpoint.begin(self.run.checkpoint_path, number)
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
+        bytes_down = self._bytes(requests)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
+        gathering = trips(self.job.stack, requests, self._gathering(number, facts))
+        del requests  # with them goes the model that was sent, once all have answered
         with phases("train"):
-            sum_ = drive(
-                trips(self.job.stack, requests, self._gathering(number, facts)),
-                lambda messages: self._replies(messages, phases),
-            )
+            sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
+        del gathering
         if not self.job.guard.seeded:
             position = self._count_failures(position, number, sum_)
         if sum_.revealed:
@@ -211,6 +216,9 @@ class Rounds:
         before = position.parameters
         with phases("aggregate"):
             position, train_metrics = self._apply(position, number, facts, sum_, len(cohort))
+        used = position.parameters is not before
+        del before  # a model
+        sum_ = replace(sum_, total=torch.empty(0), buffers=None)  # it is in the model now
         with phases("evaluate"):
             position = self._with_statistics(position, cohort)
             position, metrics = self._evaluate(position)
@@ -220,10 +228,10 @@ class Rounds:
             "round": number,
             "seconds": phases.total(),
             "phases": phases.seconds,
-            "bytes_down": self._bytes(requests),
+            "bytes_down": bytes_down,
             "bytes_up": sum_.bytes_up,
             "clients": sum_.replies,
-            "used": position.parameters is not before,
+            "used": used,
             "failed": self.failures.of([*sum_.rejected, *(federated.failed if federated else ())]),
             "metrics": metrics,
             "train": train_metrics,
@@ -271,7 +279,7 @@ class Rounds:
         vector = position.parameters
         if kind == "evaluate" and position.average is not None:
             vector = position.average  # what the run would end with
-        model = {PARAMETERS: to_array(vector)} | public_arrays(position.public)
+        model = {PARAMETERS: self._pack(vector)} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
@@ -281,6 +289,20 @@ class Rounds:
         return [
             Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
         ]
+
+    def _share(self, vector: Tensor) -> Tensor:
+        """The vector over the bytes that are sent of it, so that they do not take room twice."""
+        array = to_array(vector)
+        shared = from_array(array)
+        if shared.dtype != vector.dtype:  # it travels as another type
+            return vector
+        self._packed = (shared, array)
+        return shared
+
+    def _pack(self, vector: Tensor) -> Array:
+        if self._packed is not None and self._packed[0] is vector:
+            return self._packed[1]
+        return to_array(vector)
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate
@@ -330,13 +352,14 @@ class Rounds:
         if average is None:
             return after, metrics
         parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
+        del average
         # A sum that is finite has no term that is not; it costs a tenth of looking at each.
         if not (math.isfinite(parameters.sum()) or bool(torch.isfinite(parameters).all())):
             raise RunError(
                 f"the model stopped being finite in round {number}; lower learning-rate or "
                 "server-learning-rate"
             )
-        after = after.but(parameters=parameters, slots=slots)
+        after = after.but(parameters=self._share(parameters), slots=slots)
         if sum_.buffers is not None:
             after = after.but(buffers=sum_.buffers.to(position.buffers.dtype))
         return self._averaged(after), metrics
@@ -491,7 +514,8 @@ class Rounds:
                 position = position.but(buffers=self._first_statistics())
             return self._after_a_stop(position)
         self.run.truncate_rounds(-1)
-        parameters = self.manifest.flatten(self.job.parameters)
+        parameters = self._share(self.manifest.flatten(self._first))
+        self._first = {}
         buffers = checkpoint.no_buffers()
         if self.travelling.size:
             buffers = self.travelling.flatten(

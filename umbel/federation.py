@@ -293,6 +293,9 @@ class FederationServerApp(ServerApp):
 
             job = unprotected(job, privacy, nodes, session, federation.data, start)
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
+        job = rounds.job  # without the first model, which only the rounds need from here on
+        if private is not None:
+            private.job = job
         use = getattr(federation.trainer, "USE", "model")
         session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize, use)
         name = federation.name or session.run.config().get("app", "federation")

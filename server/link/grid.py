@@ -19,6 +19,7 @@ from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
+from umbel.transport.allocator import LARGE, give_back
 from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
 from umbel.transport.flower import (
     CRASHED,
@@ -221,6 +222,8 @@ class LinkGrid(OwnGrid):
                     yield message
                 del message  # while the next is decoded, this one must not take room
         finally:
+            if self._sent > LARGE:
+                give_back()
             for message_id in waiting:
                 self._open.pop(message_id, None)
             if waiting:
@@ -322,7 +325,7 @@ class LinkGrid(OwnGrid):
             message = Message(Error(*reply.error), reply_to=asked)
         else:
             try:
-                content = decode(reply.parts, limits=self._limits, checksum=True)
+                content = decode(reply.parts, limits=self._limits, checksum=True, consume=True)
                 message = Message(content, reply_to=asked)
             except CodecError as problem:
                 reason = f"its reply cannot be read: {problem}"
