@@ -50,7 +50,7 @@ from umbel.strategies.layout import (
     local_buffers,
 )
 from umbel.strategies.private.pooled import ASK, POOL
-from umbel.strategies.records import Manifest, from_array, to_array
+from umbel.strategies.records import Manifest, from_array, record_of, to_array
 from umbel.strategies.stack import Stack
 
 LOCAL = "umbel.buffers"
@@ -243,13 +243,17 @@ class _Plan:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
         config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
         measured = {EXAMPLES: trained.examples, **trained.metrics}
+        buffers = trained.weights.buffers
+        del trained  # a model; from here on only its difference is needed
         encoded, said = self.stack.encode(update, config, task.context.state, measured)
-        record = ArrayRecord({UPDATE: to_array(encoded)})
+        del update
+        record = record_of({UPDATE: to_array(encoded)})
+        del encoded
         if self.travelling.size:
-            sent = averaged_buffers(trained.weights.buffers, str(self.options["buffers"]))
+            sent = averaged_buffers(buffers, str(self.options["buffers"]))
             record[BUFFERS] = to_array(self.travelling.flatten(sent))
         public = public_of(task.message)
-        own = {k: v for k, v in trained.weights.buffers.items() if k not in public}
+        own = {k: v for k, v in buffers.items() if k not in public}
         self._keep(task.context, own)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
@@ -265,7 +269,7 @@ class _Plan:
             if not torch.equal(tensor, self.first.buffers[name])
         }
         if changed:
-            context.state[LOCAL] = ArrayRecord({k: to_array(v) for k, v in changed.items()})
+            context.state[LOCAL] = record_of({k: to_array(v) for k, v in changed.items()})
 
     def _kept(self, context: Context) -> Tree:
         record = find_record(context.state, LOCAL, ArrayRecord)
@@ -273,7 +277,13 @@ class _Plan:
 
 
 class FederationClientApp(ClientApp):
-    """The `ClientApp` of a federation; embedded engines may call `train_many`."""
+    """The `ClientApp` of a federation; embedded engines may call `train_many`.
+
+    Attributes:
+        takes_mapped: arrays that it gets need not hold bytes; mapped memory will do.
+    """
+
+    takes_mapped = True
 
     def __init__(self, half: NodeHalf) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.records import Manifest, Tree, to_array
+from umbel.strategies.records import Manifest, Tree, record_of, to_array
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this share a checkpoint; a resumed run repeats them."""
@@ -166,12 +166,14 @@ class Rounds:
         with phases("sample"):
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
+            bytes_down = self._bytes(requests)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
         with phases("train"):
             sum_ = drive(
                 trips(self.job.stack, requests, self._gathering(number, facts)),
                 lambda messages: self._replies(messages, phases),
             )
+        del requests  # the model that was sent takes room
         if sum_.revealed:
             self.job.guard.charge(number, facts, sum_.replies)
         with phases("aggregate"):
@@ -184,7 +186,7 @@ class Rounds:
             "round": number,
             "seconds": phases.total(),
             "phases": phases.seconds,
-            "bytes_down": self._bytes(requests),
+            "bytes_down": bytes_down,
             "bytes_up": sum_.bytes_up,
             "clients": sum_.replies,
             "failed": self.failures.of([*sum_.rejected, *(federated.failed if federated else ())]),
@@ -220,12 +222,13 @@ class Rounds:
             facts = self.facts.but(round=number)
             for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
-        model = {PARAMETERS: to_array(position.parameters)} | public_arrays(position.public)
+        array = getattr(self.grid, "array", to_array)  # engines may lay it where nodes can map it
+        model = {PARAMETERS: array(position.parameters)} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
             return pool_requests(model, config, cohort, self.processes)
-        content = RecordDict({MODEL: ArrayRecord(model), CONFIG: config})
+        content = RecordDict({MODEL: record_of(model), CONFIG: config})
         group = str(number)
         return [
             Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
@@ -249,10 +252,13 @@ class Rounds:
     def _replies(self, messages: Sequence[Message], phases: "Phases") -> Iterator[Message]:
         """The grid's replies; the time that the collect spends between them is aggregation."""
         timeout = self.job.options.round_timeout or None
-        for done, reply in enumerate(stream(self.grid, messages, timeout), start=1):
+        done = 0
+        for reply in stream(self.grid, messages, timeout):  # `enumerate` would hold each reply
+            done += 1  # noqa: SIM113
             self.progress.message_done(done, len(messages))
             with phases("aggregate", within="train"):
                 yield reply
+            del reply  # while the next is awaited, this one must not take room
 
     def _apply(
         self, position: Position, number: int, facts: Facts, sum_: Sum

@@ -197,6 +197,7 @@ class PlainSum:
             weights[where] = weight
             means.add(where, numbers(reply), weight)
             bytes_up += size
+            del reply, update  # while the next is awaited, this one must not take room
         rejected += [Rejected(node, NO_REPLY) for node in position]
         total = math.fsum(weights.values())
         return Sum(

@@ -203,6 +203,7 @@ def _execute(
         group_size=plan.group_size,
         nursery=nursery,
         log=directory.log_path,
+        mapped=plan.federation is not None,
     )
     context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(plan.options))
     try:
