@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -41,7 +41,7 @@ from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.records import Manifest, Tree, from_array, to_array
+from umbel.strategies.records import Manifest, Tree, from_array, record_of, to_array
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -202,7 +202,7 @@ class Rounds:
                 checkpoint.begin(self.run.checkpoint_path, number)
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
-        bytes_down = self._bytes(requests)
+            bytes_down = self._bytes(requests)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
         gathering = trips(self.job.stack, requests, self._gathering(number, facts))
         del requests  # with them goes the model that was sent, once all have answered
@@ -284,7 +284,7 @@ class Rounds:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
             return pool_requests(model, config, cohort, self.processes)
-        content = RecordDict({MODEL: ArrayRecord(model), CONFIG: config})
+        content = RecordDict({MODEL: record_of(model), CONFIG: config})
         group = str(number)
         return [
             Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
@@ -292,7 +292,7 @@ class Rounds:
 
     def _share(self, vector: Tensor) -> Tensor:
         """The vector over the bytes that are sent of it, so that they do not take room twice."""
-        array = to_array(vector)
+        array = self._array(vector)
         shared = from_array(array)
         if shared.dtype != vector.dtype:  # it travels as another type
             return vector
@@ -302,7 +302,11 @@ class Rounds:
     def _pack(self, vector: Tensor) -> Array:
         if self._packed is not None and self._packed[0] is vector:
             return self._packed[1]
-        return to_array(vector)
+        return self._array(vector)
+
+    def _array(self, vector: Tensor) -> Array:
+        """The vector as it is sent; an engine of Umbel's may lay it where its nodes can map it."""
+        return self.grid.array(vector) if isinstance(self.grid, OwnGrid) else to_array(vector)
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate
@@ -323,11 +327,14 @@ class Rounds:
     def _replies(self, messages: Sequence[Message], phases: "Phases") -> Iterator[Message]:
         """The grid's replies; the time that the collect spends between them is aggregation."""
         timeout = self.job.options.round_timeout or None
-        for done, reply in enumerate(stream(self.grid, messages, timeout), start=1):
+        done = 0
+        for reply in stream(self.grid, messages, timeout):  # `enumerate` would hold each reply
+            done += 1  # noqa: SIM113
             self.progress.message_done(done, len(messages))
             self.statements.hear(reply)
             with phases("aggregate", within="train"):
                 yield reply
+            del reply  # while the next is awaited, this one must not take room
 
     def _apply(
         self, position: Position, number: int, facts: Facts, sum_: Sum, asked: int

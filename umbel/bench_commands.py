@@ -17,7 +17,7 @@ def speed(
     part: Annotated[
         list[str] | None,
         typer.Argument(
-            help="messages, aggregation, example, small; link, secure, noise, private-sgd, "
+            help="messages, aggregation, example, small; memory, link, secure, noise, private-sgd, "
             "private-round, private-fashion (long). Default: the first four."
         ),
     ] = None,

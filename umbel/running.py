@@ -317,6 +317,7 @@ def _execute(
         group_size=plan.group_size,
         nursery=nursery,
         log=directory.log_path,
+        mapped=plan.federation is not None,
     )
     server = plan.subject.server_app
     context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(plan.options))
