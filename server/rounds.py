@@ -22,13 +22,15 @@ from umbel.server.checkpoint import Best, Position
 from umbel.server.drive import ROUND_TTL, Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.failures import Failures
+from umbel.server.guard import BudgetSpentError
 from umbel.server.job import Evaluate as Evaluate
 from umbel.server.job import Job as Job
 from umbel.server.job import Outcome as Outcome
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.own_grid import OwnGrid
-from umbel.server.roster import NodeRef
+from umbel.server.private.statements import Statements
+from umbel.server.roster import NodeRef, newcomers
 from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
@@ -79,19 +81,52 @@ class Rounds:
             beta_2=options.beta_2,
             tau=options.tau,
         )
+        self.facts = self._population(nodes)
+        check_rounds(self.job.stack, self.facts)
+        self.processes = processes_of(grid) if job.pooled else 0
+        self._saved_at = self._saving_took = 0.0
+        self._next_time: set[int] = set()
+        self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
+        self._fair: Mapping[str, float] = {}
+        names = {node.node_id: node.name for node in nodes}
+        self.failures = Failures(names, progress)
+        self.statements = Statements(run, names)
+        self._metrics: Mapping[str, float] = {}
+
+    def _population(self, nodes: Sequence[NodeRef]) -> Facts:
+        """Take these for everyone; the facts of an update that follow from how many they are."""
+        self.nodes = nodes
         self.expected = self.cohort.expected(len(nodes))
-        self.facts = Facts(
+        return Facts(
             size=self.manifest.size,
             expected_replies=self.expected,
             max_replies=self.cohort.most(len(nodes)),
         )
+
+    def _welcome(self) -> None:
+        """Let nodes take part that have come since the run began.
+
+        Not in a private run: what it promises was worked out for the nodes that were there.
+        """
+        new = newcomers(self.grid, self.nodes)
+        if not new:
+            return
+        if self.job.stack.private:
+            for node in new:
+                if node.node_id not in self._next_time:
+                    self.progress.note(
+                        f"node {node.name} has come after this run began; it takes part from the "
+                        f"next run on, because the privacy of this one counts on {len(self.nodes)} "
+                        "nodes"
+                    )
+            self._next_time |= {node.node_id for node in new}
+            return
+        everyone = sorted([*self.nodes, *new], key=lambda node: (node.partition, node.name))
+        self.facts = self._population(everyone)
         check_rounds(self.job.stack, self.facts)
-        self.processes = processes_of(grid) if job.pooled else 0
-        self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
-        self._saved_at = self._saving_took = 0.0
-        self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
-        self._fair: Mapping[str, float] = {}
-        self._metrics: Mapping[str, float] = {}
+        self.failures.names.update({node.node_id: node.name for node in new})
+        names = ", ".join(node.name for node in new)
+        self.progress.note(f"joined the run: {names}; there are {len(everyone)} nodes now")
 
     def fit(self) -> Outcome:
         """Train until a reason to stop; a run directory with a checkpoint is continued.
@@ -110,7 +145,14 @@ class Rounds:
             if reason is not None:
                 stopped = reason
                 break
-            position = self._round(position, number)
+            self._welcome()
+            try:
+                position = self._round(position, number)
+            except BudgetSpentError:  # by another run about the same people, since it was asked
+                stopped = "budget"
+                break
+        if stopped != "rounds":  # what was paid for is kept, whenever this run is looked at again
+            self._save(position, last=True)
         position, _ = self._ask(position)
         wanted = self.job.options.federated_every >= 0 and not self.job.quiet
         if stopped != "rounds" and wanted and position.round:
@@ -128,7 +170,10 @@ class Rounds:
             if not self.job.guard.affords(question.claims()):
                 return position, True
             self.progress.note(f"asking all nodes for the private mean {question.name!r}")
-            answer = asker.ask(question, position.public, position.round, self.manifest.digest)
+            try:
+                answer = asker.ask(question, position.public, position.round, self.manifest.digest)
+            except BudgetSpentError:
+                return position, True
             position = position.but(
                 public={**position.public, **answer},
                 answered=(*position.answered, question.name),
@@ -151,6 +196,8 @@ class Rounds:
                 trips(self.job.stack, requests, self._gathering(number, facts)),
                 lambda messages: self._replies(messages, phases),
             )
+        if not self.job.guard.seeded:
+            position = self._count_failures(position, number, sum_)
         if sum_.revealed:
             self.job.guard.charge(number, facts, sum_.replies)
         with phases("aggregate"):
@@ -175,7 +222,9 @@ class Rounds:
             "learning_rate": self._rate(number),
             **({"secure": dict(sum_.about)} if sum_.about else {}),
             **({} if sum_.revealed else {"aborted": sum_.aborted}),
+            **self.failures.limited(number, sum_.limited),
         }
+        self.statements.write()
         self.run.append_round(line)
         self.failures.tell(number, line["failed"])
         self.progress.round_done(line)
@@ -244,6 +293,7 @@ class Rounds:
         timeout = self.job.options.round_timeout or None
         for done, reply in enumerate(stream(self.grid, messages, timeout), start=1):
             self.progress.message_done(done, len(messages))
+            self.statements.hear(reply)
             with phases("aggregate", within="train"):
                 yield reply
 
@@ -265,7 +315,8 @@ class Rounds:
         average, layers, metrics = self.job.stack.decode(
             sum_, position.layers, rnd, self.facts.but(round=number)
         )
-        after = position.but(round=number, layers=layers, abandoned=0)
+        abandoned = 0 if self.job.guard.seeded else position.abandoned
+        after = position.but(round=number, layers=layers, abandoned=abandoned)
         if average is None:
             return after, metrics
         parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
@@ -279,6 +330,28 @@ class Rounds:
         if sum_.buffers is not None:
             after = after.but(buffers=sum_.buffers.to(position.buffers.dtype))
         return self._averaged(after), metrics
+
+    def _count_failures(self, position: Position, number: int, sum_: Sum) -> Position:
+        """Of a private run: how many rounds in a row all nodes that were asked have failed.
+
+        Such a round releases noise and is paid like any other, since model users must not see
+        who was asked. When all fail again and again there is nothing to protect and nothing to
+        learn, so the run ends before it has spent its budget on noise.
+
+        Raises:
+            RunError: it has happened too often, or in the first round to every node there is.
+        """
+        if sum_.replies or not sum_.rejected or sum_.aborted:
+            return position.but(abandoned=position.abandoned if sum_.aborted else 0)
+        after = position.but(abandoned=position.abandoned + 1)
+        everyone = position.round == 0 and len(sum_.rejected) >= len(self.nodes)
+        if after.abandoned >= PATIENCE_WITHOUT_REPLIES or everyone:
+            raise RunError(
+                f"round {number}: all {len(sum_.rejected)} nodes that were asked failed"
+                f"{self.failures.first(sum_.rejected)}; the run ends before it spends its budget "
+                f"on noise; the nodes' errors are in {self.run.log_path}"
+            )
+        return after
 
     def _abandon(self, position: Position, number: int, sum_: Sum) -> Position:
         """A round without enough replies leaves the model as it was."""

@@ -149,6 +149,8 @@ def die_at(place, count, when):
         result = real(*args, **kwargs)
         if when == "after" and calls[0] == count:
             os.kill(os.getpid(), signal.SIGKILL)
+        if when == "stop" and calls[0] == count:
+            os.kill(os.getpid(), signal.SIGINT)
         return result
 
     setattr(owner, name, watched)
@@ -157,6 +159,7 @@ def die_at(place, count, when):
 def play(job):
     os.setpgid(0, 0)
     os.chdir(job["cwd"])
+    os.environ.update(job["environment"])
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -244,7 +247,10 @@ class WarmCommand:
         deaths: Sequence[tuple[str, int, str]] = (),
         during: Callable[[int], None] | None = None,
     ) -> Ended:
-        """`deaths` are places, call numbers and before/after; `during` is given the process id."""
+        """`deaths` are places, call numbers and before/after, or stop: a Ctrl-C after the call.
+
+        `during` is given the process id.
+        """
         assert self._process.stdin is not None
         cwd.mkdir(parents=True, exist_ok=True)
         out, err = cwd / "stdout.txt", cwd / "stderr.txt"
@@ -254,6 +260,7 @@ class WarmCommand:
             "deaths": list(deaths),
             "always_save": keywords is not None,
             "cwd": str(cwd),
+            "environment": {name: os.environ[name] for name in ("UMBEL_KEY", "XDG_DATA_HOME")},
             "out": str(out),
             "err": str(err),
         }

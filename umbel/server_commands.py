@@ -55,6 +55,12 @@ def server(
         float,
         typer.Option(metavar="MB", help="Largest reply. Default: by what was asked.", min=0),
     ] = 0.0,
+    unprotected: Annotated[
+        bool,
+        typer.Option(
+            "--unprotected", help="Release without noise about people with a privacy budget."
+        ),
+    ] = False,
     engine: Annotated[str, typer.Option(help="link, or flower for Flower's own.")] = "link",
     health: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Local gRPC health endpoint.")
@@ -87,9 +93,13 @@ def server(
     )
     if engine == "flower":
         from umbel.flower_engine import serve_with_flower
+        from umbel.server.output import strict
+        from umbel.server.output.session import UNPROTECTED
 
         _only_link(**{"--enough": enough != 1, "--serve": stay, "--out": out is not None})
         changes = parse(config or [])
+        if unprotected:
+            os.environ[UNPROTECTED] = "1"  # Flower runs the app in processes of its own
         try:
             result = serve_with_flower(path, settings, changes, version=__version__, nodes=nodes)
         except StoppedError as stop:
@@ -98,7 +108,7 @@ def server(
         if Path(result["run"]).is_dir():
             _show(result, as_json=as_json)
         else:
-            typer.echo(json.dumps(result) if as_json else f"{result['run']}: {result['stopped']}")
+            typer.echo(strict.dumps(result) if as_json else f"{result['run']}: {result['stopped']}")
         return
     from umbel.serve import RunSettings, serve
 
@@ -111,6 +121,7 @@ def server(
         fresh=fresh,
         out=out,
         largest_reply=round(largest_reply * 1e6),
+        unprotected=unprotected,
     )
     try:
         serve(
@@ -271,11 +282,12 @@ def nodes_revoke(
 def status(state: State, as_json: AsJson = False) -> None:
     """Show where a federation stands."""
     from umbel.server.link.service import read_status
+    from umbel.server.output import strict
     from umbel.strategies.text import plain
 
     found = read_status(state)
     if as_json:
-        typer.echo(json.dumps(found, default=str))
+        typer.echo(strict.dumps(found))
         return
     typer.echo(f"run       {found['run'] or 'none'}")
     typer.echo(f"phase     {found['phase']}")
@@ -354,11 +366,12 @@ def _ago(when: Any) -> str:
 
 
 def _show(result: dict[str, Any], *, as_json: bool) -> None:
+    from umbel.server.output import strict
     from umbel.server.output.report import write_report
     from umbel.summary import lines
 
     report = write_report(Path(result["run"]))
-    for line in [json.dumps(result)] if as_json else lines(result, report):
+    for line in [strict.dumps(result)] if as_json else lines(result, report):
         typer.echo(line)
     sys.stdout.flush()
 

@@ -27,6 +27,11 @@ def lines(result: Mapping[str, Any], report: Path) -> Iterator[str]:
         yield f"warning: {warning}"
     if result.get("epsilon") is not None:
         yield from _privacy(result)
+    if result.get("record_epsilon") is not None:
+        yield (
+            f"records: at every node epsilon {result['record_epsilon']:.4g} or less, at delta "
+            f"{result['record_delta']:g}, by the nodes' own statements"
+        )
     yield from _summary(result.get("summary"))
     yield f"report: {report}"
 
@@ -39,6 +44,10 @@ def _privacy(result: Mapping[str, Any]) -> Iterator[str]:
     open_to = [who for who, epsilon in against.items() if math.isinf(epsilon)]
     others = f" (no protection against the {' or '.join(open_to)})" if open_to else ""
     yield f"epsilon {result['epsilon']:.4g} at delta {result['delta']:g}{others}"
+    together = result.get("epsilon_in_total") or {}
+    total = max((together.get(who, 0.0) for who in against if who not in open_to), default=0.0)
+    if total > result["epsilon"] * 1.01:
+        yield f"epsilon {total:.4g} over all runs about the population {result['population']}"
 
 
 def metrics_of(result: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -165,6 +165,11 @@ class Featured:
     FIXED: ClassVar[bool] = True
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def source(self) -> object:
+        """Whose data these are, whatever features are made of them."""
+        return self.dataset
+
     def __call__(self, node: Node, options: Options) -> Split:
         """The node's examples: every `count`-th of the training examples."""
         data = self.load()

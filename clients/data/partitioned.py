@@ -57,6 +57,11 @@ class Partitioned:
                 f"test_fraction is {self.test_fraction}; give at least 0 and less than 1"
             )
 
+    @property
+    def source(self) -> object:
+        """Whose data these are, however they are divided: the name that a budget is kept under."""
+        return "arrays" if self.dataset is None else self.dataset
+
     def __call__(self, node: Node, options: Options) -> Split:
         """The node's examples.
 

@@ -18,6 +18,8 @@ from umbel.server.output.rundir import RunDirectory, machine, versions
 STATE = "UMBEL_STATE"
 """Environment variable: the coordinator's state folder, where Flower runs the app on its behalf.
 The run and the privacy budget of the nodes are kept there, the same as on the link."""
+UNPROTECTED = "UMBEL_UNPROTECTED"
+"""Environment variable: what `--unprotected` is to Umbel's engines, for Flower's own."""
 
 
 @dataclass
@@ -54,6 +56,10 @@ class Session:
             **self.result,
         }
         self.run.write_result(result)
+        if self.run.certificate_path.is_file():
+            from umbel.server.private.seal import seal  # certified runs only: it imports much
+
+            seal(self.run)
         return self.run.result()  # plain values, whatever numbers an app has put into it
 
 
@@ -93,5 +99,7 @@ def current(name: str, options: dict[str, Any]) -> Session:
     if state:
         config["populations"] = str(Path(state) / "populations")
         parent = Path(state) / "runs"
+    if os.environ.get(UNPROTECTED):
+        config["unprotected"] = True
     run = RunDirectory.create(parent, name, config)
     return Session(run, progress.choose(sys.stderr), own=True)

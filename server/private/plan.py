@@ -8,8 +8,7 @@ What is decided here is said aloud before anything runs, and written into the le
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dp_accounting import (
@@ -25,8 +24,8 @@ from dp_accounting import (
 from umbel.privacy.budget.accounting import spent
 from umbel.privacy.budget.calibrate import calibrate
 from umbel.privacy.budget.events import REPLACE, Charge, relation_name
-from umbel.server.output.rundir import RunDirectory
 from umbel.server.private.ledger import Ledger
+from umbel.server.private.population import Scope
 from umbel.strategies.cohort import Cohort, FixedSize, Poisson, cohort_named
 from umbel.strategies.errors import ConfigError, StackError
 from umbel.strategies.layer import Claim, Facts
@@ -67,14 +66,22 @@ class Plan:
     noise_multiplier: float | None
     against: str
     questions: tuple[PrivateMean, ...] = ()
+    _claims: dict[int, list[Claim]] = field(default_factory=dict, repr=False, compare=False)
 
     def claims(self, number: int) -> list[Claim]:
-        """What round `number` costs, before sampling."""
-        return claims_of(self.stack, self.facts, number)
+        """What round `number` costs, before sampling; worked out once."""
+        if number not in self._claims:
+            self._claims[number] = claims_of(self.stack, self.facts, number)
+        return self._claims[number]
 
     def charge(self, claim: Claim, *, again: bool = False) -> Charge:
         """What a claim costs under this plan's cohorts."""
         return charge_for(claim, self.cohort, self.nodes, again=again)
+
+    @property
+    def insecure(self) -> bool:
+        """The noise can be repeated by whoever knows the seed."""
+        return self.privacy.seed is not None or self.stack.insecure
 
     def description(self) -> dict[str, Any]:
         """The mechanism's parameters, for the ledger and the certificate."""
@@ -95,7 +102,7 @@ class Plan:
             "target_epsilon": self.privacy.epsilon,
             "delta": self.privacy.delta,
             "against": self.against,
-            "insecure": self.privacy.seed is not None or self.stack.insecure,
+            "insecure": self.insecure,
         }
 
 
@@ -108,6 +115,7 @@ def make_plan(
     size: int,
     ledger: Ledger,
     run: str,
+    scope: Scope = "population",
     questions: Sequence[PrivateMean] = (),
 ) -> Plan:
     """Decide noise and cohorts of a private run.
@@ -120,6 +128,7 @@ def make_plan(
         size: coordinates of an update.
         ledger: of the population.
         run: the run's name; a run that goes on keeps the noise that it began with.
+        scope: what the budget is of.
         questions: private means that the same budget pays for.
 
     Raises:
@@ -138,8 +147,9 @@ def make_plan(
     if stack.waiting:
         multiplier = _noise_of(ledger, run)
         if multiplier is None:
+            before = ledger.spent("model-user", run if scope == "run" else None)
             multiplier = _calibrated(
-                stack, options, privacy, cohort, nodes, facts, ledger, questions
+                stack, options, privacy, cohort, nodes, facts, before, questions
             )
         stack = stack.with_noise(multiplier)
     else:
@@ -206,7 +216,7 @@ def _calibrated(
     cohort: Cohort,
     nodes: int,
     facts: Facts,
-    ledger: Ledger,
+    before: Counter[Charge],
     questions: Sequence[PrivateMean],
 ) -> float:
     # A seeded run gets the noise that it would have if it were private.
@@ -219,13 +229,11 @@ def _calibrated(
         noisy = sound.with_noise(multiplier)
         return charges_of(noisy, cohort, nodes, facts, options.rounds) + asked
 
-    before = ledger.spent("model-user")
     gone = spent(before, privacy.delta).epsilon
     if gone > privacy.epsilon * (1 - LEFT):
         raise ConfigError(
-            f"the budget is spent: releases about {ledger.population!r} have cost epsilon "
-            f"{gone:.4g} of {privacy.epsilon:g}; raise epsilon, or name another population for "
-            "other people"
+            f"the budget is spent: releases about this population have cost epsilon {gone:.4g} of "
+            f"{privacy.epsilon:g}; raise epsilon, or name another population for other people"
         )
     try:
         return calibrate(planned, privacy.epsilon * SAFETY, privacy.delta, before=before)
@@ -297,39 +305,3 @@ def _question(question: PrivateMean) -> dict[str, Any]:
         "norm": question.norm,
         "noise_multiplier": question.noise_multiplier,
     }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run's ledger is, and whose it is.
-
-    Attributes:
-        path: of the ledger.
-        population: its name.
-        alone: the population is that of this run only.
-    """
-
-    path: Path
-    population: str
-    alone: bool
-
-
-def place_of(privacy: PrivacyOptions, run: RunDirectory) -> Place:
-    """Where the ledger of this run's population is.
-
-    That of real nodes is kept in the coordinator's state folder, another engine's beside the run
-    directories, so the next run there continues it. Simulated nodes without a name are new people
-    in every run; real nodes are the same people.
-    """
-    simulated = run.config().get("engine") == "embedded"
-    name = privacy.population or ("" if simulated else "default")
-    if not name and not privacy.ledger:
-        return Place(run.ledger_path, f"the nodes of {run.path.name}", alone=True)
-    name = name or "default"
-    if not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
-        raise ConfigError(
-            f"population is {name!r}; use letters, digits, dots, dashes and underscores"
-        )
-    folder = run.config().get("populations") or run.path.parent / "populations"
-    default = Path(folder) / f"{name}.sqlite"
-    return Place(Path(privacy.ledger) if privacy.ledger else default, name, alone=False)

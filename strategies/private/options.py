@@ -22,7 +22,7 @@ class PrivacyOptions(OptionGroup):
     """The options of a private run; the option names are these with dashes for underscores.
 
     Attributes:
-        epsilon: the budget of the whole run, and of all runs about the population before it;
+        epsilon: the budget of the whole run, and of all runs about a named population before it;
             infinity is no budget.
         delta: the probability that the guarantee may fail with; far below one over the number of
             nodes.
@@ -41,9 +41,10 @@ class PrivacyOptions(OptionGroup):
         release_metrics: metrics of the nodes that are released with noise, each with its limit,
             as "loss:5,accuracy:1"; others are dropped.
         population: a name for the people whose data this is; runs about one population share
-            its ledger and its budget. Left out: of the state folder, or of this run alone
-            where nodes are simulated.
-        ledger: the population's ledger file; left out, it is kept beside the runs.
+            its ledger and its budget. Left out: the nodes of the state folder, or the app's data,
+            where each run has a budget of its own and the ledger adds them up.
+        ledger: the population's ledger file; left out, it is kept in the state folder, or in
+            the user's data folder.
         insecure_noise_seed: for tests only: noise that can be repeated; -1 is real noise.
     """
 
