@@ -13,7 +13,7 @@ from umbel.clients.gate import Guarded, Known
 from umbel.strategies.collect import EXAMPLES, METRICS, PlainSum
 from umbel.strategies.contents import find_record
 from umbel.strategies.errors import StackError
-from umbel.strategies.layout import CONFIG
+from umbel.strategies.layout import CONFIG, STATISTICS
 from umbel.strategies.node_policy import NodePolicy, PolicyError
 from umbel.strategies.protection import Protection
 
@@ -55,6 +55,8 @@ def admit(
             "unprotected",
             f"no bare update leaves, and a reply to a {kind} is no better; ask for less",
         )
+    if message.metadata.message_type == f"query.{STATISTICS}":
+        policy.check_level("counts", "clear")  # they weigh the statistics
 
 
 def _protection(known: Known, told: Mapping[str, Any]) -> Protection:

@@ -143,10 +143,11 @@ class NodeHalf:
         """
         if isinstance(self.trainer, CohortTrainer) and len(messages) > 1:
             plan = self.plan(contexts[0])
-            tasks = [
-                plan.receive(message, context, self._split(plan, context))
-                for message, context in zip(messages, contexts, strict=True)
-            ]
+            tasks: list[_Received] = []
+            for message, context in zip(messages, contexts, strict=True):
+                before = tasks[-1] if tasks else None
+                split = self._split(plan, context)
+                tasks.append(plan.receive(message, context, split, before))
             trained = self.trainer.train_cohort(
                 [task.weights for task in tasks],
                 [task.split.train for task in tasks],
@@ -251,13 +252,18 @@ class NodeHalf:
 
     def _split(self, plan: "Plan", context: Context) -> Split:
         key, node = (context.node_id, _options_key(context)), node_of(context)
-        seed = job_seed(int(plan.options["seed"]), 0, node.partition)
-        return self._holder.split(key, node, plan.options, seed, context.state)
+        return self._holder.split(
+            key,
+            node,
+            plan.options,
+            lambda: job_seed(int(plan.options["seed"]), 0, node.partition),
+            context.state,
+        )
 
 
 @dataclass(frozen=True)
 class _Received:
-    """One request, unpacked."""
+    """One request, unpacked; `sent` is the model as it came."""
 
     message: Message
     context: Context
@@ -266,6 +272,7 @@ class _Received:
     vector: Tensor
     job: Job
     account: Charging
+    sent: bytes
 
 
 @dataclass(frozen=True)
@@ -361,7 +368,10 @@ class Plan:
         """The buffers that are averaged."""
         return Manifest.of(averaged_buffers(self.first.buffers, str(self.options["buffers"])))
 
-    def receive(self, message: Message, context: Context, split: Split) -> _Received:
+    def receive(
+        self, message: Message, context: Context, split: Split, before: _Received | None = None
+    ) -> _Received:
+        """A request, unpacked; it shares the model with the one before if both were sent one."""
         config = take_record(message.content, CONFIG, ConfigRecord)
         if config["manifest"] != self.manifest.digest:
             raise ConfigError(
@@ -369,7 +379,12 @@ class Plan:
                 "the server's; start both with the same app and options"
             )
         model = take_record(message.content, MODEL, ArrayRecord)
-        vector = from_array(model[PARAMETERS])
+        sent = model[PARAMETERS].data
+        if before is not None and before.sent is sent:
+            vector, parameters = before.vector, before.weights.parameters
+        else:
+            vector = from_array(model[PARAMETERS])
+            parameters = self.manifest.unflatten(vector)
         buffers = dict(self.first.buffers) | self.kept(context)
         if BUFFERS in model:
             buffers |= self.travelling.unflatten(from_array(model[BUFFERS]))
@@ -386,8 +401,8 @@ class Plan:
             memory=context.state,
             ledger=account,
         )
-        weights = Weights(self.manifest.unflatten(vector), buffers)
-        return _Received(message, context, split, weights, vector, job, account)
+        weights = Weights(parameters, buffers)
+        return _Received(message, context, split, weights, vector, job, account, sent)
 
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)

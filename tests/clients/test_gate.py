@@ -21,7 +21,7 @@ from umbel.clients.gate import AppError, guarded, kind_of
 from umbel.federation import Federation
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.layout import CONFIG
+from umbel.strategies.layout import CONFIG, STATISTICS
 from umbel.strategies.node_policy import NodePolicy
 from umbel.strategies.private.private_mean import PrivateMean
 from umbel.strategies.records import from_array
@@ -309,6 +309,20 @@ def test_an_exact_answer_to_a_private_mean_leaves_no_node_that_hides_its_update(
     content = liar.content()
     content[CONFIG]["question"] = "centre"
     assert not liar.ask(100, "query.umbel_ask", content).has_error()
+
+
+def test_running_statistics_are_no_way_around_a_policy(tmp_path: Path) -> None:
+    kind = f"query.{STATISTICS}"
+    assert not Liar({}).ask(100, kind).has_error()
+    for text, key in (
+        ('counts = "none"', "counts"),
+        ("unprotected = false", "unprotected"),
+        ('answer = ["train"]', "answer"),
+    ):
+        assert f"({key})" in refusal(Liar({}, policy=policy(tmp_path, text)).ask(100, kind))
+    for options in (SUMS, NOISY, LOCAL):
+        with pytest.raises(ConfigError, match="beside protected updates"):
+            Liar(options).ask(100, kind)
 
 
 # ── kinds, options, apps ──────────────────────────────────────────────────────────────────────
