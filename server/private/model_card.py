@@ -181,7 +181,7 @@ def _fine_print(certificate: Mapping[str, Any]) -> str:
             + ("" if row["signed"] else ", not signed")
         )
     for node in told["without"] if told else []:
-        lines.append(f"node {node}: no statement about its records")
+        lines.append(f"node {node}: no statement of its own budget")
     for other in certificate["elsewhere"]:
         lines.append(
             f"{other['nodes']} nodes are known to the population {other['population']!r} too"

@@ -244,12 +244,17 @@ def said(epsilon: float) -> str:
         return "infinite (no protection)"
     if not epsilon >= 1e-12:  # nothing, or not even a number
         return f"{epsilon:.4g}"
-    scale = 10.0 ** (3 - math.floor(math.log10(epsilon)))
-    return f"{math.ceil(epsilon * scale - 1e-9) / scale:.4g}"
+    return f"{_up(epsilon, 4):.4g}"
+
+
+def _up(value: float, digits: int) -> float:
+    """The value rounded up to so many digits."""
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
+    return math.ceil(value * scale - 1e-9) / scale
 
 
 def _factor(epsilon: float) -> str:
     if epsilon >= math.log(1e6):  # nearly no noise: e^epsilon may be larger than any float
         return f"e^{said(epsilon)}"
     size = math.exp(epsilon)
-    return f"{math.ceil(size):,}" if size >= 100 else f"{size:.3g}"
+    return f"{math.ceil(size):,}" if size >= 100 else f"{_up(size, 3):.3g}"
