@@ -130,8 +130,9 @@ def summary_of(run: RunDirectory) -> dict[str, Any]:
 
     Returns:
         `nodes`, one row a statement; `without`, the nodes that replied and made none (none about
-        records, where others made such); and of the statements about records the largest `epsilon` (infinite where a node made none), the
-        largest `delta` (None without any) and the weakest `relation`.
+        records, where others made such); and of the statements about records the largest
+        `epsilon` (infinite where a node made none), the largest `delta` (None without any) and
+        the weakest `relation`.
 
     Raises:
         CheckError: the file is damaged.
