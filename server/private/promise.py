@@ -148,8 +148,11 @@ def _conditions(
         else:
             yield "Each statement is signed with its node's key, which you must know to be its."
     elif certificate["secure_sum"] is not None:
-        if certificate["mechanism"]["noise_multiplier"] is None:
+        rows = {row["against"]: row["epsilon"] for row in certificate["guarantees"]}
+        if math.isfinite(rows["server"]):
             yield "Each node adds its share of the noise and runs its own software."
+        else:
+            yield "The coordinator adds the noise to the sum; you trust it to do so."
     elif certificate["mechanism"]["against"] == "server":
         yield "Each node adds all of its noise itself and runs its own software."
     else:
