@@ -398,7 +398,7 @@ class Plan:
         if isinstance(self.stack.collect, Seals):
             mine = self._sealing(task.message)
             content = self.stack.collect.seal(content, task.message, task.context, mine)
-        releases = releases_of(self.charging, config, encoded.numel(), self.options)
+        releases = releases_of(self.stack, self.charging, config, encoded.numel(), self.options)
         content = task.account.finish(content, releases, sealed=sealed)
         return Message(content, reply_to=task.message)
 
