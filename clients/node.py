@@ -425,7 +425,7 @@ class Plan:
         if self._seals is not None:
             mine = self._sealing(task.message)
             content = self._seals.seal(content, task.message, task.context, mine)
-        releases = releases_of(self.charging, config, size, self.options)
+        releases = releases_of(self.stack, self.charging, config, size, self.options)
         content = task.account.finish(content, releases, sealed=self._seals is not None)
         return Message(content, reply_to=task.message)
 
