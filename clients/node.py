@@ -14,19 +14,25 @@ the node's gate first (`umbel.clients.gate`).
 """
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from umbel.clients.charging import (
+    Charging,
+    answered,
+    charging_layers,
+    leaves,
+    releases_of,
+)
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.gate import guarded
+from umbel.clients.holding import Holder
 from umbel.clients.pooling import (
     Questions,
     answer_pool,
@@ -39,6 +45,7 @@ from umbel.clients.pooling import (
     questions_of,
     training_bundles,
 )
+from umbel.clients.statistics import TRAINED, answer_statistics, statistics_of
 from umbel.clients.trainer import (
     CohortTrainer,
     Job,
@@ -52,6 +59,7 @@ from umbel.clients.trainer import (
 )
 from umbel.strategies.collect import (
     BUFFERS,
+    COUNTED,
     EXAMPLES,
     METRICS,
     UPDATE,
@@ -67,12 +75,21 @@ from umbel.strategies.layout import (
     HELLO,
     MODEL,
     PARAMETERS,
+    STATISTICS,
     averaged_buffers,
     local_buffers,
 )
 from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.protection import Outlook, hides, quiet
-from umbel.strategies.records import Manifest, from_array, to_array
+from umbel.strategies.records import (
+    Manifest,
+    from_array,
+    from_kept,
+    kept_array,
+    same_bits,
+    to_array,
+)
+from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack
 
 LOCAL = "umbel.buffers"
@@ -92,7 +109,6 @@ class NodeHalf:
         options: completes the run's configuration with defaults.
         stack: the layers, from the options.
         questions: the private means that may be asked.
-        warm: how many nodes' data are kept between messages.
         app_digest: SHA-256 of the app's files in hex; empty where the engine has none.
     """
 
@@ -101,12 +117,12 @@ class NodeHalf:
     options: Callable[[Options], Options]
     stack: Callable[[Options], Stack]
     questions: Questions = ()
-    warm: int = 4
     app_digest: str = ""
-    _splits: OrderedDict[tuple[int, OptionsKey], Split] = field(
-        default_factory=OrderedDict, repr=False
-    )
     _plans: dict[OptionsKey, "Plan"] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def _holder(self) -> Holder:
+        return Holder(self.data)
 
     def train(self, message: Message, context: Context) -> Message:
         """Answer a request to train."""
@@ -150,13 +166,16 @@ class NodeHalf:
             return Message(RecordDict({METRICS: MetricRecord()}), reply_to=message)
         split = self._split(plan, context)
         metrics: dict[str, float] = {}
+        counted: dict[str, int] = {}
         examples = 0
         if split.test is not None and len(split.test) > 0:
             task = plan.receive(message, context, split)
             result = self.trainer.evaluate(task.weights, split.test, plan.options)
-            metrics, examples = result.metrics, result.examples
-        record = MetricRecord({EXAMPLES: examples, **metrics})
-        return Message(RecordDict({METRICS: record}), reply_to=message)
+            metrics, examples, counted = result.metrics, result.examples, result.counted
+        content = RecordDict({METRICS: MetricRecord({**metrics, EXAMPLES: examples})})
+        if counted:
+            content[COUNTED] = MetricRecord({**counted})
+        return Message(content, reply_to=message)
 
     def hello(self, message: Message, context: Context) -> Message:
         """Say which partition this node holds."""
@@ -170,10 +189,24 @@ class NodeHalf:
             return self._ask(message, context)
         if action == POOL:
             return self._pool(message, context)
+        if action == STATISTICS:
+            return self._statistics(message, context)
         answers = self.plan(context).stack.collect.answers()
         if action not in answers:
             raise ConfigError(f"no query is registered under {action!r}")
+        if action == action_of("mask"):
+            leaves(context)
         return answers[action](message, context)
+
+    def _statistics(self, message: Message, context: Context) -> Message:
+        plan = self.plan(context)
+        if plan.quiet:
+            raise ConfigError(
+                "running statistics would travel in the clear beside protected updates; "
+                "use buffers=never, or a model with group normalisation"
+            )
+        names = statistics_of(self.trainer, plan.stack, plan.options)
+        return answer_statistics(message, names, plan.kept(context), context.state)
 
     def _ask(self, message: Message, context: Context) -> Message:
         plan = self.plan(context)
@@ -216,16 +249,9 @@ class NodeHalf:
         return self._plans[key]
 
     def _split(self, plan: "Plan", context: Context) -> Split:
-        key = (context.node_id, _options_key(context))
-        if key in self._splits:
-            self._splits.move_to_end(key)
-            return self._splits[key]
-        found = self.data(node_of(context), plan.options)
-        split = found if isinstance(found, Split) else Split(found)
-        self._splits[key] = split
-        while len(self._splits) > self.warm:
-            self._splits.popitem(last=False)
-        return split
+        key, node = (context.node_id, _options_key(context)), node_of(context)
+        seed = job_seed(int(plan.options["seed"]), 0, node.partition)
+        return self._holder.split(key, node, plan.options, seed, context.state)
 
 
 @dataclass(frozen=True)
@@ -238,6 +264,7 @@ class _Received:
     weights: Weights
     vector: Tensor
     job: Job
+    account: Charging
 
 
 @dataclass(frozen=True)
@@ -324,6 +351,11 @@ class Plan:
         return Manifest.of(self.first.parameters)
 
     @functools.cached_property
+    def charging(self) -> tuple[Any, ...]:
+        """The layers that the node's ledger is charged for."""
+        return charging_layers(self.stack)
+
+    @functools.cached_property
     def travelling(self) -> Manifest:
         """The buffers that are averaged."""
         return Manifest.of(averaged_buffers(self.first.buffers, str(self.options["buffers"])))
@@ -337,12 +369,13 @@ class Plan:
             )
         model = take_record(message.content, MODEL, ArrayRecord)
         vector = from_array(model[PARAMETERS])
-        buffers = dict(self.first.buffers) | self._kept(context)
+        buffers = dict(self.first.buffers) | self.kept(context)
         if BUFFERS in model:
             buffers |= self.travelling.unflatten(from_array(model[BUFFERS]))
         buffers |= public_of(message)
         number = int(config["round"])  # type: ignore[arg-type]
         rate = config.get("learning-rate")
+        account = Charging(message, context, self.options)
         job = Job(
             round=number,
             seed=job_seed(int(self.options["seed"]), number, node_of(context).partition),
@@ -350,14 +383,15 @@ class Plan:
             learning_rate=None if rate is None else float(rate),  # type: ignore[arg-type]
             node=context.node_config,
             memory=context.state,
+            ledger=account,
         )
         weights = Weights(self.manifest.unflatten(vector), buffers)
-        return _Received(message, context, split, weights, vector, job)
+        return _Received(message, context, split, weights, vector, job, account)
 
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
         config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
-        measured = {EXAMPLES: trained.examples, **trained.metrics}
+        measured = {**trained.metrics, EXAMPLES: trained.examples}
         encoded, said = self.stack.encode(update, config, task.context.state, measured)
         record = ArrayRecord({UPDATE: to_array(encoded)})
         if self.travelling.size:
@@ -365,27 +399,34 @@ class Plan:
             record[BUFFERS] = to_array(self.travelling.flatten(sent))
         public = public_of(task.message)
         own = {k: v for k, v in trained.weights.buffers.items() if k not in public}
-        self._keep(task.context, own)
+        self._keep(task.context, own, trained.examples)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
+        sealed = self._seals is not None
         if self._seals is not None:
             mine = self._sealing(task.message)
             content = self._seals.seal(content, task.message, task.context, mine)
+        releases = releases_of(self.charging, config, encoded.numel(), self.options)
+        content = task.account.finish(content, releases, sealed=sealed)
         return Message(content, reply_to=task.message)
 
-    def _keep(self, context: Context, buffers: Tree) -> None:
+    def _keep(self, context: Context, buffers: Tree, examples: int) -> None:
         local = local_buffers(buffers, str(self.options["buffers"]))
         changed = {
             name: tensor
             for name, tensor in local.items()
-            if not torch.equal(tensor, self.first.buffers[name])
+            if not same_bits(tensor, self.first.buffers[name])
         }
         if changed:
-            context.state[LOCAL] = ArrayRecord({k: to_array(v) for k, v in changed.items()})
+            context.state[LOCAL] = ArrayRecord({k: kept_array(v) for k, v in changed.items()})
+            context.state[TRAINED] = MetricRecord({EXAMPLES: examples})
 
-    def _kept(self, context: Context) -> Tree:
+    def kept(self, context: Context) -> Tree:
+        """The buffers that the node has kept of its own trainings."""
         record = find_record(context.state, LOCAL, ArrayRecord)
-        return {} if record is None else {name: from_array(record[name]) for name in record}
+        if record is None:
+            return {}
+        return {name: from_kept(record[name], self.first.buffers[name]) for name in record}
 
 
 class FederationClientApp(ClientApp):
@@ -428,6 +469,9 @@ class FederationClientApp(ClientApp):
 
     def unguarded(self, message: Message, context: Context) -> Message:
         """The answer behind the gate."""
+        again = answered(message, context)
+        if again is not None:
+            return again
         category, _, action = message.metadata.message_type.partition(".")
         if category == "query" and action not in ("", HELLO):
             return self.half.answer(action, message, context)

@@ -13,12 +13,13 @@ A node may lack some classes: `fit` is shown one example of each with next to no
 """
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import hinge_loss, log_loss
 from torch import Tensor
 
+from umbel.clients.data.arrays import not_a_number, plain_array
 from umbel.clients.data.examples import Examples
 from umbel.clients.seeding import seeded
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
@@ -66,9 +68,19 @@ class SklearnTrainer:
     classes: int = 0
     local_epochs: int = 1
     local_iterations: int = 5
+    USE: ClassVar[str] = "model.predict(x)"
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        kind = getattr(self.estimator, "__name__", type(self.estimator).__name__)
+        if inspect.isclass(self.estimator):
+            raise ConfigError(
+                f"SklearnTrainer was given the class {kind}; give it an object: {kind}(...)"
+            )
+        if not hasattr(self.estimator, "get_params") or not hasattr(self.estimator, "fit"):
+            raise ConfigError(
+                f"SklearnTrainer was given a {kind}, which is no estimator of scikit-learn"
+            )
         options: dict[str, Any] = {
             "local-epochs": self.local_epochs,
             "local-iterations": self.local_iterations,
@@ -128,6 +140,14 @@ class SklearnTrainer:
         """
         x, y = self._arrays(examples)
         return Evaluated(len(x), self._metrics(self._loaded(weights), x, y))
+
+    def ready(self, weights: Weights, options: Options) -> Any:  # noqa: ARG002
+        """A fitted estimator, with the classes of the one that the trainer was given."""
+        estimator = self._loaded(weights)
+        known = getattr(self.estimator, "classes_", None)
+        if known is not None:
+            estimator.classes_ = np.array(known)
+        return estimator
 
     @cached_property
     def _rate(self) -> str | None:
@@ -238,8 +258,17 @@ class SklearnTrainer:
             )
         if len(examples) == 0:
             raise ConfigError("a node has no examples; every node needs at least one")
-        x, y = np.asarray(examples.x), np.asarray(examples.y).reshape(len(examples))
+        x, y = (_numpy(examples.x, "inputs"), _numpy(examples.y, "targets"))
+        if y.size != len(x):
+            raise ConfigError(
+                f"the targets of {len(x)} examples have the shape {y.shape}; give one number each"
+            )
+        y = y.reshape(len(x))
         x = x.reshape(len(x), -1).astype(np.float64) / (255 if x.dtype == np.uint8 else 1)
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise ConfigError(
+                f"{not_a_number(Examples(x, y))}; fill it or leave those examples out"
+            )
         if x.shape[1] != self.features:
             raise ConfigError(
                 f"an example has {x.shape[1]} inputs, but the trainer was made for features="
@@ -267,6 +296,11 @@ class SklearnTrainer:
         else:
             loss = hinge_loss(y, estimator.decision_function(x), labels=labels)
         return {"loss": float(loss), "accuracy": float((predicted == y).mean())}
+
+
+def _numpy(values: Any, what: str) -> Array:
+    array = plain_array(values, what)
+    return array.cpu().numpy() if isinstance(array, Tensor) else array
 
 
 @contextmanager

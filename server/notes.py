@@ -15,6 +15,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.collect import EXAMPLES, MeanMetrics
 from umbel.strategies.contents import records_of
+from umbel.strategies.errors import RunError
+from umbel.strategies.text import plain
 
 
 class NamesNodes(Protocol):
@@ -53,12 +55,25 @@ class Notes:
         return replies
 
     def finish(self, run: RunDirectory) -> dict[str, Any]:
-        """Write the rounds down; what the app's result says of them."""
+        """Write the rounds down; what the app's result says of them.
+
+        Raises:
+            RunError: nodes were asked to train, and not one of them ever did: an app that goes
+                on after failures has nothing to show, whatever it says.
+        """
         metrics: dict[str, float] = {}
         for number in sorted(self._lines):
             line = self._complete(number)
             metrics = line["metrics"] or metrics
             run.append_round(line)
+        asked = [line for line in self._lines.values() if "train" in line["phases"]]
+        failed = [each for line in asked for each in line["failed"]]
+        if failed and not any(line["clients"] for line in asked):
+            first = plain(f"node {failed[0]['node']}: {failed[0]['reason']}")
+            raise RunError(
+                f"nothing was trained: all {len(failed)} replies of {len(asked)} rounds are "
+                f"errors; the first is of {first}"
+            )
         return {"rounds": len(self._lines), "metrics": metrics, "stopped": "rounds"}
 
     def _complete(self, number: int) -> dict[str, Any]:

@@ -24,6 +24,10 @@ class OwnGrid(Grid):
     def roster(self) -> list[NodeRef]:
         """All nodes, by partition."""
 
+    def gone(self) -> set[int]:
+        """Ids of nodes that were shut out for good and are asked no more."""
+        return set()
+
     def set_run(self, run: Run) -> None:
         self._run = run
         take_identity(run.run_id)

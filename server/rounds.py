@@ -22,14 +22,19 @@ from umbel.server.checkpoint import Best, Position
 from umbel.server.drive import ROUND_TTL, Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.failures import Failures
+from umbel.server.guard import BudgetSpentError
 from umbel.server.job import Evaluate as Evaluate
 from umbel.server.job import Job as Job
 from umbel.server.job import Outcome as Outcome
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.own_grid import OwnGrid
+from umbel.server.private.statements import Statements
 from umbel.server.roster import NodeRef
+from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
+from umbel.strategies.composition import check_rounds
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
@@ -37,7 +42,9 @@ from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
 from umbel.strategies.records import Manifest, Tree, to_array
 
 CHECKPOINT_EVERY_S = 1.0
-"""Rounds that are shorter than this share a checkpoint; a resumed run repeats them."""
+"""Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
+_CHECKPOINT_SHARE = 0.05
+"""Where saving is quick, a checkpoint comes as soon as it costs no more than this share."""
 PATIENCE_WITHOUT_REPLIES = 3
 """Rounds in a row without enough replies after which a run gives up."""
 
@@ -80,10 +87,14 @@ class Rounds:
             expected_replies=self.expected,
             max_replies=self.cohort.most(len(nodes)),
         )
-        self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
+        check_rounds(self.job.stack, self.facts)
         self.processes = processes_of(grid) if job.pooled else 0
-        self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
-        self._saved_at = 0.0
+        self._saved_at = self._saving_took = 0.0
+        self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
+        self._fair: Mapping[str, float] = {}
+        names = {node.node_id: node.name for node in nodes}
+        self.failures = Failures(names, progress)
+        self.statements = Statements(run, names)
         self._metrics: Mapping[str, float] = {}
 
     def fit(self) -> Outcome:
@@ -103,7 +114,13 @@ class Rounds:
             if reason is not None:
                 stopped = reason
                 break
-            position = self._round(position, number)
+            try:
+                position = self._round(position, number)
+            except BudgetSpentError:  # by another run about the same people, since it was asked
+                stopped = "budget"
+                break
+        if stopped != "rounds":  # what was paid for is kept, whenever this run is looked at again
+            self._save(position, last=True)
         position, _ = self._ask(position)
         wanted = self.job.options.federated_every >= 0 and not self.job.quiet
         if stopped != "rounds" and wanted and position.round:
@@ -121,7 +138,10 @@ class Rounds:
             if not self.job.guard.affords(question.claims()):
                 return position, True
             self.progress.note(f"asking all nodes for the private mean {question.name!r}")
-            answer = asker.ask(question, position.public, position.round, self.manifest.digest)
+            try:
+                answer = asker.ask(question, position.public, position.round, self.manifest.digest)
+            except BudgetSpentError:
+                return position, True
             position = position.but(
                 public={**position.public, **answer},
                 answered=(*position.answered, question.name),
@@ -144,11 +164,14 @@ class Rounds:
                 trips(self.job.stack, requests, self._gathering(number, facts)),
                 lambda messages: self._replies(messages, phases),
             )
+        if not self.job.guard.seeded:
+            position = self._count_failures(position, number, sum_)
         if sum_.revealed:
             self.job.guard.charge(number, facts, sum_.replies)
         with phases("aggregate"):
             position, train_metrics = self._apply(position, number, facts, sum_)
         with phases("evaluate"):
+            position = self._with_statistics(position, cohort)
             position, metrics = self._evaluate(position)
         with phases("federated"):
             federated = self._federated(position) if self._federated_is_due(number) else None
@@ -168,6 +191,7 @@ class Rounds:
             **({"secure": dict(sum_.about)} if sum_.about else {}),
             **({} if sum_.revealed else {"aborted": sum_.aborted}),
         }
+        self.statements.write()
         self.run.append_round(line)
         self.failures.tell(number, line["failed"])
         self.progress.round_done(line)
@@ -178,8 +202,17 @@ class Rounds:
         entropy = [self.job.options.seed, number, 1] if self.job.guard.seeded else None
         nodes = self.job.guard.eligible(number, self.nodes)
         cohort = [nodes[i] for i in self.cohort.draw(len(nodes), entropy)] if nodes else []
+        cohort = self._present(cohort)
         self.job.guard.open(number, cohort)
         return cohort
+
+    def _present(self, nodes: Sequence[NodeRef]) -> list[NodeRef]:
+        """Without those that were shut out since the run began.
+
+        They are drawn all the same: the sampling rate is of the population that was planned for.
+        """
+        gone = self.grid.gone() if isinstance(self.grid, OwnGrid) else set()
+        return [node for node in nodes if node.node_id not in gone]
 
     def _requests(
         self, position: Position, number: int, cohort: Sequence[NodeRef], kind: str = "train"
@@ -192,7 +225,10 @@ class Rounds:
             facts = self.facts.but(round=number)
             for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
-        model = {PARAMETERS: to_array(position.parameters)} | public_arrays(position.public)
+        vector = position.parameters
+        if kind == "evaluate" and position.average is not None:
+            vector = position.average  # what the run would end with
+        model = {PARAMETERS: to_array(vector)} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
@@ -224,6 +260,7 @@ class Rounds:
         timeout = self.job.options.round_timeout or None
         for done, reply in enumerate(stream(self.grid, messages, timeout), start=1):
             self.progress.message_done(done, len(messages))
+            self.statements.hear(reply)
             with phases("aggregate", within="train"):
                 yield reply
 
@@ -245,7 +282,8 @@ class Rounds:
         average, layers, metrics = self.job.stack.decode(
             sum_, position.layers, rnd, self.facts.but(round=number)
         )
-        after = position.but(round=number, layers=layers, abandoned=0)
+        abandoned = 0 if self.job.guard.seeded else position.abandoned
+        after = position.but(round=number, layers=layers, abandoned=abandoned)
         if average is None:
             return after, metrics
         parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
@@ -259,6 +297,28 @@ class Rounds:
         if sum_.buffers is not None:
             after = after.but(buffers=sum_.buffers.to(position.buffers.dtype))
         return self._averaged(after), metrics
+
+    def _count_failures(self, position: Position, number: int, sum_: Sum) -> Position:
+        """Of a private run: how many rounds in a row all nodes that were asked have failed.
+
+        Such a round releases noise and is paid like any other, since model users must not see
+        who was asked. When all fail again and again there is nothing to protect and nothing to
+        learn, so the run ends before it has spent its budget on noise.
+
+        Raises:
+            RunError: it has happened too often, or in the first round to every node there is.
+        """
+        if sum_.replies or not sum_.rejected or sum_.aborted:
+            return position.but(abandoned=position.abandoned if sum_.aborted else 0)
+        after = position.but(abandoned=position.abandoned + 1)
+        everyone = position.round == 0 and len(sum_.rejected) >= len(self.nodes)
+        if after.abandoned >= PATIENCE_WITHOUT_REPLIES or everyone:
+            raise RunError(
+                f"round {number}: all {len(sum_.rejected)} nodes that were asked failed"
+                f"{self.failures.first(sum_.rejected)}; the run ends before it spends its budget "
+                f"on noise; the nodes' errors are in {self.run.log_path}"
+            )
+        return after
 
     def _abandon(self, position: Position, number: int, sum_: Sum) -> Position:
         """A round without enough replies leaves the model as it was."""
@@ -302,7 +362,20 @@ class Rounds:
         mixed = {**self.job.buffers, **own}
         if self.travelling.size:
             mixed |= self.travelling.unflatten(buffers)
+        elif self.statistics.size:
+            mixed |= self.statistics.unflatten(buffers)
         return self.manifest.unflatten(vector), mixed
+
+    def _with_statistics(self, position: Position, cohort: Sequence[NodeRef]) -> Position:
+        """The model's running statistics, of the nodes that trained; where they are looked at."""
+        options = self.job.options
+        last = position.round == options.rounds
+        judged = self.job.evaluate is not None and position.round % options.evaluate_every == 0
+        if not self.statistics.size or not (last or judged):
+            return position
+        timeout = options.round_timeout or None
+        found = ask_statistics(self.grid, cohort, self.statistics, position.round, timeout)
+        return position if found is None else position.but(buffers=self.statistics.flatten(found))
 
     def _evaluate(self, position: Position) -> tuple[Position, Mapping[str, float]]:
         options = self.job.options
@@ -345,12 +418,13 @@ class Rounds:
 
     def _federated(self, position: Position) -> FederatedEvaluation:
         count = self.job.options.federated_nodes or len(self.nodes)
-        nodes = self.nodes[:count]
+        nodes = self._present(self.nodes)[:count]
         requests = self._requests(position, position.round, nodes, "evaluate")
         timeout = self.job.options.round_timeout or None
         evaluation = gather(stream(self.grid, requests, timeout), nodes)
         if evaluation.rows:
             self.run.write_nodes(evaluation.rows)
+            self._fair = evaluation.means()
         return evaluation
 
     # ---- begin, save, end
@@ -361,9 +435,13 @@ class Rounds:
             restore = getattr(self.grid, "restore_states", None)
             if restore is not None:
                 restore(checkpoint.load_nodes(self.run.checkpoint_path, position.round))
+            self._tell_what_is_repeated(position.round)
             self.run.truncate_rounds(position.round)
             for line in self.run.rounds():
                 self._metrics = line.get("metrics") or self._metrics
+                self._fair = _means_of(line.get("federated")) or self._fair
+            if self.statistics.size and not position.buffers.numel():  # a run of an older version
+                position = position.but(buffers=self._first_statistics())
             return self._after_a_stop(position)
         self.run.truncate_rounds(-1)
         parameters = self.manifest.flatten(self.job.parameters)
@@ -372,6 +450,8 @@ class Rounds:
             buffers = self.travelling.flatten(
                 averaged_buffers(self.job.buffers, self.job.options.buffers)
             )
+        elif self.statistics.size:
+            buffers = self._first_statistics()
         position = Position(
             round=0,
             parameters=parameters,
@@ -403,12 +483,25 @@ class Rounds:
         )
         return position.but(round=begun)
 
+    def _tell_what_is_repeated(self, saved: int) -> None:
+        done = max((int(line.get("round", 0)) for line in self.run.rounds()), default=0)
+        if done > saved:
+            which = f"round {done}" if done == saved + 1 else f"rounds {saved + 1} to {done}"
+            self.progress.note(
+                f"{which} had ended and not been saved yet; the run goes on before, and repeats it"
+            )
+
+    def _first_statistics(self) -> Tensor:
+        return self.statistics.flatten(self.job.buffers)
+
     def _save(self, position: Position, *, last: bool) -> None:
         now = time.monotonic()
-        if last or self._once or now - self._saved_at >= CHECKPOINT_EVERY_S:
+        wait = min(CHECKPOINT_EVERY_S, self._saving_took / _CHECKPOINT_SHARE)
+        if last or self._once or now - self._saved_at >= wait:
             states = getattr(self.grid, "pickled_states", dict)
             checkpoint.save(self.run.checkpoint_path, position, states())
-            self._saved_at = now
+            self._saved_at = time.monotonic()
+            self._saving_took = self._saved_at - now
 
     def _end(self, position: Position, stopped: str) -> Outcome:
         parameters, buffers = self._model(position)
@@ -420,8 +513,24 @@ class Rounds:
             if self.job.evaluate is not None:
                 metrics = self.job.evaluate(parameters, buffers)
         self.run.write_model({**parameters, **buffers}, {"round": str(position.round)})
-        return Outcome(position.round, stopped, dict(metrics), parameters, buffers, position.public)
+        measured = "central" if metrics else ""
+        if self.job.evaluate is None and self._fair:
+            metrics, measured = self._fair, "nodes"
+        return Outcome(
+            rounds=position.round,
+            stopped=stopped,
+            metrics=dict(metrics),
+            parameters=parameters,
+            buffers=buffers,
+            public=position.public,
+            measured=measured,
+        )
 
     def _bytes(self, requests: Sequence[Message]) -> int:
         size = self.manifest.size * self.manifest.dtype.itemsize
         return len(requests) * (size + self.travelling.size * 4)
+
+
+def _means_of(federated: Mapping[str, Any] | None) -> dict[str, float]:
+    """The nodes' means, from the line of a round."""
+    return {name: float(values["mean"]) for name, values in (federated or {}).items()}

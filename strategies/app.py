@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from umbel.strategies.errors import ConfigError
+from umbel.strategies.errors import ConfigError, described
 from umbel.strategies.options import Value, flatten, read_toml
 
 T = TypeVar("T")
@@ -195,4 +195,4 @@ def _import_failed(path: Path, module: str, error: BaseException) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if str(path) in frame.filename] or frames
         where = f"{own[-1].filename}, line {own[-1].lineno}"
-    return f"the app does not import: {type(error).__name__}: {error} ({where})"
+    return f"the app does not import: {described(error, where)}"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from umbel.strategies.cohort import cohort_named
+from umbel.strategies.errors import ConfigError
 from umbel.strategies.limits import above, at_least, check_limits, one_of, option, up_to_one
 from umbel.strategies.optimizers import OPTIMIZERS, optimizer_named
 from umbel.strategies.options import OptionGroup
@@ -35,11 +36,15 @@ class RunOptions(OptionGroup):
         schedule: how the nodes' learning rate goes over rounds: `constant`, `cosine`, `linear`,
             `step`, `exponential`.
         schedule_gamma: the factor at the end of `cosine` and `linear`, of a step of `step`, and of
-            a round of `exponential`.
+            a round of `exponential`; 0 is the schedule's own: `cosine` and `linear` fall to 0,
+            `step` multiplies by 0.1 and `exponential` by 0.95.
         schedule_every: rounds between the steps of `step`.
         warmup_rounds: rounds over which the learning rate rises.
-        buffers: what happens to running statistics: `local` keeps them on each node; `mean`
-            averages them.
+        max_examples: the largest number of examples that a node counts for in a mean by
+            examples; 0 is ten times the median of its round.
+        buffers: what becomes of running statistics. `local`: each node goes on with its own, and
+            the delivered model has those of all nodes together; `mean`: nodes go on with the mean
+            as well; `never`: they do not leave a node, and the delivered model has the first ones.
         evaluate_every: rounds between central evaluations; the last round always has one.
         federated_every: rounds between evaluations on the nodes' own test data; 0 is only at
             the end, -1 never.
@@ -67,7 +72,8 @@ class RunOptions(OptionGroup):
     schedule_gamma: float = option(0.0, at_least(0))
     schedule_every: int = option(10, at_least(1))
     warmup_rounds: int = option(0, at_least(0))
-    buffers: str = option("local", one_of("local", "mean"))
+    max_examples: int = option(0, at_least(0))
+    buffers: str = option("local", one_of("local", "mean", "never"))
     evaluate_every: int = option(1, at_least(1))
     federated_every: int = option(0, at_least(-1))
     federated_nodes: int = option(0, at_least(0))
@@ -78,6 +84,11 @@ class RunOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         check_limits(self)
+        if self.warmup_rounds and self.warmup_rounds >= self.rounds:
+            raise ConfigError(
+                f"warmup-rounds is {self.warmup_rounds} of {self.rounds} rounds, so the learning "
+                "rate would never be reached; warm up for fewer rounds"
+            )
         # each of these raises where its options do not make one, before a run has begun
         self.learning_rate_factor(self.warmup_rounds + 1)
         optimizer_named(self.optimizer, learning_rate=self.server_learning_rate)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from umbel.clients.sklearn_trainer import SklearnTrainer as SklearnTrainer
     from umbel.clients.softmax_trainer import SoftmaxTrainer as SoftmaxTrainer
     from umbel.federation import Federation as Federation
+    from umbel.loading import load as load
     from umbel.run import run as run
     from umbel.server.private.verify import verify as verify
     from umbel.strategies.collect import PlainSum as PlainSum
@@ -96,6 +97,7 @@ _HOMES = {
     "TreeGaussian": "strategies.private.tree_gaussian",
     "Weigh": "strategies.secure.weigh",
     "verify": "server.private.verify",
+    "load": "loading",
     "run": "run",
 }
 

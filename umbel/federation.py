@@ -17,26 +17,35 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from umbel.clients.data.examples import Node, Split
+from umbel.clients.given import check_functions, check_trainer
 from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.pooling import Questions, can_pool, questions_of
+from umbel.clients.statistics import statistics_of
 from umbel.clients.trainer import ChecksOptions, Trainer, Weights, promising
 from umbel.server.output.report import write_report
 from umbel.server.output.session import Session, current
+from umbel.server.private.population import place_of
+from umbel.server.provenance import record_start
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.strategies.cohort import cohort_named
+from umbel.strategies.composition import compose
 from umbel.strategies.contract import Contract
-from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
+from umbel.strategies.errors import ConfigError, RunError, UmbelError, described
+from umbel.strategies.layout import shows_statistics
 from umbel.strategies.options import Options, Value, checked, override
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean
 
+EXAMPLE_LEVEL = "example-"
+"""How the options begin that ask for privacy of single examples, which a trainer gives."""
 MISSPELT = 0.85
 """So alike are an option that nobody knows and one that somebody does, if it was misspelt."""
 LOCAL_STATISTICS = "running_mean"
@@ -70,6 +79,10 @@ class Federation:
     questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = ""
+
+    def __post_init__(self) -> None:
+        check_trainer(self.trainer)
+        check_functions(self, "data", "test", "tuned", "summary")
 
     def known_options(self) -> dict[str, Value]:
         """Every option that this federation understands, with its default."""
@@ -107,6 +120,7 @@ class Federation:
         for name, value in (self.tuned(complete) if self.tuned else {}).items():
             if name not in given or (given[name] == 0 and known[name] != 0):
                 complete[name] = checked(name, value, known[name])
+        checked_rate(complete)
         return complete
 
     def override(self, known: Options, changes: Options) -> dict[str, Value]:
@@ -142,21 +156,26 @@ class Federation:
         self.stack_for(options)
 
     def stack_for(self, options: Options) -> Stack:
-        """The stack that these options ask for, the privacy layers among them."""
+        """The stack of these options (complete ones), which holds what they ask for.
+
+        Raises:
+            ConfigError: they ask for what this app's stack or trainer does not do.
+            StackError: layers that do not fit together.
+        """
+        for name in options:
+            if name.startswith(EXAMPLE_LEVEL) and name not in self.known_options():
+                raise ConfigError(
+                    f"{name} asks for privacy of each example, but this app's trainer does not "
+                    "know it, so nothing would be private; wrap the trainer in PrivateSgd, or "
+                    f"leave {name} out"
+                )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
-        privacy = PrivacyOptions.read(options)
-        secure = SecureOptions.read(options)
-        if secure.secure:
-            from umbel.strategies.secure.secure_stack import secure_stack
+        return compose(stack, options, lambda: self._size(options))
 
-            return secure_stack(stack, secure, privacy)
-        if not privacy.on:
-            return stack
-        from umbel.strategies.private.private_stack import private_stack
-
-        run = RunOptions.read(options)
-        momentum = run.server_momentum if run.optimizer == "fedavgm" else 0.0
-        return private_stack(stack, privacy, run.rounds, momentum)
+    def _size(self, options: Options) -> int:
+        """Coordinates of an update before any layer."""
+        first = self.trainer.initial(options, RunOptions.read(options).seed)
+        return sum(tensor.numel() for tensor in first.parameters.values())
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
@@ -179,7 +198,6 @@ class Federation:
         stack = self.stack_for(options)
         run_options = RunOptions.read(options)
         first = self.trainer.initial(options, run_options.seed)
-        rate = options.get("learning-rate")
         questions = self._questions(options)
         if questions and (hides(stack) or promising(self.trainer, options) is not None):
             raise ConfigError(
@@ -194,8 +212,9 @@ class Federation:
             options=run_options,
             stack=stack,
             evaluate=self._central_evaluation(options),
-            learning_rate=float(rate) if isinstance(rate, int | float) else None,
+            learning_rate=checked_rate(options),
             questions=questions,
+            statistics=statistics_of(self.trainer, stack, options),
             pooled=pooled,
             quiet=self._quiet(stack, options),
         )
@@ -227,10 +246,9 @@ class Federation:
             except UmbelError:
                 raise
             except Exception as error:
-                said = " ".join(f"{type(error).__name__}: {error}".split())
                 raise RunError(
-                    f"the model cannot be evaluated on the held-out examples: {said} "
-                    f"({place(error)}); compare their shapes and labels with the model's"
+                    f"the model cannot be evaluated on the held-out examples: {described(error)}; "
+                    "compare their shapes and labels with the model's"
                 ) from error
 
         return evaluate
@@ -257,14 +275,21 @@ class FederationServerApp(ServerApp):
         job = federation.job(options, len(nodes))
         contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)
         job = replace(job, contract=contract)
+        start = record_start(session.run, job)
+        privacy = PrivacyOptions.read(options)
         private = None
         if job.stack.private:
             from umbel.server.private.run import PrivateRun
 
-            private = PrivateRun(job, PrivacyOptions.read(options), len(nodes), session)
+            private = PrivateRun(job, privacy, nodes, session, federation.data, start)
             job = private.job
+        elif job.questions or place_of(privacy, session.run, federation.data).path.exists():
+            from umbel.server.private.unprotected import unprotected
+
+            job = unprotected(job, privacy, nodes, session, federation.data, start)
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
-        session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize)
+        use = getattr(federation.trainer, "USE", "model")
+        session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize, use)
         name = federation.name or session.run.config().get("app", "federation")
         session.progress.start(
             f"{name} ({rounds.manifest.size:,} parameters)",
@@ -277,10 +302,15 @@ class FederationServerApp(ServerApp):
             "rounds": outcome.rounds,
             "metrics": dict(outcome.metrics),
             "epsilon": job.guard.epsilon(),
+            "measured": outcome.measured,
             "stopped": outcome.stopped,
         }
         if private is not None:
             session.result |= private.finish(outcome)
+        elif rounds.statements:
+            from umbel.server.private.records import certify_records
+
+            session.result |= certify_records(session.run, outcome, privacy, federation.data)
         if federation.summary is not None:
             session.result["summary"] = dict(federation.summary(outcome, options))
         if session.own:
@@ -299,9 +329,18 @@ class FederationServerApp(ServerApp):
                 f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
                 "accuracies and numbers of examples would tell about them what that hides"
             )
-        statistics = any(LOCAL_STATISTICS in name for name in job.buffers)
-        if statistics and job.options.buffers == "local" and job.evaluate is not None:
+        normed = any(LOCAL_STATISTICS in name for name in job.buffers)
+        if job.statistics and normed:
             session.progress.note(
-                "the model's running statistics stay on the nodes, so the central evaluation "
-                "sees those of the first model; use buffers=mean, or group normalisation"
+                "each node keeps running statistics of its own; the delivered model has those of "
+                "all nodes together (buffers=local)"
             )
+        elif normed and job.options.buffers != "mean":
+            open_to_all = not job.stack.private and shows_statistics(job.stack, "local")
+            cure = "buffers=local or mean" if open_to_all else "group normalisation"
+            warning = (
+                "the model's running statistics stay on the nodes, so the delivered model has "
+                f"those of the first model and is not right without a node's own; use {cure}"
+            )
+            session.progress.note(warning)
+            session.result["warnings"] = [*session.result.get("warnings", ()), warning]

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
+from umbel.clients.ledger_names import COORDINATOR, STATE
 from umbel.clients.process.membership import Membership, NodeSettings
 from umbel.clients.process.policy_file import policy_file
 from umbel.clients.process.start import StartSettings, enrolled, gpu_environment
@@ -81,7 +82,10 @@ def _command(membership: Membership, settings: NodeSettings) -> list[str]:
     write_secret(home / "node.key", key)
     (home / "root.crt").write_bytes(identity.root)
     host, _, port = settings.address.rpartition(":")
+    # The ledger lies in the node's folder on this engine too, and names who asked.
     config = {
+        STATE: str(membership.folder.absolute()),
+        COORDINATOR: settings.address,
         **{k: v for k, v in settings.node_config.items() if k != FORMER},
         POLICY: str(policy_file(membership.folder, settings)),
     }

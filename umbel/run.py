@@ -24,6 +24,7 @@ from umbel.strategies.app import AppFolder, open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.secure.options import SecureOptions
 
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
@@ -46,6 +47,7 @@ def run(
     workers: int | None = None,
     out: Path | str | None = None,
     resume: Path | str | None = None,
+    unprotected: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run an app on this machine.
@@ -57,6 +59,8 @@ def run(
         workers: worker processes; one a core if None; 0 runs the nodes in this process.
         out: the run directory; a new one under `runs/` if None.
         resume: a run directory to continue, in place of `app`.
+        unprotected: release models without noise about people to whom privacy was promised
+            before; their ledger says so from then on.
         progress: where to show what happens; standard error if None.
 
     Returns:
@@ -72,9 +76,12 @@ def run(
     workers = _processors() if workers is None else workers
     nursery = Nursery(preload=["umbel.federation"]) if workers > 0 else None
     try:
+        shown = progress or showing.choose(sys.stderr)
         plan = _plan(app, options or {}, nodes, workers, resume)
-        directory = _directory(plan, out, resume)
-        return _execute(plan, directory, nursery, progress or showing.choose(sys.stderr))
+        directory = _directory(plan, out, resume, shown)
+        if unprotected:
+            directory.write_config({**directory.config(), "unprotected": True})
+        return _execute(plan, directory, nursery, shown)
     finally:
         if nursery is not None:
             nursery.close()
@@ -126,6 +133,8 @@ def _plan(
             "with Federation can be resumed"
         )
     PrivacyOptions.check_given(changes)
+    if resume is not None:
+        check_promise_stays(began, changes)
     federation = server_app.federation if isinstance(server_app, FederationServerApp) else None
     options = (federation.override if federation else override)(known, changes)
     if federation is not None:
@@ -152,7 +161,34 @@ def example(name: str = "fashion") -> Path:
     return Path(__file__).resolve().parent.parent / "examples" / name
 
 
-def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -> RunDirectory:
+def check_promise_stays(began: Options, changes: Options) -> None:
+    """Refuse to go on with a run under options that name its ledger or shape what it promises.
+
+    Raises:
+        ConfigError: which of them, and what they were.
+    """
+    shaping = {
+        *PrivacyOptions.defaults(),
+        *SecureOptions.defaults(),
+        *("cohort", "cohort-size", "cohort-cap", "buffers"),
+    }
+    other = [
+        f"{name}={value} (it was {began[name]})"
+        for name, value in changes.items()
+        if (name in shaping or name.startswith("example-"))
+        and name in began
+        and began[name] != value
+    ]
+    if other:
+        raise ConfigError(
+            f"a run that goes on keeps what its promise is made of, so {', '.join(other)} cannot "
+            "change; leave it out, or begin a new run"
+        )
+
+
+def _directory(
+    plan: _Plan, out: Path | str | None, resume: Path | str | None, progress: Progress
+) -> RunDirectory:
     folder = plan.folder
     known: Mapping[str, Any] = folder.options
     if plan.federation is not None:
@@ -161,8 +197,16 @@ def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -
     if resume is not None:
         directory = RunDirectory.open(Path(resume))
         before = directory.config()
-        if before["options"] != plan.options:
-            directory.write_config({**before, "options": plan.options, "changes": changes})
+        differs = _differences(before, plan)
+        for name, (was, now) in differs.items():
+            progress.note(f"{name} changed from {was} to {now}; the run's config.json keeps both")
+        if differs:
+            told = [
+                *before.get("changed", []),
+                *({"what": name, "from": was, "to": now} for name, (was, now) in differs.items()),
+            ]
+            more = {"options": plan.options, "changes": changes, "app_hash": folder.digest()}
+            directory.write_config({**before, **more, "changed": told})
         return directory
     config = {
         "app": folder.name,
@@ -179,6 +223,18 @@ def _directory(plan: _Plan, out: Path | str | None, resume: Path | str | None) -
         "command": sys.argv,
     }
     return RunDirectory.create(None, folder.name, config, out=Path(out) if out else None)
+
+
+def _differences(before: Mapping[str, Any], plan: _Plan) -> dict[str, tuple[Any, Any]]:
+    """What is no longer as a run began: options by name, and the app's files."""
+    began = before["options"]
+    found = {
+        name: (began.get(name), plan.options.get(name))
+        for name in sorted({*began, *plan.options})
+        if began.get(name) != plan.options.get(name)
+    }
+    was, now = before.get("app_hash"), plan.folder.digest()
+    return found if was in (None, now) else found | {"the app": (was[:12], now[:12])}
 
 
 def _execute(

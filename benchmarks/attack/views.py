@@ -186,7 +186,8 @@ def play(
     size = getattr(federation.trainer, "group_size", None)
     group = int(size(complete)) if size is not None else 1
     with tempfile.TemporaryDirectory(prefix="umbel-bench-") as folder:
-        run = RunDirectory.create(None, "bench", {"options": complete}, out=Path(folder) / "run")
+        config = {"options": complete, "rehearsal": True}
+        run = RunDirectory.create(None, "bench", config, out=Path(folder) / "run")
         grid = EmbeddedGrid(tapped.client_app(), nodes, run_config=complete, group_size=group)
         context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(complete))
         with grid, session(run, SilentProgress()) as opened:

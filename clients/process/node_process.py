@@ -35,7 +35,7 @@ from umbel.clients.process.memory import Memory
 from umbel.clients.process.pipe import BESIDE, HEAD_BYTES, lengths, pack
 from umbel.strategies.app import open_app
 from umbel.strategies.contents import take_record
-from umbel.strategies.errors import ConfigError
+from umbel.strategies.errors import ConfigError, described
 from umbel.strategies.secure.node import HANDOVER, SPENT
 from umbel.strategies.secure.wire import SECURE
 from umbel.transport.codec import Buffer, decode, encode, encode_values, size_of
@@ -143,8 +143,8 @@ class Worker:
                     session = encode_values(HANDOVER, handed)
         except Exception as problem:
             traceback.print_exc()
-            reason = f"{type(problem).__name__}: {problem}"
-            self._pipe.sendall(pack({"op": "failed", "id": header["id"], "reason": reason[:2000]}))
+            reason = described(problem)[:2000]
+            self._pipe.sendall(pack({"op": "failed", "id": header["id"], "reason": reason}))
             return
         self._send(header["id"], reply, session)
 

@@ -14,10 +14,14 @@ import logging
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from umbel.clients.ledger_database import settle
+from umbel.clients.ledger_names import LEDGER, STATE
 from umbel.clients.process.spent import SpentRounds
 from umbel.privacy.masking import keys
+from umbel.strategies.errors import RunError
 from umbel.strategies.secure.identity import TICKETS, enrolled, refuse_spent
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number
 from umbel.strategies.secure.node import HANDOVER, IDENTITY
@@ -103,12 +107,21 @@ class SecureSessions:
         kept, reply = await asyncio.to_thread(work) if _is_long(stage, session) else work()
         if gives(stage, reply):
             try:
+                await asyncio.to_thread(self._charge, session)
                 self._spent.spend(self._run_id, number(session, "round"))
+            except RunError as problem:
+                kept, reply = {}, {REFUSED: f"budget: {problem}"}
             except OSError as problem:
                 log.error("no update is sent, for it cannot be written down: %s", problem)
                 kept, reply = {}, {REFUSED: "round: the node cannot write down that it is spent"}
         self._session = kept
         return encode_values(SECURE, reply)
+
+    def _charge(self, session: Plain) -> None:
+        """The masked vector is about to leave: what it takes is charged to the node's ledger."""
+        folder = self._config.get(STATE)
+        if folder and (Path(str(folder)) / LEDGER).exists():
+            settle(Path(str(folder)), blob(session, "ticket", keys.DIGEST_BYTES))
 
 
 def _is_long(stage: str, session: Plain) -> bool:

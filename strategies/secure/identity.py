@@ -67,6 +67,21 @@ def enrolled(node: int, config: Mapping[str, Any]) -> Self:
     return Self(node, key, certificate, _policy(config, authority))
 
 
+def enrolled_key(file: str) -> keys.SigningKey:
+    """The key of an identity file.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    return _identity(file, _stamps(file))[0]
+
+
+def ticket_of(context: Context) -> bytes | None:
+    """The ticket of the session that is kept for the node's next message."""
+    found = plain_of(context.state, _SESSION).get("ticket")
+    return found if isinstance(found, bytes) else None
+
+
 def remember(me: Self, context: Context) -> None:
     """Keep the identities that the node has met."""
     pins = b"".join(node.to_bytes(8) + print_ for node, print_ in sorted(me.pins.items()))

@@ -128,6 +128,8 @@ class SecureSum:
                 "come; take mode=semi-honest, which trusts the server to follow the protocol"
             )
         return facts.but(
+            kind="sum",
+            averages_buffers=False,
             server_sees="sum",
             weight_bound=1.0,
             public_denominator=self.weighting == "fixed",
