@@ -296,7 +296,7 @@ class FederationServerApp(ServerApp):
             job.options.rounds,
             len(nodes),
         )
-        self._advise(job, session, len(nodes))
+        self._advise(job, session, len(nodes), RunOptions.read(options).federated_every >= 0)
         outcome = rounds.fit()
         session.result |= {
             "rounds": outcome.rounds,
@@ -317,14 +317,17 @@ class FederationServerApp(ServerApp):
             session.finish()
             write_report(session.run.path)
 
-    def _advise(self, job: Job, session: Session, nodes: int) -> None:
-        """Say what a user would otherwise find out from a bad curve."""
+    def _advise(self, job: Job, session: Session, nodes: int, wanted: bool) -> None:
+        """Say what a user would otherwise find out from a bad curve, or from an empty table.
+
+        `wanted`: the options ask for evaluations on the nodes' own data.
+        """
         advice = getattr(job.stack.collect, "advice", None)
         if advice is not None:
             cohort = cohort_named(job.options.cohort, job.options.cohort_size)
             for line in advice(cohort.expected(nodes), job.stack.private):
                 session.progress.note(line)
-        if job.quiet and job.options.federated_every >= 0:
+        if job.quiet and wanted:
             session.progress.note(
                 f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
                 "accuracies and numbers of examples would tell about them what that hides"
