@@ -402,12 +402,11 @@ class Plan:
         self._keep(task.context, own, trained.examples)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
-        sealed = self._seals is not None
         if self._seals is not None:
             mine = self._sealing(task.message)
             content = self._seals.seal(content, task.message, task.context, mine)
         releases = releases_of(self.charging, config, encoded.numel(), self.options)
-        content = task.account.finish(content, releases, sealed=sealed)
+        content = task.account.finish(content, releases, sealed=self._seals is not None)
         return Message(content, reply_to=task.message)
 
     def _keep(self, context: Context, buffers: Tree, examples: int) -> None:

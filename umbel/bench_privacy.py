@@ -72,7 +72,7 @@ def privacy(
         bool, typer.Option("--json", help="One JSON object as the last line on stdout.")
     ] = False,
 ) -> None:
-    """Attack every defence, audit every claim; exit 3 where a claim does not hold."""
+    """Attack every defence, test every claim; exit 3 where one does not hold or was not tested."""
     from rich.console import Console
 
     from umbel.benchmarks.attack import report as privacy_report
@@ -96,12 +96,15 @@ def privacy(
     else:
         for half in privacy_report.tables(report):
             Console().print(half)
+        for row in report.rows:
+            for verdict in row.verdicts:
+                typer.echo(verdict.sentence)
         for warning in report.warnings():
             typer.echo(f"warning: {warning}")
         typer.echo(f"report: {files[-1]}")
-    for problem in problems:
+    for problem in (*problems, *report.untested()):
         sys.stderr.write(f"umbel: {problem}\n")
-    if problems:
+    if problems or report.untested():
         raise typer.Exit(CHECK_FAILED)
 
 

@@ -88,8 +88,9 @@ def to_json(report: Report) -> dict[str, Any]:
     """The whole report as a JSON object without infinities."""
     content: dict[str, Any] = _plain(
         {
-            "ok": not report.problems(),
+            "ok": not report.problems() and not report.untested(),
             "problems": report.problems(),
+            "untested": report.untested(),
             "warnings": report.warnings(),
             "about": dict(report.about),
             "rows": [_row(row) for row in report.rows],
@@ -240,6 +241,7 @@ def _row(row: Row) -> dict[str, Any]:
         "seconds_per_round": None if training is None else training.seconds,
         "findings": [{"scene": scene, **one.to_json()} for scene, one in row.findings],
         "audits": [audit.to_json() for audit in row.audits],
+        "verdicts": [one.to_json() for one in row.verdicts],
         "notes": list(row.notes),
     }
 

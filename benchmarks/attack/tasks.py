@@ -5,6 +5,7 @@ Medical      the Wisconsin breast-cancer measurements: 30 numbers of 569 patient
 Canaries     no data at all: each node's update is a direction of its own
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -207,12 +208,15 @@ class CanaryTrainer:
         length: of a canary's update, in its own unit.
         weight: examples that a canary says it was made from.
         random: unit vectors in random directions in place of coordinates.
+        shared: half of each direction's square is the last coordinate, which all canaries have in
+            common: whether any of them were used shows there.
     """
 
     size: int
     length: float
     weight: int = 1
     random: bool = False
+    shared: bool = False
     OPTIONS: dict[str, bool | int | float | str] = field(default_factory=dict)
 
     def direction(self, canary: int) -> Tensor:
@@ -222,6 +226,8 @@ class CanaryTrainer:
             return nn.functional.normalize(torch.randn(self.size, generator=generator), dim=0)
         vector = torch.zeros(self.size)
         vector[canary] = 1.0
+        if self.shared:
+            vector[canary] = vector[-1] = math.sqrt(0.5)
         return vector
 
     def initial(self, options: Options, seed: int) -> Weights:  # noqa: ARG002

@@ -230,6 +230,11 @@ def _parts(rows: Tensor | None, size: int, task: Task) -> Iterator[tuple[Tensor 
 
 def _shape_gradient(task: Task, anchor: list[Tensor] | None) -> None:
     """Add the proximal term mu (w - w0), then limit the norm of the whole gradient."""
+    settings = task.settings
+    if anchor or settings.clip_gradient or settings.momentum or settings.weight_decay:
+        for parameter in task.parameters:  # sums with whole tensors, which a sparse one cannot be
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
     if anchor is not None:
         with torch.no_grad():
             for parameter, first in zip(task.parameters, anchor, strict=True):
