@@ -305,6 +305,7 @@ class FederationServerApp(ServerApp):
             len(nodes),
         )
         self._advise(job, rounds, session, len(nodes))
+        self._say_what_is_not_asked(job, RunOptions.read(options), session)
         outcome = rounds.fit()
         missed = Shortfall.of(session.run.rounds()).sentences()
         if missed:
@@ -327,6 +328,14 @@ class FederationServerApp(ServerApp):
         if session.own:
             session.finish()
             write_report(session.run.path)
+
+    def _say_what_is_not_asked(self, job: Job, asked: RunOptions, session: Session) -> None:
+        """Say why the table of the nodes' own measurements will be empty."""
+        if job.quiet and asked.federated_every >= 0:
+            session.progress.note(
+                f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
+                "accuracies and numbers of examples would tell about them what that hides"
+            )
 
     def _say_who_comes(self, asked: RunOptions, drawn: RunOptions, session: Session) -> None:
         """Write down how a private run draws its cohorts, where its options said another way."""
@@ -361,11 +370,6 @@ class FederationServerApp(ServerApp):
             for line in advice(cohort.expected(nodes), job.stack.private):
                 session.progress.note(line)
         self._say_what_is_lost(job, rounds, session)
-        if job.quiet and job.options.federated_every >= 0:
-            session.progress.note(
-                f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
-                "accuracies and numbers of examples would tell about them what that hides"
-            )
         normed = any(LOCAL_STATISTICS in name for name in job.buffers)
         if job.statistics and normed:
             session.progress.note(
