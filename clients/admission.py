@@ -15,7 +15,7 @@ from umbel.strategies.contents import find_record
 from umbel.strategies.errors import StackError
 from umbel.strategies.layout import CONFIG
 from umbel.strategies.node_policy import NodePolicy, PolicyError
-from umbel.strategies.protection import Protection, protection_of, quiet
+from umbel.strategies.protection import Protection
 
 
 def admit(
@@ -59,7 +59,7 @@ def admit(
 
 def _protection(known: Known, told: Mapping[str, Any]) -> Protection:
     try:
-        return protection_of(known.stack, known.size, told)
+        return known.outlook.under(told)
     except StackError as error:
         raise PolicyError("layers", str(error)) from None
 
@@ -67,7 +67,7 @@ def _protection(known: Known, told: Mapping[str, Any]) -> Protection:
 def _check_measures(policy: NodePolicy, known: Known, protection: Protection) -> None:
     """Metrics inside an update cannot be taken out of it; beside it they can, but for a weight."""
     collect = known.stack.collect
-    if quiet(known.stack):
+    if known.outlook.quiet:
         policy.check_level("metrics", protection.metrics)
         policy.check_level("counts", protection.counts)
     elif not isinstance(collect, PlainSum) or collect.weighting == "examples":

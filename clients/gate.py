@@ -32,6 +32,7 @@ from umbel.transport.flower import RAISED
 
 if TYPE_CHECKING:
     from umbel.clients.node import FederationClientApp
+    from umbel.strategies.protection import Outlook
     from umbel.strategies.stack import Stack
 
 log = logging.getLogger("umbel.node")
@@ -70,8 +71,8 @@ class Known(Protocol):
         ...
 
     @property
-    def size(self) -> int:
-        """Coordinates of an update before the first layer."""
+    def outlook(self) -> "Outlook":
+        """What protects updates, as far as the stack alone tells."""
         ...
 
     @property

@@ -80,7 +80,7 @@ from umbel.strategies.layout import (
     local_buffers,
 )
 from umbel.strategies.private.pooled import ASK, POOL
-from umbel.strategies.protection import hides, protection_of, quiet
+from umbel.strategies.protection import Outlook, hides, quiet
 from umbel.strategies.records import (
     Manifest,
     from_array,
@@ -303,10 +303,19 @@ class Plan:
             self.options, self.stack, first.parameters, first.buffers, self.app_digest
         )
 
-    @property
-    def size(self) -> int:
-        """Coordinates of an update before the first layer."""
-        return self.manifest.size
+    @functools.cached_property
+    def outlook(self) -> Outlook:
+        """What protects updates, as far as the stack alone tells."""
+        return Outlook(self.stack, self.manifest.size)
+
+    @functools.cached_property
+    def _considers(self) -> Considers | None:
+        # Kept, as is what follows: to ask for a protocol's methods takes longer than its work.
+        return self.stack.collect if isinstance(self.stack.collect, Considers) else None
+
+    @functools.cached_property
+    def _seals(self) -> Seals | None:
+        return self.stack.collect if isinstance(self.stack.collect, Seals) else None
 
     def check_askable(self) -> None:
         """Raises:
@@ -329,14 +338,13 @@ class Plan:
                 "buffers=mean would send running statistics in the clear beside protected "
                 "updates; use buffers=local, or a model with group normalisation"
             )
-        if isinstance(self.stack.collect, Considers):
-            return self.stack.collect.consider(message, context, self._sealing(message))
-        return None
+        if self._considers is None:
+            return None
+        return self._considers.consider(message, context, self._sealing(message))
 
     def _sealing(self, message: Message) -> Sealing:
         told: Mapping[str, Any] = find_record(message.content, CONFIG, ConfigRecord) or {}
-        shares = protection_of(self.stack, self.size, told).shares
-        return Sealing(self.contract.blob, shares)
+        return Sealing(self.contract.blob, self.outlook.under(told).shares)
 
     @functools.cached_property
     def manifest(self) -> Manifest:
@@ -394,12 +402,11 @@ class Plan:
         self._keep(task.context, own, trained.examples)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
-        sealed = isinstance(self.stack.collect, Seals)
-        if isinstance(self.stack.collect, Seals):
+        if self._seals is not None:
             mine = self._sealing(task.message)
-            content = self.stack.collect.seal(content, task.message, task.context, mine)
+            content = self._seals.seal(content, task.message, task.context, mine)
         releases = releases_of(self.charging, config, encoded.numel(), self.options)
-        content = task.account.finish(content, releases, sealed=sealed)
+        content = task.account.finish(content, releases, sealed=self._seals is not None)
         return Message(content, reply_to=task.message)
 
     def _keep(self, context: Context, buffers: Tree, examples: int) -> None:

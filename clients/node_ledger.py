@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from dp_accounting import GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent
+from dp_accounting import NoOpDpEvent
 from flwr.app import ConfigRecord, RecordDict
 
 from umbel.privacy.budget.accounting import COARSE, spent
@@ -134,27 +134,6 @@ def total(charges: Mapping[Charge, int], delta: float) -> tuple[float, str]:
     return _total(frozenset(charges.items()), delta)
 
 
-HOPELESS = 1000.0
-"""Beyond so much expected privacy loss nothing is computed: epsilon is said to be infinite."""
-
-
-def _is_hopeless(charges: Iterable[tuple[Charge, int]]) -> bool:
-    """Whether releases are so far from private that only a table of gigabytes could say how far.
-
-    A coordinator chooses the noise, and must not choose with it how much memory a node needs.
-    The expected loss of a Gaussian of multiplier z is 1 / 2 z^2; sampling at rate q makes it at
-    most q of that (convexity), and one release alone can reach all of it.
-    """
-    loss = 0.0
-    for charge, count in charges:
-        event = charge.event
-        if isinstance(event, PoissonSampledDpEvent):  # plain ones have a closed form
-            rate, event = event.sampling_probability, event.event
-            if isinstance(event, GaussianDpEvent):
-                loss += max(rate * count, 1.0) / (2 * event.noise_multiplier**2)
-    return loss > HOPELESS
-
-
 @lru_cache(maxsize=1024)
 def _total(charges: frozenset[tuple[Charge, int]], delta: float) -> tuple[float, str]:
     by_relation: dict[str, dict[Charge, int]] = {}
@@ -164,8 +143,6 @@ def _total(charges: frozenset[tuple[Charge, int]], delta: float) -> tuple[float,
         by_relation.setdefault(relation_name(charge.relation), {})[charge] = count
     if not by_relation:
         return 0.0, relation_name(ZERO_OUT)
-    if _is_hopeless(charges):
-        return math.inf, next(iter(by_relation)) if len(by_relation) == 1 else "zero-out-one"
     share = delta / len(by_relation)
     parts = [spent(part, share, interval=COARSE) for part in by_relation.values()]
     relation = parts[0].relation if len(parts) == 1 else ZERO_OUT

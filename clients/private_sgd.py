@@ -47,10 +47,6 @@ MARGIN = 1 + 2.0**-16
 """Noise beyond z C: covers the rounding of clipped gradients and of their sum in float32."""
 
 
-LARGEST_BUDGET = 100.0
-"""Epsilon that protects no record from anybody."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExamplePrivacy:
     """What a node promises about each of its records. Option names are the same in kebab-case.
@@ -322,13 +318,8 @@ def _charge(noise: float, rate: float) -> Charge:
 
 @functools.lru_cache(maxsize=256)
 def noise_for(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """The noise multiplier under which `steps` steps stay within a node's budget.
-
-    Budgets beyond `LARGEST_BUDGET` get the noise of that one: to find less takes memory that
-    grows with epsilon, which is the coordinator's to choose.
-    """
-    budget = min(epsilon, LARGEST_BUDGET) * (1 - 1e-3)
-    return noise_multiplier(budget, delta, sampling_rate, steps)
+    """The noise multiplier under which `steps` steps stay within a node's budget."""
+    return noise_multiplier(epsilon * (1 - 1e-3), delta, sampling_rate, steps)
 
 
 _IGNORED = {

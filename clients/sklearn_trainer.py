@@ -9,6 +9,9 @@ How an estimator goes on from the model it was sent depends on what it offers:
     neither       a whole `fit` on the node's examples (LinearRegression, Ridge, ...); averaging
                   their solutions is the federation, and one round is all there is to it
 
+A pipeline is the estimator at its end, behind steps that are fitted already: every node scales
+alike, by numbers that are public (or agreed upon by private means), and the trained model has them.
+
 A node may lack some classes: `fit` is shown one example of each with next to no weight.
 """
 
@@ -24,8 +27,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, clone, is_classifier
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import hinge_loss, log_loss
+from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from umbel.clients.data.arrays import not_a_number, plain_array
@@ -52,8 +57,9 @@ class SklearnTrainer:
     Attributes:
         estimator: with `coef_` and `intercept_` (linear), or an MLP with solver sgd or adam. Its
             own settings hold, but for what the options say. A fitted one is where training
-            starts, and knows its features and classes.
-        features: number of inputs.
+            starts, and knows its features and classes. Or a pipeline of fitted steps with such
+            an estimator at its end.
+        features: number of inputs of the estimator, behind the steps before it.
         classes: number of classes, labelled from 0; 0 is regression.
         local_epochs: passes over the node's examples, with `partial_fit`.
         local_iterations: of the solver, with `warm_start`; 0 is the estimator's own `max_iter`.
@@ -70,6 +76,7 @@ class SklearnTrainer:
     local_iterations: int = 5
     USE: ClassVar[str] = "model.predict(x)"
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
+    steps: Any = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         kind = getattr(self.estimator, "__name__", type(self.estimator).__name__)
@@ -81,6 +88,9 @@ class SklearnTrainer:
             raise ConfigError(
                 f"SklearnTrainer was given a {kind}, which is no estimator of scikit-learn"
             )
+        if isinstance(self.estimator, Pipeline):
+            object.__setattr__(self, "steps", _fitted(self.estimator[:-1]))
+            object.__setattr__(self, "estimator", self.estimator[-1])
         options: dict[str, Any] = {
             "local-epochs": self.local_epochs,
             "local-iterations": self.local_iterations,
@@ -147,7 +157,9 @@ class SklearnTrainer:
         known = getattr(self.estimator, "classes_", None)
         if known is not None:
             estimator.classes_ = np.array(known)
-        return estimator
+        if self.steps is None:
+            return estimator
+        return Pipeline([*copy.deepcopy(self.steps).steps, ("model", estimator)])
 
     @cached_property
     def _rate(self) -> str | None:
@@ -265,6 +277,8 @@ class SklearnTrainer:
             )
         y = y.reshape(len(x))
         x = x.reshape(len(x), -1).astype(np.float64) / (255 if x.dtype == np.uint8 else 1)
+        if self.steps is not None:
+            x = np.asarray(self.steps.transform(x), np.float64)
         if not (np.isfinite(x).all() and np.isfinite(y).all()):
             raise ConfigError(
                 f"{not_a_number(Examples(x, y))}; fill it or leave those examples out"
@@ -296,6 +310,23 @@ class SklearnTrainer:
         else:
             loss = hinge_loss(y, estimator.decision_function(x), labels=labels)
         return {"loss": float(loss), "accuracy": float((predicted == y).mean())}
+
+
+def _fitted(steps: Pipeline) -> Pipeline | None:
+    """The steps before the estimator; None where there are none.
+
+    Raises:
+        ConfigError: one of them is not fitted.
+    """
+    for name, step in steps.steps:
+        try:
+            check_is_fitted(step)
+        except NotFittedError:
+            raise ConfigError(
+                f"the step {name!r} ({type(step).__name__}) of the pipeline is not fitted, and "
+                "nodes that fit it by themselves would not scale alike; fit it on public examples"
+            ) from None
+    return steps if len(steps.steps) else None
 
 
 def _numpy(values: Any, what: str) -> Array:

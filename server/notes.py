@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
+from umbel.server.kept_model import KeptModel
 from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.collect import EXAMPLES, MeanMetrics
 from umbel.strategies.contents import records_of
@@ -32,6 +33,7 @@ class Notes:
 
     Attributes:
         on_note: told of a round after each of its trips, with its line so far.
+        model: the latest that was seen.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,6 +42,7 @@ class Notes:
         self._sums: dict[tuple[int, str], MeanMetrics] = {}
         self._watch = threading.Lock()
         self.on_note: Callable[[Mapping[str, Any]], None] = lambda _: None
+        self.model = KeptModel()
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -55,17 +58,29 @@ class Notes:
         return replies
 
     def finish(self, run: RunDirectory) -> dict[str, Any]:
-        """Write the rounds down; what the app's result says of them.
+        """Write the rounds and the model down; what the app's result says of them.
 
-        Raises:
-            RunError: nodes were asked to train, and not one of them ever did: an app that goes
-                on after failures has nothing to show, whatever it says.
+        It may be called when the app was stopped, too: what was seen until then is written.
         """
         metrics: dict[str, float] = {}
         for number in sorted(self._lines):
             line = self._complete(number)
             metrics = line["metrics"] or metrics
             run.append_round(line)
+        return {
+            "rounds": len(self._lines),
+            "metrics": metrics,
+            "stopped": "rounds",
+            "model": self.model.save(run),
+        }
+
+    def check_trained(self) -> None:
+        """Refuse to call a run done in which nothing was trained.
+
+        Raises:
+            RunError: nodes were asked to train, and not one of them ever did: an app that goes
+                on after failures has nothing to show, whatever it says.
+        """
         asked = [line for line in self._lines.values() if "train" in line["phases"]]
         failed = [each for line in asked for each in line["failed"]]
         if failed and not any(line["clients"] for line in asked):
@@ -74,7 +89,6 @@ class Notes:
                 f"nothing was trained: all {len(failed)} replies of {len(asked)} rounds are "
                 f"errors; the first is of {first}"
             )
-        return {"rounds": len(self._lines), "metrics": metrics, "stopped": "rounds"}
 
     def _complete(self, number: int) -> dict[str, Any]:
         """A round's line, as far as the round is."""
@@ -93,6 +107,8 @@ class Notes:
         if kind not in ("train", "evaluate"):
             return None
         number = self._round_of(messages[0], kind)
+        if kind == "evaluate":
+            self.model.saw_evaluation(messages[0], number)
         line = self._lines.setdefault(
             number,
             {

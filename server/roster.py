@@ -5,7 +5,7 @@ nodes are ordered by the partition they hold, which such grids must ask them for
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -77,3 +77,15 @@ def roster(
                 return sorted(known.values(), key=lambda node: (node.partition, node.name))
             raise RunError(f"no node has answered within {timeout:g} seconds{why}")
         sleep(POLL_S)
+
+
+def newcomers(grid: Grid, nodes: Sequence[NodeRef]) -> list[NodeRef]:
+    """Nodes that are here and were not when `nodes` were listed.
+
+    Only grids that can name their nodes are asked: on others each look would be a message to
+    every node.
+    """
+    if not isinstance(grid, KnowsNodes):
+        return []
+    known = {node.node_id for node in nodes}
+    return [node for node in grid.roster() if node.node_id not in known]

@@ -30,7 +30,7 @@ from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.own_grid import OwnGrid
 from umbel.server.private.statements import Statements
-from umbel.server.roster import NodeRef
+from umbel.server.roster import NodeRef, newcomers
 from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
@@ -81,21 +81,52 @@ class Rounds:
             beta_2=options.beta_2,
             tau=options.tau,
         )
-        self.expected = self.cohort.expected(len(nodes))
-        self.facts = Facts(
-            size=self.manifest.size,
-            expected_replies=self.expected,
-            max_replies=self.cohort.most(len(nodes)),
-        )
+        self.facts = self._population(nodes)
         check_rounds(self.job.stack, self.facts)
         self.processes = processes_of(grid) if job.pooled else 0
         self._saved_at = self._saving_took = 0.0
+        self._next_time: set[int] = set()
         self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
         self._fair: Mapping[str, float] = {}
         names = {node.node_id: node.name for node in nodes}
         self.failures = Failures(names, progress)
         self.statements = Statements(run, names)
         self._metrics: Mapping[str, float] = {}
+
+    def _population(self, nodes: Sequence[NodeRef]) -> Facts:
+        """Take these for everyone; the facts of an update that follow from how many they are."""
+        self.nodes = nodes
+        self.expected = self.cohort.expected(len(nodes))
+        return Facts(
+            size=self.manifest.size,
+            expected_replies=self.expected,
+            max_replies=self.cohort.most(len(nodes)),
+        )
+
+    def _welcome(self) -> None:
+        """Let nodes take part that have come since the run began.
+
+        Not in a private run: what it promises was worked out for the nodes that were there.
+        """
+        new = newcomers(self.grid, self.nodes)
+        if not new:
+            return
+        if self.job.stack.private:
+            for node in new:
+                if node.node_id not in self._next_time:
+                    self.progress.note(
+                        f"node {node.name} has come after this run began; it takes part from the "
+                        f"next run on, because the privacy of this one counts on {len(self.nodes)} "
+                        "nodes"
+                    )
+            self._next_time |= {node.node_id for node in new}
+            return
+        everyone = sorted([*self.nodes, *new], key=lambda node: (node.partition, node.name))
+        self.facts = self._population(everyone)
+        check_rounds(self.job.stack, self.facts)
+        self.failures.names.update({node.node_id: node.name for node in new})
+        names = ", ".join(node.name for node in new)
+        self.progress.note(f"joined the run: {names}; there are {len(everyone)} nodes now")
 
     def fit(self) -> Outcome:
         """Train until a reason to stop; a run directory with a checkpoint is continued.
@@ -114,6 +145,7 @@ class Rounds:
             if reason is not None:
                 stopped = reason
                 break
+            self._welcome()
             try:
                 position = self._round(position, number)
             except BudgetSpentError:  # by another run about the same people, since it was asked
@@ -190,6 +222,7 @@ class Rounds:
             "learning_rate": self._rate(number),
             **({"secure": dict(sum_.about)} if sum_.about else {}),
             **({} if sum_.revealed else {"aborted": sum_.aborted}),
+            **self.failures.limited(number, sum_.limited),
         }
         self.statements.write()
         self.run.append_round(line)

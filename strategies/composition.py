@@ -21,7 +21,7 @@ import torch
 from umbel.strategies.collect import PlainSum, Sum, is_own
 from umbel.strategies.errors import ConfigError, StackError
 from umbel.strategies.layer import Claim, Facts, Round
-from umbel.strategies.options import Options
+from umbel.strategies.options import Options, dashed
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
@@ -143,6 +143,7 @@ def check_asked(stack: Stack, asked: Asked, size: int = SIZE) -> None:
     if asked.privacy.on:
         _check_noise(stack, claims, asked)
     _check_buffers(stack, bottom, asked.run.buffers)
+    _check_idle(stack, bottom, asked)
 
 
 def _check_secret(stack: Stack, bottom: Facts, secure: SecureOptions) -> None:
@@ -211,6 +212,26 @@ def _check_buffers(stack: Stack, bottom: Facts, buffers: str) -> None:
             f"{stack.collect.name} does not say that it makes (averages_buffers among its facts); "
             "use buffers=local"
         )
+
+
+def _check_idle(stack: Stack, bottom: Facts, asked: Asked) -> None:
+    """Refuse options of a protection that nobody has asked for, and that would do nothing."""
+    if not asked.privacy.on and not stack.private:
+        for name in ("mechanism", "clipping", "release_metrics"):
+            value = getattr(asked.privacy, name)
+            if value != getattr(PrivacyOptions, name):
+                raise ConfigError(
+                    f"{dashed(name)} is {value}, but nothing asks for noise, so nothing would be "
+                    f"private; give a budget such as epsilon=3, or leave {dashed(name)} out"
+                )
+    if not asked.secure.secure and bottom.server_sees != "sum":
+        for name in ("secure_mode", "secure_min_cohort", "secure_colluders"):
+            value = getattr(asked.secure, name)
+            if value != getattr(SecureOptions, name):
+                raise ConfigError(
+                    f"{dashed(name)} is {value}, but the run has no secure sum; give secure=true, "
+                    f"or leave {dashed(name)} out"
+                )
 
 
 def check_rounds(stack: Stack, facts: Facts, rounds: int = 2) -> None:

@@ -271,7 +271,32 @@ class Unclaimed:
         return None
 
 
-class Stateless(Unclaimed):
+class IdleNode:
+    """For a layer whose node half does nothing."""
+
+    def encode(
+        self,
+        update: Tensor,
+        config: Config,  # noqa: ARG002
+        memory: RecordDict,  # noqa: ARG002
+    ) -> tuple[Tensor, Metrics]:
+        return update, {}
+
+
+class IdleServer:
+    """For a layer whose server half does nothing."""
+
+    def decode(
+        self,
+        total: Tensor,
+        metrics: Metrics,  # noqa: ARG002
+        state: Any,
+        rnd: Round,  # noqa: ARG002
+    ) -> tuple[Tensor, Any, Metrics]:
+        return total, state, {}
+
+
+class Stateless(IdleNode, IdleServer, Unclaimed):
     """Identity halves for a layer without state: it writes only what it does."""
 
     isometry: ClassVar[bool] = False
@@ -285,35 +310,18 @@ class Stateless(Unclaimed):
     def publish(self, state: None) -> Config:  # noqa: ARG002
         return {}
 
-    def encode(
-        self,
-        update: Tensor,
-        config: Config,  # noqa: ARG002
-        memory: RecordDict,  # noqa: ARG002
-    ) -> tuple[Tensor, Metrics]:
-        return update, {}
-
-    def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,  # noqa: ARG002
-        state: None,
-        rnd: Round,  # noqa: ARG002
-    ) -> tuple[Tensor, None, Metrics]:
-        return total, state, {}
-
 
 # ---- what a layer does, read off its code and not off what it says of itself
 
 
 def acts_on_updates(layer: Layer[Any]) -> bool:
     """Whether its node half does anything to an update."""
-    return not _inherits(layer, "encode", Stateless) or isinstance(layer, SeesMetrics)
+    return not _inherits(layer, "encode", IdleNode) or isinstance(layer, SeesMetrics)
 
 
 def acts_on_sums(layer: Layer[Any]) -> bool:
     """Whether its server half does anything to a sum."""
-    return not _inherits(layer, "decode", Stateless)
+    return not _inherits(layer, "decode", IdleServer)
 
 
 def _inherits(layer: object, method: str, base: type[Any]) -> bool:

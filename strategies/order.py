@@ -10,7 +10,8 @@ else stands above. Noise that nodes add covers what has been put into the update
 layer below may touch the update once more.
 
 Nothing here trusts what a layer says of itself where its code can be asked: a half that is
-inherited from `Stateless` does nothing, and a layer that says that it is an isometry is tried.
+inherited from `IdleNode` or `IdleServer` does nothing, and a layer that says that it is an
+isometry is tried.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,8 @@ repeated is none.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from umbel.strategies.collect import Seals
@@ -57,58 +58,127 @@ class Protection:
         return self.sealed or self.noise > 0
 
 
-def protection_of(stack: Stack, size: int, told: Mapping[str, Any]) -> Protection:
-    """What will protect an update of `size` coordinates that this stack encodes.
+@dataclass(frozen=True)
+class Outlook:
+    """What can be said of a stack before any message: the part that is worth keeping.
 
     Args:
         stack: as the node has built it.
         size: coordinates of an update before the first layer.
-        told: the configuration of the round, from which layers take their norms and noise.
-
-    Raises:
-        StackError: a layer of noise is told another bound than the layers before it give.
     """
-    shared = any(_is(layer, _NOISE) for layer in stack.layers)
-    facts = Facts(size=size, round=int(_number(told.get("round")) or 0))
-    noise, shares, norm, seeded = 0.0, 0, None, False
-    for place, layer in enumerate(stack.layers):
-        seeded |= getattr(layer, "insecure_seed", None) is not None
-        last = place == len(stack.layers) - 1
-        clips = any(_is(layer, kind) for kind in (_CLIP, _ADAPTIVE))
-        if clips:
-            norm = _number(told.get(f"{layer.name}.norm"))
-        elif not type(layer).__module__.startswith("umbel.strategies."):
-            norm = None  # what an app's own layer does to a length, nobody here knows
-        if _is(layer, _NOISE) and last:
-            _check_bound(layer, facts, told)
-            noise = _number(told.get(f"{layer.name}.noise-multiplier")) or 0.0
-            shares = int(_number(told.get(f"{layer.name}.shares")) or 0)
-        elif _is(layer, _LOCAL) and last:
-            noise = float(getattr(layer, "noise_multiplier", 0.0))
-        elif shared:
-            facts = _after(layer, facts, norm if clips else None)
-    real = 0.0 if seeded else noise
-    sealed = isinstance(stack.collect, Seals)
-    return Protection(
-        sealed=_is(stack.collect, _SUM),
-        noise=real,
-        shares=shares,
-        norm=norm,
-        seeded=seeded,
-        central=stack.private and not noise,
-        metrics=_carried(stack, sealed, real, "limits"),
-        counts=_carried(stack, sealed, real, "cap"),
+
+    stack: Stack
+    size: int
+    _bounds: dict[tuple[float | None, ...], float | None] = field(
+        default_factory=dict, repr=False, compare=False
     )
 
+    @cached_property
+    def _clips(self) -> list[tuple[int, str]]:
+        """Place and name of the layers that clip."""
+        return [
+            (place, layer.name)
+            for place, layer in enumerate(self.stack.layers)
+            if _is(layer, _CLIP) or _is(layer, _ADAPTIVE)
+        ]
 
-def _after(layer: Layer[Any], facts: Facts, norm: float | None) -> Facts:
-    """The facts after a layer; one that clips does so to the norm that it is told."""
-    state = layer.init(facts.size)
-    if norm is not None and _is(layer, _CLIP):
-        return replace(layer, norm=norm).check(facts, state)  # type: ignore[type-var]
-    if norm is not None and _is(layer, _ADAPTIVE):
-        state = {**state, "norm": norm}
-    return layer.check(facts, state)
+    @cached_property
+    def _normed(self) -> str:
+        """The layer whose norm an update has when it leaves; empty where nobody knows its length.
+
+        What an app's own layer does to a length, nobody here knows.
+        """
+        foreign = [
+            place
+            for place, layer in enumerate(self.stack.layers)
+            if not type(layer).__module__.startswith("umbel.strategies.")
+        ]
+        last = self._clips[-1] if self._clips else (-1, "")
+        return last[1] if last[0] > max(foreign, default=-1) else ""
+
+    @cached_property
+    def _noisy(self) -> Layer[Any] | None:
+        """The layer of Umbel's own that adds noise on the node, at the bottom of the stack."""
+        last = self.stack.layers[-1] if self.stack.layers else None
+        return last if _is(last, _NOISE) or _is(last, _LOCAL) else None
+
+    @cached_property
+    def seeded(self) -> bool:
+        """Whether some noise of the stack is made of a seed that the run knows."""
+        seeds = (getattr(layer, "insecure_seed", None) for layer in self.stack.layers)
+        return any(seed is not None for seed in seeds)
+
+    @cached_property
+    def quiet(self) -> bool:
+        """Whether nothing may travel beside updates."""
+        return quiet(self.stack)
+
+    @cached_property
+    def _fixed(self) -> dict[str, Any]:
+        """What does not depend on a message."""
+        sealed = isinstance(self.stack.collect, Seals)
+        noise = self._noisy is not None and not self.seeded
+        return {
+            "sealed": _is(self.stack.collect, _SUM),
+            "seeded": self.seeded,
+            "central": self.stack.private and self._noisy is None,
+            "metrics": _carried(self.stack, sealed, noise, "limits"),
+            "counts": _carried(self.stack, sealed, noise, "cap"),
+        }
+
+    def under(self, told: Mapping[str, Any]) -> Protection:
+        """What will protect an update that this stack encodes.
+
+        Args:
+            told: the configuration of the round, from which layers take their norms and noise.
+
+        Raises:
+            StackError: a layer of noise is told another bound than the layers before it give.
+        """
+        noise, shares, layer = 0.0, 0, self._noisy
+        if layer is not None and _is(layer, _LOCAL):
+            noise = float(getattr(layer, "noise_multiplier", 0.0))
+        elif layer is not None:
+            self._check_bound(layer, told)
+            noise = _number(told.get(f"{layer.name}.noise-multiplier")) or 0.0
+            shares = int(_number(told.get(f"{layer.name}.shares")) or 0)
+        return Protection(
+            noise=0.0 if self.seeded else noise,
+            shares=shares,
+            norm=_number(told.get(f"{self._normed}.norm")) if self._normed else None,
+            **self._fixed,
+        )
+
+    def _check_bound(self, layer: Layer[Any], told: Mapping[str, Any]) -> None:
+        """Noise for a smaller bound than updates may have would be too little for them."""
+        bound = _number(told.get(f"{layer.name}.bound"))
+        norms = tuple(_number(told.get(f"{name}.norm")) for _, name in self._clips)
+        if norms not in self._bounds:
+            self._bounds.clear()
+            self._bounds[norms] = self._bound(norms)
+        own = self._bounds[norms]
+        if own is None or bound is None or abs(bound - own) > _EXACT * own:
+            raise StackError(
+                f"the message tells {layer.name} to make noise for updates of norm {bound}, and "
+                f"the layers before it give {own}; the coordinator has other layers, or is not "
+                "honest"
+            )
+
+    def _bound(self, norms: tuple[float | None, ...]) -> float | None:
+        """The bound before the last layer, where layers clip to these norms."""
+        facts, clips = Facts(size=self.size), iter(norms)
+        for place, layer in enumerate(self.stack.layers[:-1]):
+            state = layer.init(facts.size)
+            if any(place == where for where, _ in self._clips):
+                norm = next(clips)
+                if norm is None:
+                    return None
+                if _is(layer, _CLIP):
+                    facts = replace(layer, norm=norm).check(facts, state)  # type: ignore[type-var]
+                    continue
+                state = {**state, "norm": norm}
+            facts = layer.check(facts, state)
+        return facts.l2_bound
 
 
 def quiet(stack: Stack) -> bool:
@@ -125,18 +195,7 @@ def hides(stack: Stack) -> bool:
     return nodes or isinstance(stack.collect, Seals)
 
 
-def _check_bound(layer: Layer[Any], facts: Facts, told: Mapping[str, Any]) -> None:
-    """Noise for a smaller bound than updates may have would be too little for them."""
-    bound = _number(told.get(f"{layer.name}.bound"))
-    own = facts.l2_bound
-    if own is None or bound is None or abs(bound - own) > _EXACT * own:
-        raise StackError(
-            f"the message tells {layer.name} to make noise for updates of norm {bound}, and the "
-            f"layers before it give {own}; the coordinator has other layers, or is not honest"
-        )
-
-
-def _carried(stack: Stack, sealed: bool, noise: float, what: str) -> str:
+def _carried(stack: Stack, sealed: bool, noise: bool, what: str) -> str:
     """How something that a node measured leaves it: beside its update, or inside."""
     if not quiet(stack):
         return "clear"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import RecordDict
 from torch import Tensor
 
-from umbel.strategies.collect import Collect, PlainSum, Sum, is_own
-from umbel.strategies.errors import StackError
+from umbel.privacy.bounds.clipping import is_within
+from umbel.strategies.collect import LENIENCE, Collect, PlainSum, Seals, Sum, is_own
+from umbel.strategies.errors import RunError, StackError
 from umbel.strategies.layer import (
     Calibrated,
     Claim,
@@ -82,11 +83,22 @@ class Stack:
         return self.collect.check(self.places(facts, states)[-1])
 
     def places(self, facts: Facts, states: States) -> list[Facts]:
-        """The facts of an update as it enters each layer, and last the collect."""
+        """The facts of an update as it enters each layer, and last the collect.
+
+        A round asks for its places several times; they are worked out once.
+        """
+        if self._known and self._known[0][0] == facts and self._known[0][1] is states:
+            return self._known[0][2]
         found = [facts]
         for layer, state in zip(self.layers, states, strict=True):
             found.append(self._after(layer, found[-1], state))
+        self._known[:] = [(facts, states, found)]
         return found
+
+    @cached_property
+    def _known(self) -> list[tuple[Facts, States, list[Facts]]]:
+        """The places that were asked for last."""
+        return []
 
     def _after(self, layer: Layer[Any], facts: Facts, state: Any) -> Facts:
         """The facts after a layer; a longer vector has a bound only where the layer says it."""
@@ -116,10 +128,13 @@ class Stack:
         """What every node must know this round, as `"{layer}.{key}"`.
 
         With `facts` of an update before the stack, every layer that receives bounded updates is
-        told their bound as `bound`, so that a norm is written down once.
+        told their bound as `bound`, so that a norm is written down once; and nodes are told that
+        of the collect, where the server cannot measure what they send.
         """
         config: dict[str, Any] = {}
-        places = self.places(facts, states) if facts is not None else [None] * len(states)
+        places: Sequence[Facts | None] = [None] * len(states)
+        if facts is not None:
+            places = self.places(facts, states)
         for layer, state, here in zip(self.layers, states, places, strict=False):
             for key, value in layer.publish(state).items():
                 config[f"{layer.name}.{key}"] = value
@@ -130,6 +145,11 @@ class Stack:
             if isinstance(layer, TellsFacts):
                 for key, value in layer.tell(here, state).items():
                     config[f"{layer.name}.{key}"] = value
+        bottom = places[-1] if facts is not None else None
+        if bottom is not None and isinstance(self.collect, Seals):
+            bound = self.collect.check(bottom).l2_bound
+            if bound is not None and not bottom.noise:  # who adds noise measures before it does
+                config[f"{self.collect.name}.bound"] = bound
         return config
 
     @cached_property
@@ -205,6 +225,13 @@ class Stack:
                 update = attach(update, measured or {}, own)
             update, said = layer.encode(update, own, memory)
             metrics |= {prefix + name: value for name, value in said.items()}
+        bound = config.get(f"{self.collect.name}.bound")
+        if bound is not None and not is_within(update, float(bound) * (1 + LENIENCE)):
+            raise RunError(
+                f"this node's layers {self} made an update longer than the {bound:g} that they "
+                "promise, which nobody could see in a sum; let each layer's check say the bound "
+                "that its encode keeps"
+            )
         return update, {} if self.private else {**(measured or {}), **metrics}
 
     @property
@@ -236,7 +263,9 @@ class Stack:
         rnd = replace(rnd, denominator=sum_.denominator)
         if self.private:
             rnd = replace(rnd, replies=round(rnd.cohort), weight=rnd.cohort)
-        places = self.places(facts, states) if facts is not None else [None] * len(states)
+        places: Sequence[Facts | None] = [None] * len(states)
+        if facts is not None:
+            places = self.places(facts, states)
         total: Tensor = sum_.total
         metrics = {} if self.private else dict(sum_.metrics)
         after = list(states)

@@ -149,6 +149,8 @@ def die_at(place, count, when):
         result = real(*args, **kwargs)
         if when == "after" and calls[0] == count:
             os.kill(os.getpid(), signal.SIGKILL)
+        if when == "stop" and calls[0] == count:
+            os.kill(os.getpid(), signal.SIGINT)
         return result
 
     setattr(owner, name, watched)
@@ -245,7 +247,10 @@ class WarmCommand:
         deaths: Sequence[tuple[str, int, str]] = (),
         during: Callable[[int], None] | None = None,
     ) -> Ended:
-        """`deaths` are places, call numbers and before/after; `during` is given the process id."""
+        """`deaths` are places, call numbers and before/after, or stop: a Ctrl-C after the call.
+
+        `during` is given the process id.
+        """
         assert self._process.stdin is not None
         cwd.mkdir(parents=True, exist_ok=True)
         out, err = cwd / "stdout.txt", cwd / "stderr.txt"

@@ -9,6 +9,7 @@ nothing to agree about: they hold the same object.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ from umbel.strategies.stack import Stack
 if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean
 
+LOST = 1e-3
+"""Of the longest update, the rounding error from which a user is told."""
 EXAMPLE_LEVEL = "example-"
 """How the options begin that ask for privacy of single examples, which a trainer gives."""
 MISSPELT = 0.85
@@ -282,6 +285,7 @@ class FederationServerApp(ServerApp):
             from umbel.server.private.run import PrivateRun
 
             private = PrivateRun(job, privacy, nodes, session, federation.data, start)
+            self._say_who_comes(job.options, private.job.options, session)
             job = private.job
         elif job.questions or place_of(privacy, session.run, federation.data).path.exists():
             from umbel.server.private.unprotected import unprotected
@@ -296,7 +300,7 @@ class FederationServerApp(ServerApp):
             job.options.rounds,
             len(nodes),
         )
-        self._advise(job, session, len(nodes))
+        self._advise(job, rounds, session, len(nodes))
         outcome = rounds.fit()
         session.result |= {
             "rounds": outcome.rounds,
@@ -317,13 +321,39 @@ class FederationServerApp(ServerApp):
             session.finish()
             write_report(session.run.path)
 
-    def _advise(self, job: Job, session: Session, nodes: int) -> None:
+    def _say_who_comes(self, asked: RunOptions, drawn: RunOptions, session: Session) -> None:
+        """Write down how a private run draws its cohorts, where its options said another way."""
+        now = drawn.cohort if drawn.cohort == "all" else f"{drawn.cohort}, {drawn.cohort_size:g}"
+        session.run.write_config({**session.run.config(), "cohorts": now})
+        if asked.cohort not in ("all", drawn.cohort):
+            session.progress.note(
+                f"cohort={asked.cohort} is what a run without privacy would draw; this one draws "
+                f"{drawn.cohort} cohorts, as its accounting assumes (option sampling)"
+            )
+
+    def _say_what_is_lost(self, job: Job, rounds: Rounds, session: Session) -> None:
+        """Say which updates the rounding that exact sums need takes a part of."""
+        states = job.stack.init(rounds.facts.size)
+        facts = job.stack.check(rounds.facts.but(round=1), states)
+        if facts.grid is None or facts.l2_bound is None or job.stack.private:
+            return  # noise is far above the rounding
+        error = facts.grid * math.sqrt(facts.size / 3)  # of remainders spread evenly
+        if error > LOST * facts.l2_bound:
+            session.progress.note(
+                f"updates are rounded to multiples of {facts.grid:.2g} so that their sum is exact; "
+                f"one shorter than {100 * error:.2g} loses more than 1 % of itself, so clip to a "
+                f"norm nearer to that of updates than {facts.l2_bound:.3g}, or quantise finer "
+                "(secure-levels)"
+            )
+
+    def _advise(self, job: Job, rounds: Rounds, session: Session, nodes: int) -> None:
         """Say what a user would otherwise find out from a bad curve."""
         advice = getattr(job.stack.collect, "advice", None)
         if advice is not None:
             cohort = cohort_named(job.options.cohort, job.options.cohort_size)
             for line in advice(cohort.expected(nodes), job.stack.private):
                 session.progress.note(line)
+        self._say_what_is_lost(job, rounds, session)
         if job.quiet and job.options.federated_every >= 0:
             session.progress.note(
                 f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "

@@ -16,6 +16,8 @@ from flwr.serverapp import ServerApp
 from umbel.federation import Federation, FederationServerApp
 from umbel.server.embedded.grid import EmbeddedGrid, ObservedGrid
 from umbel.server.embedded.workers import Nursery
+from umbel.server.kept_model import watching_strategies
+from umbel.server.link.grid import ObservedLinkGrid
 from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
@@ -26,9 +28,14 @@ from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
 
+CANNOT_GO_ON = (
+    "this app keeps its own rounds, so a run of it cannot go on later: started again, it begins "
+    "at round 1 (apps made with Federation go on where they were)"
+)
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
 EXAMPLES = Path(__file__).parent / "examples"
+Observed = ObservedGrid | ObservedLinkGrid
 
 
 class Interrupted(KeyboardInterrupt):
@@ -256,14 +263,37 @@ def _execute(
     context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(plan.options))
     try:
         with grid, session(directory, progress) as current:
-            plan.server_app(grid, context)
             if isinstance(grid, ObservedGrid):
-                current.result |= grid.finish(directory)
+                current.result |= own_rounds(plan.server_app, grid, context, directory, progress)
+            else:
+                plan.server_app(grid, context)
     except KeyboardInterrupt:
         raise Interrupted(directory.path if plan.federation is not None else None) from None
     finally:
         progress.finish("")
     return current.finish()
+
+
+def own_rounds(
+    app: ServerApp, grid: Observed, context: Context, directory: RunDirectory, progress: Progress
+) -> dict[str, Any]:
+    """Run an app that keeps its own rounds; what its result says of them.
+
+    What was seen of a run that is stopped or fails is written down all the same.
+    """
+    try:
+        with watching_strategies(grid.model):
+            app(grid, context)
+    except BaseException as problem:
+        seen = grid.finish(directory)
+        if isinstance(problem, KeyboardInterrupt):
+            progress.note(f"stopped after {seen['rounds']} rounds; {CANNOT_GO_ON}")
+        progress.note(seen["model"])
+        raise
+    result = grid.finish(directory)
+    progress.note(result["model"])
+    grid.check_trained()
+    return result
 
 
 def log_to(path: Path, *, quiet: bool) -> None:

@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from umbel.federation import FederationServerApp
-from umbel.run import log_to
+from umbel.run import CANNOT_GO_ON, log_to, own_rounds
 from umbel.server.link.grid import LinkGrid, ObservedLinkGrid, StoppedError
 from umbel.server.link.room import MARGIN
 from umbel.server.link.service import ServerSettings, Service, WatchedProgress
@@ -145,6 +145,8 @@ class _Plan:
     options: dict[str, Any]
     directory: RunDirectory
     run_id: int
+    again: bool = False
+    """Whether an earlier process of this server has begun with it."""
 
 
 @dataclass
@@ -201,7 +203,11 @@ def _plan(
         directory = RunDirectory.open(Path(before["path"]))
         if run.unprotected:
             directory.write_config({**directory.config(), "unprotected": True})
-        return _Plan(folder, app, override(known, changes), directory, before["run_id"])
+        run_id = before["run_id"]
+        if not isinstance(app, FederationServerApp):  # its nodes shall begin anew with it
+            run_id = secrets.randbits(62) + 1
+            service.enrolment.keep("run", {**before, "run_id": run_id})
+        return _Plan(folder, app, override(known, changes), directory, run_id, again=True)
     run_id = secrets.randbits(62) + 1
     config = {
         "app": folder.name,
@@ -234,20 +240,23 @@ def _plan(
 def _execute(
     service: Service, plan: _Plan, run: RunSettings, shown: Progress, current: _Current
 ) -> dict[str, Any]:
-    own_rounds = not isinstance(plan.app, FederationServerApp)
-    log_to(plan.directory.log_path, quiet=not own_rounds)
+    keeps_rounds = not isinstance(plan.app, FederationServerApp)
+    log_to(plan.directory.log_path, quiet=not keeps_rounds)
+    if plan.again and keeps_rounds:
+        shown.note(f"{plan.directory.path} was stopped before its end; {CANNOT_GO_ON}")
+        plan.directory.truncate_rounds(-1)
     service.position |= {"run": str(plan.directory.path.absolute()), "phase": "waiting"}
     last = max((line["round"] for line in plan.directory.rounds()), default=0)
     service.position |= {"round": last, "metrics": {}, "epsilon": None, "round_seconds": None}
     service.wait_for_nodes(run.nodes, shown.note, current.check)
-    kind = ObservedLinkGrid if own_rounds else LinkGrid
+    kind = ObservedLinkGrid if keeps_rounds else LinkGrid
     grid = kind(
         service.hub,
         run_id=plan.run_id,
         run_config=plan.options,
         enough=run.enough,
         largest=run.largest_reply,
-        margin=_FIRST_MODEL if own_rounds else MARGIN,
+        margin=_FIRST_MODEL if keeps_rounds else MARGIN,
     )
     if isinstance(grid, ObservedLinkGrid):
         grid.on_note = service.stand
@@ -257,12 +266,14 @@ def _execute(
     service.position["phase"] = "training"
     try:
         with session(plan.directory, WatchedProgress(shown, service)) as opened:
-            plan.app(grid, context)
             if isinstance(grid, ObservedLinkGrid):
-                opened.result |= grid.finish(plan.directory)
+                opened.result |= own_rounds(plan.app, grid, context, plan.directory, shown)
+            else:
+                plan.app(grid, context)
     except BaseException as problem:
         stopped = isinstance(problem, KeyboardInterrupt)
-        shown.finish("stopped; started again, the run goes on" if stopped else "")
+        again = "" if keeps_rounds else "stopped; started again, the run goes on"
+        shown.finish(again if stopped else "")
         raise
     finally:
         current.grid = None

@@ -8,7 +8,7 @@ What is decided here is said aloud before anything runs, and written into the le
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dp_accounting import (
@@ -66,10 +66,13 @@ class Plan:
     noise_multiplier: float | None
     against: str
     questions: tuple[PrivateMean, ...] = ()
+    _claims: dict[int, list[Claim]] = field(default_factory=dict, repr=False, compare=False)
 
     def claims(self, number: int) -> list[Claim]:
-        """What round `number` costs, before sampling."""
-        return claims_of(self.stack, self.facts, number)
+        """What round `number` costs, before sampling; worked out once."""
+        if number not in self._claims:
+            self._claims[number] = claims_of(self.stack, self.facts, number)
+        return self._claims[number]
 
     def charge(self, claim: Claim, *, again: bool = False) -> Charge:
         """What a claim costs under this plan's cohorts."""

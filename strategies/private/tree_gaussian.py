@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, NoOpDpEvent
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.privacy.budget.events import ZERO_OUT
 from umbel.privacy.budget.trees import TreeSchedule, level
 from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Config, Facts, Metrics, Round
+from umbel.strategies.layer import Claim, Config, Facts, IdleNode, Metrics, Round
 from umbel.strategies.private.gaussian import (
     check_multiplier,
     deviation_of,
@@ -40,7 +39,7 @@ State = dict[str, Any]
 """`step`, the fixed `bound`, and for each open level l the tensors `sum.l` and `out.l`."""
 
 
-class SteppedNoise:
+class SteppedNoise(IdleNode):
     """What layers of correlated noise share: they count their own steps, and nodes do nothing."""
 
     name: str
@@ -55,9 +54,6 @@ class SteppedNoise:
 
     def publish(self, state: State) -> Config:  # noqa: ARG002
         return {}
-
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        return update, {}
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from umbel.strategies.contract import settings_digest
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL
+from umbel.strategies.node_policy import policy_of
 from umbel.strategies.records import from_array
 from umbel.strategies.secure.checks import AbortedError
 from umbel.strategies.secure.identity import (
@@ -237,7 +238,7 @@ class SecureSum:
             asked = _asked(request, context)
             terms = _terms_of(asked, b"", b"", own.contract)
             check_fresh(terms.run, terms.round, b"", context)
-            whoami(context).policy.check_terms(terms, own.shares)
+            policy_of(context.node_config).sums.check_terms(terms, own.shares)
         except RefusalError as refusal:
             return content_of({REFUSED: str(refusal)})
         return None

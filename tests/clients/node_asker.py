@@ -15,12 +15,12 @@ from umbel.clients.ledger_names import STATE
 from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.federation import Federation
-from umbel.server.flower import Envelope, give_id, take_identity
 from umbel.strategies.collect import Gathering, Sum
 from umbel.strategies.errors import UmbelError
 from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.records import Manifest, from_array, to_array
+from umbel.transport.flower import Envelope, give_id, take_identity
 
 NODE = 1007
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from tests.clients.tasks import classes, close, job, linear
@@ -284,6 +286,10 @@ def test_nan_in_the_data_is_called_that(trainer: Any) -> None:
     ("make", "said"),
     [
         (lambda: SklearnTrainer(LogisticRegression, 6, 3), "give it an object: Logistic"),
+        (
+            lambda: SklearnTrainer(make_pipeline(StandardScaler(), LogisticRegression()), 6, 3),
+            "is not fitted, and nodes",
+        ),
         (lambda: TorchTrainer(linear, loss=nn.CrossEntropyLoss), r"give an object: loss=Cross"),
         (lambda: TorchTrainer(linear, optimizer=torch.optim.SGD([Tensor(1)])), "the class: opt"),
         (lambda: Federation(nn.Linear(6, 3), data=print), "trainer=TorchTrainer"),

@@ -104,6 +104,11 @@ def test_it_holds_and_has_the_published_form(run: Path) -> None:
     assert {"config.json", "metrics.jsonl", "MODEL_CARD.md", "model.safetensors"} <= set(
         value["files"]
     )
+    page = (run / "report.html").read_text()
+    box = page[page.index("Who is protected") : page.index('<dl class="figures">')]
+    assert "Each of the 20 nodes" in box and "Not against the coordinator" in box
+    assert "umbel verify RUN --key FILE" in box and page.count("Who is protected") == 1
+    assert "epsilon" not in page[: page.index("Who is protected")].lower()
     assert len(value["provenance"]) == 1 and value["provenance"][0]["round"] == 0
 
 

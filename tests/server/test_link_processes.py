@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 UMBEL = (sys.executable, "-c", "from umbel.cli import main; main()")
@@ -107,6 +108,24 @@ def test_an_unmodified_flower_app_runs_under_watch_and_shuts_down(processes: Any
     assert shown["phase"] == "stopped"
     modes = {path.stat().st_mode & 0o077 for path in processes.folder.rglob("*.pem")}
     assert modes == {0}
+
+
+@pytest.mark.slow
+def test_a_killed_server_says_that_an_app_with_its_own_rounds_begins_again(processes: Any) -> None:
+    processes.write_app(FOREIGN, "rounds = 400")
+    processes.invite("n1", "n2")
+    words = ("--health", "127.0.0.1:0")
+    processes.server(*words)
+    for number, name in enumerate(("n1", "n2")):
+        processes.node(name, "--node-config", f"partition-id={number} num-partitions=2")
+    status = ("status", "--state", "state", "--json")
+    wait_for(processes, lambda: json.loads(processes.umbel(*status).stdout)["round"] > 3)
+    processes.running.pop("server").kill()
+    processes.server(*words)
+    assert processes.wait("server") == 0, processes.log("server")
+    assert "started again, it begins at round 1" in processes.log("server")
+    rounds = (Path(processes.result()["run"]) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train"]["seen"] for line in rounds] == [*range(1, 401)]
 
 
 def wait_for(processes: Any, what: Any) -> None:

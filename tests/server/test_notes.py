@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg, Result
 
 from umbel.server.embedded.grid import ObservedGrid
+from umbel.server.kept_model import BY_STRATEGY, NO_MODEL, KeptModel, watching_strategies
 from umbel.server.output.rundir import RunDirectory
 
 
@@ -82,3 +84,31 @@ def test_absurd_metrics_are_left_out(tmp_path: Path) -> None:
 def test_an_app_that_sends_nothing(tmp_path: Path) -> None:
     result, lines = observed(tmp_path, [])
     assert (result["rounds"], lines) == (0, [])
+
+
+def test_the_model_is_what_was_evaluated_last_or_what_a_strategy_returned(tmp_path: Path) -> None:
+    run = RunDirectory.create(None, "x", {}, out=tmp_path / "run")
+    kept = KeptModel()
+    assert kept.save(run) == NO_MODEL and not run.model_path.exists()
+
+    def asked(value: float) -> Message:
+        arrays = {"w": Array(np.full(3, value)), "n": Array(np.array(["a", "b"]))}
+        return Message(RecordDict({"arrays": ArrayRecord(arrays)}), 1001, "evaluate")
+
+    kept.saw_evaluation(asked(1.0), 4)
+    said = kept.save(run)
+    assert "evaluated in round 4" in said and "without n, which are no plain numbers" in said
+    assert run.read_model()["w"].tolist() == [1.0, 1.0, 1.0]
+    with watching_strategies(kept):
+        Once().start(None, ArrayRecord({"w": Array(np.zeros(2, np.float32))}))  # type: ignore[arg-type]
+    assert BY_STRATEGY in kept.save(run)
+    assert run.read_model()["w"].tolist() == [0.0, 0.0]
+
+
+class Once(FedAvg):
+    """A strategy whose own loop has no rounds."""
+
+    def start(self, grid: Any, initial_arrays: ArrayRecord, *_: Any, **__: Any) -> Result:
+        found = super().start(grid, initial_arrays, num_rounds=0)
+        found.arrays = initial_arrays
+        return found

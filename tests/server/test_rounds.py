@@ -20,6 +20,7 @@ from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.job import Outcome
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.roster import NodeRef
 from umbel.server.rounds import Rounds
 from umbel.strategies.app import load
 from umbel.strategies.errors import ConfigError, RunError
@@ -229,3 +230,48 @@ def test_what_cannot_be_is_said_before_the_first_round(fit: Fit, slope: Federati
         fit(keep="best", early_stop_metric="f1")
     with pytest.raises(ConfigError, match="keep=best needs held-out examples"):
         fit(replace(slope, test=None), keep="best")
+
+
+class Growing(EmbeddedGrid):
+    """A federation that two more nodes join after its second round of training."""
+
+    trips = 0
+
+    def roster(self) -> list[NodeRef]:
+        nodes = super().roster()
+        return nodes if self.trips > 2 else [nodes[0], *nodes[3:]]
+
+    def stream(self, messages: Any, timeout: float | None = None) -> Any:
+        self.trips += 1
+        return super().stream(messages, timeout)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_nodes_that_come_later_join_a_plain_run_and_wait_for_the_end_of_a_private_one(
+    slope: Federation, tmp_path: Path, private: bool
+) -> None:
+    @dataclass(frozen=True)
+    class Promising(PlusOne):
+        private: bool = False
+        name: str = "promising"
+
+    stack = Stack([Promising(private=private)])
+    notes: list[str] = []
+
+    class Watch(SilentProgress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    options = slope.complete({"rounds": 4, "federated-every": -1})
+    job = replace(slope.job(options, 3), stack=stack)
+    run = RunDirectory.create(None, "x", {}, out=tmp_path / "run")
+    with Growing(slope.client_app(), 5, run_config=options) as grid:
+        Rounds(job, grid, grid.roster(), run, Watch()).fit()
+    clients = [line["clients"] for line in run.rounds() if line["round"]]
+    told = " ".join(notes)
+    if private:
+        assert clients == [3, 3, 3, 3]
+        assert told.count("takes part from the next run on") == 2 and "counts on 3 nodes" in told
+    else:
+        assert clients == [3, 3, 3, 5]
+        assert "joined the run: 1, 2; there are 5 nodes now" in told

@@ -108,6 +108,11 @@ def test_both_say_so_of_a_secure_sum_beside_another_run(alone: ModuleType, tmp_p
     for name in ("one", "two"):
         assert verify(lab.directory(name).path) == []
         assert alone.check(lab.directory(name).path) == []
+    card = (lab.directory("two").path / "MODEL_CARD.md").read_text()
+    secure = certificate(lab.directory("two").path)["secure_sum"]
+    assert f"({secure['mode']} mode" in card and "taken on first use" in card
+    assert f"fewer than {secure['quorum']} of a round's" in card and "(quorum)" in card
+    assert "Not against the coordinator" not in card
 
 
 def test_both_find_the_same_forgeries(
