@@ -16,7 +16,7 @@ from tests.fakes import WarmCommand
 from tests.server.tiny_private_app import write_app
 from umbel.privacy.budget.accounting import epsilon, spent
 from umbel.privacy.budget.events import RELATIONS
-from umbel.run import run
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.report import write_report
 from umbel.server.output.rundir import RunDirectory
