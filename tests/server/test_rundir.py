@@ -63,10 +63,11 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     assert RunDirectory.open(tmp_path / "run").config()["seed"] == 1
 
 
-def test_a_directory_with_other_files_may_take_a_run(tmp_path: Path) -> None:
+def test_a_directory_with_other_files_takes_no_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    make(tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(ConfigError, match="holds other files and no run"):
+        make(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_no_run_is_opened_where_there_is_none(tmp_path: Path) -> None:
