@@ -190,6 +190,7 @@ def attendance() -> Release:
     )
 
 
+@lru_cache(maxsize=1024)
 def written(charge: Charge) -> tuple[str, str, float]:
     """A charge as text, relation and slack."""
     event = json.dumps(to_json(charge.event), sort_keys=True, separators=(",", ":"))

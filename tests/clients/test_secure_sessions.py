@@ -17,6 +17,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from umbel.benchmarks.speed.apps import write_federation
+from umbel.clients.ledger_database import LedgerDatabase
+from umbel.clients.ledger_file import LedgerFile
+from umbel.clients.ledger_names import STATE
 from umbel.clients.process.node_process import write_shared
 from umbel.clients.process.pipe import BESIDE
 from umbel.clients.process.sessions import SecureSessions
@@ -28,6 +31,7 @@ from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.records import Manifest, to_array
+from umbel.strategies.secure.distributed_skellam import DistributedSkellam
 from umbel.strategies.secure.node import HANDOVER, IDENTITY
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.secure_sum import SecureSum
@@ -44,6 +48,7 @@ import numpy as np
 
 from umbel import Federation, FunctionTrainer
 from umbel.strategies.private.clip import Clip
+from umbel.strategies.secure.distributed_skellam import DistributedSkellam
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.stack import Stack
@@ -60,16 +65,29 @@ def initial(options):
 federation = Federation(
     FunctionTrainer(initial, train),
     lambda node, _: node.partition + 1,
-    stack=Stack((Clip(2048), Quantize(levels=1 << 16)), SecureSum()),
+    stack=STACK,
 )
 """
+EXACT = "Stack((Clip(2048), Quantize(levels=1 << 16)), SecureSum())"
+NOISED = (
+    "Stack((Clip(1.0), Quantize(64, 'stochastic'), DistributedSkellam(4.0, min_cohort=3)),"
+    " SecureSum(weighting='fixed'))"
+)
+STACKS = {
+    EXACT: Stack((Clip(2048), Quantize(levels=1 << 16)), SecureSum()),
+    NOISED: Stack(
+        (Clip(1.0), Quantize(64, "stochastic"), DistributedSkellam(4.0, min_cohort=3)),
+        SecureSum(weighting="fixed"),
+    ),
+}
 
 
 class Nodes:
     """Nodes whose apps run, and what was sent to them and came back."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        task = TASK.replace("SIZE", str(size))
+    def __init__(self, folder: Path, size: int, stack: str = EXACT) -> None:
+        task = TASK.replace("SIZE", str(size)).replace("STACK", stack)
+        self.stack, self.folder = STACKS[stack], folder
         app = write_federation(folder / "app", task, name="x", config="")
         authority = open_authority(folder)
         self.trainees: dict[int, Trainee] = {}
@@ -77,7 +95,12 @@ class Nodes:
         for partition, node in enumerate(NODES):
             identity = folder / f"{node}.pem"
             save_identity(identity, make_server_identity(authority, [f"node-{node}"]))
-            config = {IDENTITY: str(identity), "partition-id": partition, "num-partitions": 3}
+            config = {
+                IDENTITY: str(identity),
+                STATE: str(folder / f"{node}"),
+                "partition-id": partition,
+                "num-partitions": 3,
+            }
             settings = AppSettings(app, self.memory / str(node), config, 1)
             self.trainees[node] = Trainee(replace(settings, spent=folder / f"{node}.rounds"))
 
@@ -102,11 +125,12 @@ class Nodes:
         self, before: Callable[[str, list[Message]], Any] = lambda *_: None, number: int = 1
     ) -> Sum:
         """One round; `before` is told of each trip, and may do something to the nodes."""
-        stack = Stack((Clip(2048), Quantize(levels=1 << 16)), SecureSum())
-        facts = stack.check(Facts(size=self.size, max_replies=3), stack.init(self.size))
+        stack = self.stack
+        above = Facts(size=self.size, max_replies=3, expected_replies=3, round=number)
+        facts = stack.check(above, stack.init(self.size))
         manifest = Manifest.of({"w": torch.zeros(self.size)})
         config = ConfigRecord({"round": number, "manifest": manifest.digest})
-        published = stack.publish(stack.init(self.size), Facts(size=self.size))
+        published = stack.publish(stack.init(self.size), above)
         for name, value in published.items():
             config[name] = value
         model = ArrayRecord({PARAMETERS: to_array(torch.zeros(self.size))})
@@ -129,9 +153,14 @@ class Nodes:
             return result
 
 
-def with_nodes(folder: Path, size: int, use: Callable[[Nodes], Coroutine[Any, Any, None]]) -> None:
+def with_nodes(
+    folder: Path,
+    size: int,
+    use: Callable[[Nodes], Coroutine[Any, Any, None]],
+    stack: str = EXACT,
+) -> None:
     async def run() -> None:
-        nodes = Nodes(folder, size)
+        nodes = Nodes(folder, size, stack)
         try:
             await asyncio.gather(*(trainee.start() for trainee in nodes.trainees.values()))
             await use(nodes)
@@ -181,6 +210,39 @@ def test_apps_that_die_after_training_lose_no_sum_and_replays_find_nothing(tmp_p
         assert (await nodes.sum(number=2)).replies == 3
 
     with_nodes(tmp_path, 10, use)
+
+
+def test_the_connection_charges_the_ledger_when_the_masked_update_leaves(tmp_path: Path) -> None:
+    async def use(nodes: Nodes) -> None:
+        def charged() -> list[int]:
+            found = [LedgerFile(tmp_path / str(node)).budget() for node in NODES]
+            return [rows[0]["participations"] if rows else 0 for rows in found]
+
+        seen = {}
+
+        def look(kind: str, _: list[Message]) -> None:
+            seen[kind] = charged()
+
+        assert (await nodes.sum(look)).replies == 3
+        assert seen[query_of("mask")] == [0, 0, 0]
+        assert seen[query_of("agree")] == [1, 1, 1]
+
+        def spend(kind: str, _: list[Message]) -> None:
+            """Another process spends what is left, once the sessions have begun."""
+            for node in NODES if kind == query_of("mask") else ():
+                with LedgerDatabase(tmp_path / str(node)).writing() as database:
+                    database.execute(
+                        "INSERT INTO charge SELECT NULL, time, 'x' || reply, run, round,"
+                        " coordinator, population, data, unit, mechanism, event, relation, slack,"
+                        " 100000 FROM charge"
+                    )
+
+        refused = await nodes.sum(spend, number=2)
+        assert refused.replies == 0
+        assert len(refused.rejected) == 3
+        assert all("takes no further part" in each.reason for each in refused.rejected)
+
+    with_nodes(tmp_path, 4, use, NOISED)
 
 
 def test_a_large_session_passes_through_shared_memory_and_is_wiped_from_it(tmp_path: Path) -> None:
