@@ -13,7 +13,7 @@ from umbel.clients.gate import Guarded, Known
 from umbel.strategies.collect import EXAMPLES, METRICS, PlainSum
 from umbel.strategies.contents import find_record
 from umbel.strategies.errors import StackError
-from umbel.strategies.layout import CONFIG
+from umbel.strategies.layout import CONFIG, STATISTICS
 from umbel.strategies.node_policy import NodePolicy, PolicyError
 from umbel.strategies.protection import Protection
 
@@ -50,11 +50,14 @@ def admit(
     elif kind == "evaluate" and not known.quiet:  # beside others nothing is told anyway
         policy.check_level("metrics", "clear")
         policy.check_level("counts", "clear")
-    elif kind in ("private-mean", "query") and not policy.unprotected:
+    elif kind in ("private-mean", "statistics", "query") and not policy.unprotected:
         raise PolicyError(
             "unprotected",
-            f"no bare update leaves, and a reply to a {kind} is no better; ask for less",
+            f"no bare update leaves, and what a node answers to a message of the kind {kind} is no "
+            "better; ask for less",
         )
+    if message.metadata.message_type == f"query.{STATISTICS}":
+        policy.check_level("counts", "clear")  # they weigh the statistics
 
 
 def _protection(known: Known, told: Mapping[str, Any]) -> Protection:

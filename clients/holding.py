@@ -50,7 +50,12 @@ class Holder:
         self._bytes = 0
 
     def split(
-        self, key: Hashable, node: Node, options: Options, seed: int, state: RecordDict
+        self,
+        key: Hashable,
+        node: Node,
+        options: Options,
+        seed: Callable[[], int],
+        state: RecordDict,
     ) -> Split:
         """The node's examples.
 
@@ -58,7 +63,7 @@ class Holder:
             key: tells nodes and options apart.
             node: who asks.
             options: of the run, complete.
-            seed: of the node, the same in every process and at every call.
+            seed: gives that of the node, the same in every process and at every call.
             state: the node's own records, which go with it from process to process.
 
         Raises:
@@ -68,7 +73,7 @@ class Holder:
         if kept is not None:
             self._kept.move_to_end(key)
             return kept[0]
-        with seeded(seed):
+        with seeded(seed()):
             found = self.data(node, options)
         split = found if isinstance(found, Split) else Split(found)
         if split.test is not None and not getattr(self.data, "FIXED", False):

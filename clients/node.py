@@ -86,6 +86,7 @@ from umbel.strategies.records import (
     from_array,
     from_kept,
     kept_array,
+    record_of,
     same_bits,
     to_array,
 )
@@ -142,10 +143,11 @@ class NodeHalf:
         """
         if isinstance(self.trainer, CohortTrainer) and len(messages) > 1:
             plan = self.plan(contexts[0])
-            tasks = [
-                plan.receive(message, context, self._split(plan, context))
-                for message, context in zip(messages, contexts, strict=True)
-            ]
+            tasks: list[_Received] = []
+            for message, context in zip(messages, contexts, strict=True):
+                before = tasks[-1] if tasks else None
+                split = self._split(plan, context)
+                tasks.append(plan.receive(message, context, split, before))
             trained = self.trainer.train_cohort(
                 [task.weights for task in tasks],
                 [task.split.train for task in tasks],
@@ -250,13 +252,18 @@ class NodeHalf:
 
     def _split(self, plan: "Plan", context: Context) -> Split:
         key, node = (context.node_id, _options_key(context)), node_of(context)
-        seed = job_seed(int(plan.options["seed"]), 0, node.partition)
-        return self._holder.split(key, node, plan.options, seed, context.state)
+        return self._holder.split(
+            key,
+            node,
+            plan.options,
+            lambda: job_seed(int(plan.options["seed"]), 0, node.partition),
+            context.state,
+        )
 
 
 @dataclass(frozen=True)
 class _Received:
-    """One request, unpacked."""
+    """One request, unpacked; `sent` is the model as it came."""
 
     message: Message
     context: Context
@@ -265,6 +272,7 @@ class _Received:
     vector: Tensor
     job: Job
     account: Charging
+    sent: bytes
 
 
 @dataclass(frozen=True)
@@ -360,7 +368,10 @@ class Plan:
         """The buffers that are averaged."""
         return Manifest.of(averaged_buffers(self.first.buffers, str(self.options["buffers"])))
 
-    def receive(self, message: Message, context: Context, split: Split) -> _Received:
+    def receive(
+        self, message: Message, context: Context, split: Split, before: _Received | None = None
+    ) -> _Received:
+        """A request, unpacked; it shares the model with the one before if both were sent one."""
         config = take_record(message.content, CONFIG, ConfigRecord)
         if config["manifest"] != self.manifest.digest:
             raise ConfigError(
@@ -368,7 +379,12 @@ class Plan:
                 "the server's; start both with the same app and options"
             )
         model = take_record(message.content, MODEL, ArrayRecord)
-        vector = from_array(model[PARAMETERS])
+        sent = model[PARAMETERS].data
+        if before is not None and before.sent is sent:
+            vector, parameters = before.vector, before.weights.parameters
+        else:
+            vector = from_array(model[PARAMETERS])
+            parameters = self.manifest.unflatten(vector)
         buffers = dict(self.first.buffers) | self.kept(context)
         if BUFFERS in model:
             buffers |= self.travelling.unflatten(from_array(model[BUFFERS]))
@@ -385,27 +401,31 @@ class Plan:
             memory=context.state,
             ledger=account,
         )
-        weights = Weights(self.manifest.unflatten(vector), buffers)
-        return _Received(message, context, split, weights, vector, job, account)
+        weights = Weights(parameters, buffers)
+        return _Received(message, context, split, weights, vector, job, account, sent)
 
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
         config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
         measured = {**trained.metrics, EXAMPLES: trained.examples}
+        buffers, examples = trained.weights.buffers, trained.examples
+        del trained  # a model; from here on only its difference is needed
         encoded, said = self.stack.encode(update, config, task.context.state, measured)
-        record = ArrayRecord({UPDATE: to_array(encoded)})
+        del update
+        record, size = record_of({UPDATE: to_array(encoded)}), encoded.numel()
+        del encoded
         if self.travelling.size:
-            sent = averaged_buffers(trained.weights.buffers, str(self.options["buffers"]))
+            sent = averaged_buffers(buffers, str(self.options["buffers"]))
             record[BUFFERS] = to_array(self.travelling.flatten(sent))
         public = public_of(task.message)
-        own = {k: v for k, v in trained.weights.buffers.items() if k not in public}
-        self._keep(task.context, own, trained.examples)
+        own = {k: v for k, v in buffers.items() if k not in public}
+        self._keep(task.context, own, examples)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
         if self._seals is not None:
             mine = self._sealing(task.message)
             content = self._seals.seal(content, task.message, task.context, mine)
-        releases = releases_of(self.charging, config, encoded.numel(), self.options)
+        releases = releases_of(self.stack, self.charging, config, size, self.options)
         content = task.account.finish(content, releases, sealed=self._seals is not None)
         return Message(content, reply_to=task.message)
 
@@ -417,7 +437,7 @@ class Plan:
             if not same_bits(tensor, self.first.buffers[name])
         }
         if changed:
-            context.state[LOCAL] = ArrayRecord({k: kept_array(v) for k, v in changed.items()})
+            context.state[LOCAL] = record_of({k: kept_array(v) for k, v in changed.items()})
             context.state[TRAINED] = MetricRecord({EXAMPLES: examples})
 
     def kept(self, context: Context) -> Tree:
@@ -433,7 +453,10 @@ class FederationClientApp(ClientApp):
 
     Attributes:
         half: answers messages.
+        takes_mapped: arrays that it gets need not hold bytes; mapped memory will do.
     """
+
+    takes_mapped = True
 
     def __init__(self, half: NodeHalf) -> None:
         super().__init__()

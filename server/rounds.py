@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.own_grid import OwnGrid
 from umbel.server.private.statements import Statements
 from umbel.server.roster import NodeRef, newcomers
+from umbel.server.shortfall import Shortfall
 from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
@@ -40,7 +41,7 @@ from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.records import Manifest, Tree, from_array, to_array
+from umbel.strategies.records import Manifest, Tree, from_array, record_of, to_array
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -161,6 +162,13 @@ class Rounds:
         wanted = self.job.options.federated_every >= 0 and not self.job.quiet
         if stopped != "rounds" and wanted and position.round:
             self._federated(position)  # the last round would have done it
+        missed = Shortfall.of(self.run.rounds())
+        if stopped == "rounds" and missed.nothing:
+            raise RunError(
+                f"none of the {missed.rounds} rounds changed the model: "
+                f"{missed.reason or 'no node could train'}; the nodes' errors are in "
+                f"{self.run.log_path}"
+            )
         return self._end(position, stopped)
 
     def _ask(self, position: Position) -> tuple[Position, bool]:
@@ -194,7 +202,7 @@ class Rounds:
                 checkpoint.begin(self.run.checkpoint_path, number)
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
-        bytes_down = self._bytes(requests)
+            bytes_down = self._bytes(requests)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
         gathering = trips(self.job.stack, requests, self._gathering(number, facts))
         del requests  # with them goes the model that was sent, once all have answered
@@ -205,8 +213,11 @@ class Rounds:
             position = self._count_failures(position, number, sum_)
         if sum_.revealed:
             self.job.guard.charge(number, facts, sum_.replies)
+        before = position.parameters
         with phases("aggregate"):
-            position, train_metrics = self._apply(position, number, facts, sum_)
+            position, train_metrics = self._apply(position, number, facts, sum_, len(cohort))
+        used = position.parameters is not before
+        del before  # a model
         sum_ = replace(sum_, total=torch.empty(0), buffers=None)  # it is in the model now
         with phases("evaluate"):
             position = self._with_statistics(position, cohort)
@@ -220,6 +231,7 @@ class Rounds:
             "bytes_down": bytes_down,
             "bytes_up": sum_.bytes_up,
             "clients": sum_.replies,
+            "used": used,
             "failed": self.failures.of([*sum_.rejected, *(federated.failed if federated else ())]),
             "metrics": metrics,
             "train": train_metrics,
@@ -272,7 +284,7 @@ class Rounds:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
             return pool_requests(model, config, cohort, self.processes)
-        content = RecordDict({MODEL: ArrayRecord(model), CONFIG: config})
+        content = RecordDict({MODEL: record_of(model), CONFIG: config})
         group = str(number)
         return [
             Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
@@ -280,7 +292,7 @@ class Rounds:
 
     def _share(self, vector: Tensor) -> Tensor:
         """The vector over the bytes that are sent of it, so that they do not take room twice."""
-        array = to_array(vector)
+        array = self._array(vector)
         shared = from_array(array)
         if shared.dtype != vector.dtype:  # it travels as another type
             return vector
@@ -290,7 +302,11 @@ class Rounds:
     def _pack(self, vector: Tensor) -> Array:
         if self._packed is not None and self._packed[0] is vector:
             return self._packed[1]
-        return to_array(vector)
+        return self._array(vector)
+
+    def _array(self, vector: Tensor) -> Array:
+        """The vector as it is sent; an engine of Umbel's may lay it where its nodes can map it."""
+        return self.grid.array(vector) if isinstance(self.grid, OwnGrid) else to_array(vector)
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate
@@ -311,19 +327,22 @@ class Rounds:
     def _replies(self, messages: Sequence[Message], phases: "Phases") -> Iterator[Message]:
         """The grid's replies; the time that the collect spends between them is aggregation."""
         timeout = self.job.options.round_timeout or None
-        for done, reply in enumerate(stream(self.grid, messages, timeout), start=1):
+        done = 0
+        for reply in stream(self.grid, messages, timeout):  # `enumerate` would hold each reply
+            done += 1  # noqa: SIM113
             self.progress.message_done(done, len(messages))
             self.statements.hear(reply)
             with phases("aggregate", within="train"):
                 yield reply
+            del reply  # while the next is awaited, this one must not take room
 
     def _apply(
-        self, position: Position, number: int, facts: Facts, sum_: Sum
+        self, position: Position, number: int, facts: Facts, sum_: Sum, asked: int
     ) -> tuple[Position, dict[str, float]]:
         """The next model: decode the sum, step the optimiser, mix in the buffers."""
-        too_few = sum_.replies < self.job.options.min_replies and self.job.guard.seeded
-        if too_few or sum_.aborted:
-            return self._abandon(position, number, sum_), {}
+        need = self.job.options.min_replies or self._half_of(asked)
+        if (sum_.replies < need and self.job.guard.seeded) or sum_.aborted:
+            return self._abandon(position, number, sum_, need), {}
         rnd = Round(
             number=number,
             cohort=self.expected,
@@ -374,14 +393,18 @@ class Rounds:
             )
         return after
 
-    def _abandon(self, position: Position, number: int, sum_: Sum) -> Position:
+    def _half_of(self, asked: int) -> int:
+        """The fewest replies that stand for a round: half of those that are waited for."""
+        share = self.grid.enough if isinstance(self.grid, OwnGrid) else 1.0
+        return max(1, math.ceil(share * asked / 2))
+
+    def _abandon(self, position: Position, number: int, sum_: Sum, need: int) -> Position:
         """A round without enough replies leaves the model as it was."""
         if not sum_.replies and not sum_.rejected and not sum_.aborted:
             self.progress.note(f"round {number}: the draw chose no node; the model stays as it was")
             return position.but(round=number)
         first = self.failures.first(sum_.rejected)
         after = position.but(round=number, abandoned=position.abandoned + 1)
-        need = self.job.options.min_replies
         said = f"round {number}: {sum_.replies} of {need} needed replies could be used{first}"
         if sum_.aborted:
             said = f"round {number}: {sum_.aborted}{first}"

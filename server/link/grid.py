@@ -84,9 +84,8 @@ class LinkGrid(OwnGrid):
             raise ConfigError(f"enough is {enough}; it is a share of replies, above 0, at most 1")
         take_identity(run_id)
         self.hub = hub
-        super().__init__(run_id)
+        super().__init__(run_id, enough)
         self._config = b"".join(encode(RecordDict({"c": ConfigRecord(dict(run_config or {}))})))
-        self._enough = enough
         self._largest, self._margin = largest, margin
         self._limits = Limits(total=largest or LARGEST_CONTENT)
         self._sent = 0  # bytes of the largest content
@@ -195,7 +194,7 @@ class LinkGrid(OwnGrid):
         )
         waiting = {message_id for message_id in ids if message_id is not None}
         patience = _Patience(self._late, waiting, self.hub.lost_after)
-        wanted = ceil(self._enough * len(waiting)) if training else len(waiting)
+        wanted = ceil(self.enough * len(waiting)) if training else len(waiting)
         soonest = time.monotonic() + min(map(seconds_left, messages), default=0.0)
         try:
             while waiting and wanted > 0:

@@ -16,7 +16,7 @@ def node(partition: int) -> Node:
 
 
 def ask(holder: Holder, at: int, state: RecordDict | None = None) -> Split:
-    return holder.split(at, node(at), {}, 7 + at, RecordDict() if state is None else state)
+    return holder.split(at, node(at), {}, lambda: 7 + at, RecordDict() if state is None else state)
 
 
 class Data:

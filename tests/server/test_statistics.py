@@ -16,10 +16,11 @@ from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.federation import Federation
 from umbel.loading import load
-from umbel.run import run
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.statistics import _pooled
+from umbel.strategies.collect import PlainSum
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.records import Manifest
@@ -153,7 +154,7 @@ def test_statistics_are_not_asked_for_where_updates_are_hidden() -> None:
     assert plain.job(plain.complete({})).statistics == names
     assert plain.job(plain.complete({"buffers": "mean"})).statistics == ()
     assert plain.job(plain.complete({"buffers": "never"})).statistics == ()
-    private = Stack([Clip(1.0), Gaussian(1.0)])
+    private = Stack([Clip(1.0), Gaussian(1.0)], PlainSum("fixed"))
     sealed = Stack([Clip(1.0), Quantize()], SecureSum())
     for stack in (private, sealed):
         hidden = replace(plain, stack=stack)
