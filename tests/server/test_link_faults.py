@@ -77,6 +77,28 @@ def test_a_server_that_is_told_to_end_says_goodbye_and_continues_later(federatio
     assert [line["train"]["steps"] for line in lines(result) if line["round"]] == [*range(1, 6)]
 
 
+def test_a_killed_server_repeats_no_round_that_it_could_save_and_names_the_others(
+    federation: Any,
+) -> None:
+    """Rounds far below a second: each has a checkpoint as soon as saving is a twentieth of it."""
+    start_nodes(federation, "n1", "n2")
+    federation.server("-c", "pause=0.2 rounds=6")
+
+    def in_round_four() -> bool:
+        return bool((federation.marks / "0-4").exists())
+
+    wait_for(federation, in_round_four)
+    federation.kill("server")
+    for mark in federation.marks.iterdir():
+        mark.unlink()
+    federation.server("-c", "pause=0.2 rounds=6")
+    assert federation.wait("server") == 0, federation.log("server")
+    done = {int(mark.name.split("-")[1]) for mark in federation.marks.iterdir()}
+    repeated = done & {1, 2, 3}
+    assert not repeated or "had ended and not been saved yet" in federation.log("server"), done
+    assert 1 not in done and 2 not in done
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_server_killed_at_twenty_random_instants_ends_with_the_same_model(

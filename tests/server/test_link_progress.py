@@ -1,9 +1,12 @@
 """Progress, not presence: nodes that are there and get nowhere, and replies that take all room."""
 
 import asyncio
+import contextlib
 import queue
+import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from tests.server.conftest import eventually
+from tests.server.test_link_faults import shut
+from tests.server.test_link_final import Road, node, pump
+from tests.server.test_link_membership import join
+from umbel.clients.process.membership import Membership, NodeSettings
 from umbel.server.link import hub as hub_module
 from umbel.server.link.advance import Advance
 from umbel.server.link.enrolment import EnrolledNode
@@ -263,3 +270,59 @@ def test_steps_that_were_made_once_are_none_the_next_time() -> None:
     advance.arrived(10, 3.0)
     advance.arrived(10, 4.0)
     assert advance.since == 3.0
+
+
+class BlackHole(Road):
+    """A path that carries small packets and swallows large ones; its connections break soon."""
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._target))
+            self._sockets += [near, far]
+            self._start(pump, near, far)
+            self._start(self._swallow, far, near)
+
+    def _swallow(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 18):
+                if len(data) > 16_000:
+                    break
+                sink.sendall(data)
+            source.settimeout(0.3)
+            while source.recv(1 << 18):
+                pass
+        shut(source)
+        shut(sink)
+
+
+def test_a_black_hole_for_large_packets_is_named_on_both_sides(
+    lab: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lab.hub.lost_after = 8.0
+    membership = Membership(tmp_path / "node")
+    settings = asyncio.run(membership.enrol(join(lab, tmp_path)))
+    membership.close()
+    road = BlackHole(lab.listener.port, lambda _: None, times=0)
+    try:
+        through = NodeSettings(f"127.0.0.1:{road.port}", settings.name)
+        with node(tmp_path / "node", through) as running:
+            eventually(lambda: lab.hub.connected() == 1)
+            [target] = lab.grid.get_node_ids()
+            large = ArrayRecord({"x": Array(np.zeros(500_000, np.float32))})
+            began = time.monotonic()
+            asked = lab.ask([Message(RecordDict({"a": large}), target, "train")], timeout=300)
+            [reply] = asked.result()
+            assert time.monotonic() - began < 30
+            assert "node n1 got nowhere with its instruction for 8 s" in reply.error.reason
+            assert "times" in reply.error.reason and "bytes have arrived" in reply.error.reason
+            assert running.events.count("connected") >= 3
+    finally:
+        road.close()
+    said = "instruction of 2,000,"
+    told = [record for record in caplog.records if said in record.getMessage()]
+    assert {record.name for record in told} == {"umbel.link", "umbel.node"}
+    assert all("swallow large packets" in record.getMessage() for record in told)
