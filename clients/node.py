@@ -205,6 +205,12 @@ class _Plan:
     first: Weights
 
     @functools.cached_property
+    def seals(self) -> Seals | None:
+        """The collect, if it seals; to ask that of every message takes longer than most answers."""
+        collect = self.stack.collect
+        return collect if isinstance(collect, Seals) else None
+
+    @functools.cached_property
     def manifest(self) -> Manifest:
         return Manifest.of(self.first.parameters)
 
@@ -257,8 +263,8 @@ class _Plan:
         self._keep(task.context, own)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
-        if isinstance(self.stack.collect, Seals):
-            content = self.stack.collect.seal(content, task.message, task.context)
+        if self.seals is not None:
+            content = self.seals.seal(content, task.message, task.context)
         return Message(content, reply_to=task.message)
 
     def _keep(self, context: Context, buffers: Tree) -> None:

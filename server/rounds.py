@@ -8,11 +8,11 @@ One loop for every engine: all it needs is a Flower `Grid`.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.records import Manifest, Tree, record_of, to_array
+from umbel.strategies.records import Manifest, Tree, from_array, record_of, to_array
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this share a checkpoint; a resumed run repeats them."""
@@ -79,6 +79,8 @@ class Rounds:
         self.processes = processes_of(grid) if job.pooled else 0
         self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
         self._next_time: set[int] = set()
+        self._sent: tuple[Tensor, Array] | None = None
+        """The last model that was sent, as a vector over the memory of what was sent."""
         self._saved_at = 0.0
         self._metrics: Mapping[str, float] = {}
 
@@ -134,6 +136,7 @@ class Rounds:
                 stopped = reason
                 break
             self._welcome()
+            position = self._sendable(position)
             position = self._round(position, number)
         position, _ = self._ask(position)
         if stopped != "rounds" and self.job.options.federated_every >= 0 and position.round:
@@ -222,8 +225,9 @@ class Rounds:
             facts = self.facts.but(round=number)
             for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
-        array = getattr(self.grid, "array", to_array)  # engines may lay it where nodes can map it
-        model = {PARAMETERS: array(position.parameters)} | public_arrays(position.public)
+        parameters = self._sendable(position).parameters
+        assert self._sent is not None and self._sent[0] is parameters
+        model = {PARAMETERS: self._sent[1]} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
@@ -233,6 +237,14 @@ class Rounds:
         return [
             Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
         ]
+
+    def _sendable(self, position: Position) -> Position:
+        """The position with its model where it is sent from, so that there is no second copy."""
+        if self._sent is None or self._sent[0] is not position.parameters:
+            lay: Callable[[Tensor], Array] = getattr(self.grid, "array", to_array)
+            array = lay(position.parameters)
+            self._sent = from_array(array), array
+        return position.but(parameters=self._sent[0])
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate
