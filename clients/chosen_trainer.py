@@ -75,6 +75,16 @@ class ChosenTrainer:
             return None
         return trainer.train_cohort(weights, examples, jobs)
 
+    def ready(self, weights: Weights, options: Options) -> Any:
+        """The chosen trainer's model; its weights where that makes none."""
+        ready = getattr(self.chosen(options), "ready", None)
+        return weights if ready is None else ready(weights, options)
+
+    def statistics(self, options: Options) -> tuple[str, ...]:
+        """The chosen trainer's."""
+        names = getattr(self.chosen(options), "statistics", None)
+        return () if names is None else tuple(names(options))
+
     def group_size(self, options: Options) -> int:
         """How many nodes an engine should give to `train_cohort` at a time."""
         sized = getattr(self.chosen(options), "group_size", None)

@@ -7,7 +7,7 @@
     trainer = FunctionTrainer(initial=lambda options: {"slope": np.zeros(3)}, train=train)
 
 NumPy in, NumPy out. Global random generators are seeded from the job around each call and put
-back afterwards. Arrays of floating-point numbers are parameters; others are buffers.
+back afterwards. Arrays of real or complex numbers are parameters; others are buffers.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from umbel.clients.data.arrays import not_a_number
+from umbel.clients.given import check_functions
+from umbel.clients.metrics import named_numbers
 from umbel.clients.seeding import seeded
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
 from umbel.strategies.errors import ConfigError
@@ -50,6 +53,7 @@ class FunctionTrainer:
         options: Options | None = None,
     ) -> None:
         self._initial, self._train, self._evaluate = initial, train, evaluate
+        check_functions(self, "_initial", "_train", "_evaluate")
         self.OPTIONS: dict[str, bool | int | float | str] = dict(options or {})
 
     def initial(self, options: Options, seed: int) -> Weights:
@@ -61,6 +65,12 @@ class FunctionTrainer:
                 f"the function `initial` returned {arrays!r}; return a dict of names to arrays"
             )
         return _split({name: _tensor(name, value) for name, value in arrays.items()})
+
+    USE = "model"
+
+    def ready(self, weights: Weights, options: Options) -> dict[str, Array]:  # noqa: ARG002
+        """The arrays by name."""
+        return _arrays({**weights.parameters, **weights.buffers})
 
     def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
         """Call `train` on copies of the arrays; `weights` is not mutated.
@@ -82,13 +92,17 @@ class FunctionTrainer:
         if count < 1:
             raise ConfigError(f"the function `train` trained on {count} examples; it needs one")
         after = _like(before, arrays)
+        if not all(bool(torch.isfinite(after[name]).all()) for name in weights.parameters):
+            found = not_a_number(examples)
+            if found:
+                raise ConfigError(f"{found}; fill it or leave those examples out")
         return Trained(
             Weights(
                 {name: after[name] for name in weights.parameters},
                 {name: after[name] for name in weights.buffers},
             ),
             int(count),
-            {name: float(value) for name, value in metrics.items()},
+            named_numbers(metrics, "the function `train`"),
         )
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002
@@ -98,12 +112,12 @@ class FunctionTrainer:
         arrays = _arrays({**weights.parameters, **weights.buffers})
         with seeded(0):
             metrics = self._evaluate(arrays, examples)
-        return Evaluated(len(examples), {name: float(value) for name, value in metrics.items()})
+        return Evaluated(len(examples), named_numbers(metrics, "the function `evaluate`"))
 
 
 def _tensor(name: str, value: Any) -> Tensor:
     array = np.array(value, order="C")
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biufc":
         raise ConfigError(f"the array {name} holds values of type {array.dtype}; use numbers")
     return torch.from_numpy(array)
 
@@ -116,10 +130,14 @@ def _viewed(name: str, value: Any) -> Tensor:
 
 
 def _split(tensors: dict[str, Tensor]) -> Weights:
-    real = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    real = {
+        n: value
+        for n, value in tensors.items()
+        if value.dtype.is_floating_point or value.is_complex()
+    }
     if not real:
         raise ConfigError(
-            f"none of the arrays {', '.join(tensors)} holds floating-point numbers, so there is "
+            f"none of the arrays {', '.join(tensors)} holds real or complex numbers, so there is "
             "nothing to train; make the parameters float"
         )
     return Weights(real, {name: value for name, value in tensors.items() if name not in real})

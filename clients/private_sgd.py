@@ -10,6 +10,7 @@ take part. The unit is one record; adding or removing one is what is hidden. The
 node's records is treated as public. The loss of training is private and not reported.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,20 +18,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from dp_accounting import NonPrivateDpEvent
 from torch import Tensor, nn
 
-from umbel.clients.example_ledger import ExampleLedger, Steps, noise_for
-from umbel.clients.pytorch.batches import Source, open_source, to_device, to_model
+from umbel.clients.node_ledger import StateLedger, total
+from umbel.clients.pytorch.batches import Source, to_device, to_model
+from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import make_optimizer
+from umbel.clients.pytorch.losses import Loss
 from umbel.clients.pytorch.settings import TorchSettings, choose_device
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
-from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
+from umbel.clients.trainer import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.privacy.bounds.examples import zeros
 from umbel.privacy.bounds.ghost import PerExample
+from umbel.privacy.budget.accounting import poisson
+from umbel.privacy.budget.calibrate import noise_multiplier
+from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge
 from umbel.privacy.noise.entropy import Entropy
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.layout import averaged_buffers
+from umbel.strategies.options import dashed
 from umbel.strategies.private.gaussian import noised
+from umbel.strategies.release import Release
 
 MARGIN = 1 + 2.0**-16
 """Noise beyond z C: covers the rounding of clipped gradients and of their sum in float32."""
@@ -118,12 +129,30 @@ class PrivateSgd(ExamplePrivacy):
             )
 
     def check_options(self, options: Options) -> None:
-        """Raises ConfigError where a setting of training or of the promise cannot be used."""
-        self.trainer.check_options(options)
+        """Raises ConfigError where a setting cannot be used, or would be ignored."""
+        _refuse_ignored(self.trainer.settings(options))
         self.privacy(options)
 
     def initial(self, options: Options, seed: int) -> Weights:
-        return self.trainer.initial(options, seed)
+        """The first model of the trainer.
+
+        Raises:
+            ConfigError: an option would be ignored, or something would leave a node unprotected,
+                or a layer mixes the examples of a batch.
+        """
+        _refuse_ignored(self.trainer.settings(options))
+        first = self.trainer.initial(options, seed)
+        _refuse_beside(averaged_buffers(first.buffers, str(options.get("buffers", "local"))))
+        piece = self.trainer.bench.piece(options, choose_device("cpu"))
+        try:
+            PerExample(piece.module.train())
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return first
+
+    def ready(self, weights: Weights, options: Options) -> nn.Module:
+        """The trained module."""
+        return self.trainer.ready(weights, options)
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         return self.trainer.evaluate(weights, examples, options)
@@ -156,7 +185,7 @@ class PrivateSgd(ExamplePrivacy):
             )
         except ValueError as error:
             raise ConfigError(f"a node with {examples} examples: {error}") from error
-        cost = ExampleLedger((Steps(noise, rate, steps * rounds),)).epsilon(delta)
+        cost = total({_charge(noise, rate): steps * rounds}, delta)[0]
         return Schedule(noise, rate, steps, cost)
 
     def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
@@ -168,13 +197,18 @@ class PrivateSgd(ExamplePrivacy):
         """
         settings = self.trainer.settings(job.options, job.learning_rate)
         promise, device = self.privacy(job.options), choose_device(settings.device)
-        source = open_source(examples, device)
-        plan = self.schedule(source.size, job.options)
-        epsilon = _charge(plan, promise, job)
+        _refuse_ignored(settings)
+        _refuse_beside(averaged_buffers(weights.buffers, str(job.options.get("buffers", "local"))))
         piece = self.trainer.bench.piece(job.options, device)
+        source = opened(piece, examples, self.trainer.target)
+        plan = self.schedule(source.size, job.options)
         piece.load(weights)
         with seeded(job.seed, device):
             step = _Step(self.trainer, piece.module, settings, promise, plan, _entropy(job))
+            step.check(source, device, piece.real)  # what is refused is not charged
+        ledger = job.ledger or StateLedger(job.memory)
+        epsilon = ledger.charge(_release(plan, promise, job)).epsilon
+        with seeded(job.seed, device):
             for _ in range(plan.steps):
                 step.take(source, device, piece.real)
         trained = piece.weights(weights)
@@ -205,6 +239,18 @@ class _Step:
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(trainer.optimizer, parameters, settings)
 
+    def check(self, source: Source, device: torch.device, real: torch.dtype) -> None:
+        """Whether examples of these shapes have gradients of their own in this model.
+
+        Raises:
+            ConfigError: they have not.
+        """
+        inputs, targets, each = self._batch(source, torch.arange(1), device, real)
+        try:
+            self.clipper.check(inputs, targets, each)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
     def take(self, source: Source, device: torch.device, real: torch.dtype) -> None:
         """Sample, clip, add noise, move the parameters."""
         rows = torch.from_numpy(
@@ -227,31 +273,92 @@ class _Step:
         self, source: Source, rows: Tensor, device: torch.device, real: torch.dtype
     ) -> dict[str, Tensor]:
         if len(rows) == 0:  # an empty batch is noise alone, and is charged like any other
-            return {name: torch.zeros_like(p) for p, name in self.clipper.names.items()}
+            return zeros(self.clipper.names)
+        inputs, targets, each = self._batch(source, rows, device, real)
+        try:
+            return self.clipper.clipped_sum(inputs, targets, each, self.norm).gradients
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _batch(
+        self, source: Source, rows: Tensor, device: torch.device, real: torch.dtype
+    ) -> tuple[Any, Any, Loss]:
         x, y = source.batch(rows)
         each = self.objective.each
         assert each is not None  # checked when the trainer was made
-        targets = self.objective.prepare(to_device(y, device))
-        inputs = to_model(x, device, real)
-        return self.clipper.clipped_sum(inputs, targets, each, self.norm).gradients
+        return to_model(x, device, real), self.objective.prepare(to_device(y, device)), each
 
     def _uniform(self, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         words = self.entropy.words64(count)
         return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _charge(plan: Schedule, promise: ExamplePrivacy, job: Job) -> float:
-    """Write this round's steps into the node's ledger; what it has spent with them."""
-    now = Steps(plan.noise_multiplier, plan.sampling_rate, plan.steps)
-    ledger = ExampleLedger.read(job.memory).plus(now)
-    epsilon = ledger.epsilon(promise.example_delta)
-    if not promise.example_noise and epsilon > promise.example_epsilon:
-        raise RunError(
-            f"the budget of this node's records is epsilon {promise.example_epsilon:g}, and "
-            f"another round would bring them to {epsilon:.4g}; the node takes no further part"
+def _release(plan: Schedule, promise: ExamplePrivacy, job: Job) -> Release:
+    """What this round is about to cost the node's records."""
+    seeded = _seed(job) >= 0
+    charge = _charge(plan.noise_multiplier, plan.sampling_rate)
+    promised = None if promise.example_noise else promise.example_epsilon
+    return Release(
+        unit="record",
+        mechanism="dp-sgd",
+        charge=Charge(NonPrivateDpEvent()) if seeded else charge,
+        count=plan.steps,
+        planned=plan.steps * int(job.options["rounds"]),
+        promised=math.inf if seeded else promised,
+        delta=promise.example_delta,
+        noise_multiplier=plan.noise_multiplier,
+        norm=promise.example_norm,
+        sampling_rate=plan.sampling_rate,
+    )
+
+
+def _charge(noise: float, rate: float) -> Charge:
+    return Charge(poisson(noise, rate), ADD_OR_REMOVE)
+
+
+@functools.lru_cache(maxsize=256)
+def noise_for(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The noise multiplier under which `steps` steps stay within a node's budget."""
+    return noise_multiplier(epsilon * (1 - 1e-3), delta, sampling_rate, steps)
+
+
+_IGNORED = {
+    "proximal_mu": (0.0, "a pull to the model that was sent"),
+    "clip_gradient": (0.0, "a limit for the whole batch; example-norm limits each record"),
+    "accumulate": (1, "batches in parts"),
+    "local_processes": (1, "several processes"),
+    "gpus": (1, "several GPUs"),
+}
+"""Settings of the plain trainer that DP-SGD does not have, with what leaves them off."""
+
+
+def _refuse_ignored(settings: TorchSettings) -> None:
+    """Raises:
+    ConfigError: a setting asks for what DP-SGD would leave out.
+    """
+    for name, (off, words) in _IGNORED.items():
+        value = getattr(settings, name)
+        if value != off and not (name == "gpus" and settings.processes() == 1):
+            raise ConfigError(
+                f"{dashed(name)} is {value}, and DP-SGD has not {words}; leave it at {off:g}"
+            )
+    if settings.precision not in ("auto", "float32"):
+        raise ConfigError(
+            f"precision is {settings.precision}, and DP-SGD computes in the model's own type; "
+            "leave it at auto"
         )
-    ledger.write(job.memory)
-    return math.inf if _seed(job) >= 0 else epsilon
+
+
+def _refuse_beside(sent: Tree) -> None:
+    """Raises:
+    ConfigError: values that no clipping and no noise has seen would travel.
+    """
+    if sent:
+        names = ", ".join(list(sent)[:3]) + (", ..." if len(sent) > 3 else "")
+        raise ConfigError(
+            f"buffers=mean would send {names} without clipping or noise beside updates that hide "
+            "every record; use buffers=local"
+        )
 
 
 def _seed(job: Job) -> int:

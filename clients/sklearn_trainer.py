@@ -9,24 +9,31 @@ How an estimator goes on from the model it was sent depends on what it offers:
     neither       a whole `fit` on the node's examples (LinearRegression, Ridge, ...); averaging
                   their solutions is the federation, and one round is all there is to it
 
+A pipeline is the estimator at its end, behind steps that are fitted already: every node scales
+alike, by numbers that are public (or agreed upon by private means), and the trained model has them.
+
 A node may lack some classes: `fit` is shown one example of each with next to no weight.
 """
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, clone, is_classifier
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import hinge_loss, log_loss
+from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from umbel.clients.data.arrays import not_a_number, plain_array
 from umbel.clients.data.examples import Examples
 from umbel.clients.seeding import seeded
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
@@ -50,8 +57,9 @@ class SklearnTrainer:
     Attributes:
         estimator: with `coef_` and `intercept_` (linear), or an MLP with solver sgd or adam. Its
             own settings hold, but for what the options say. A fitted one is where training
-            starts, and knows its features and classes.
-        features: number of inputs.
+            starts, and knows its features and classes. Or a pipeline of fitted steps with such
+            an estimator at its end.
+        features: number of inputs of the estimator, behind the steps before it.
         classes: number of classes, labelled from 0; 0 is regression.
         local_epochs: passes over the node's examples, with `partial_fit`.
         local_iterations: of the solver, with `warm_start`; 0 is the estimator's own `max_iter`.
@@ -66,9 +74,23 @@ class SklearnTrainer:
     classes: int = 0
     local_epochs: int = 1
     local_iterations: int = 5
+    USE: ClassVar[str] = "model.predict(x)"
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
+    steps: Any = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
+        kind = getattr(self.estimator, "__name__", type(self.estimator).__name__)
+        if inspect.isclass(self.estimator):
+            raise ConfigError(
+                f"SklearnTrainer was given the class {kind}; give it an object: {kind}(...)"
+            )
+        if not hasattr(self.estimator, "get_params") or not hasattr(self.estimator, "fit"):
+            raise ConfigError(
+                f"SklearnTrainer was given a {kind}, which is no estimator of scikit-learn"
+            )
+        if isinstance(self.estimator, Pipeline):
+            object.__setattr__(self, "steps", _fitted(self.estimator[:-1]))
+            object.__setattr__(self, "estimator", self.estimator[-1])
         options: dict[str, Any] = {
             "local-epochs": self.local_epochs,
             "local-iterations": self.local_iterations,
@@ -128,6 +150,16 @@ class SklearnTrainer:
         """
         x, y = self._arrays(examples)
         return Evaluated(len(x), self._metrics(self._loaded(weights), x, y))
+
+    def ready(self, weights: Weights, options: Options) -> Any:  # noqa: ARG002
+        """A fitted estimator, with the classes of the one that the trainer was given."""
+        estimator = self._loaded(weights)
+        known = getattr(self.estimator, "classes_", None)
+        if known is not None:
+            estimator.classes_ = np.array(known)
+        if self.steps is None:
+            return estimator
+        return Pipeline([*copy.deepcopy(self.steps).steps, ("model", estimator)])
 
     @cached_property
     def _rate(self) -> str | None:
@@ -238,8 +270,19 @@ class SklearnTrainer:
             )
         if len(examples) == 0:
             raise ConfigError("a node has no examples; every node needs at least one")
-        x, y = np.asarray(examples.x), np.asarray(examples.y).reshape(len(examples))
+        x, y = (_numpy(examples.x, "inputs"), _numpy(examples.y, "targets"))
+        if y.size != len(x):
+            raise ConfigError(
+                f"the targets of {len(x)} examples have the shape {y.shape}; give one number each"
+            )
+        y = y.reshape(len(x))
         x = x.reshape(len(x), -1).astype(np.float64) / (255 if x.dtype == np.uint8 else 1)
+        if self.steps is not None:
+            x = np.asarray(self.steps.transform(x), np.float64)
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise ConfigError(
+                f"{not_a_number(Examples(x, y))}; fill it or leave those examples out"
+            )
         if x.shape[1] != self.features:
             raise ConfigError(
                 f"an example has {x.shape[1]} inputs, but the trainer was made for features="
@@ -267,6 +310,28 @@ class SklearnTrainer:
         else:
             loss = hinge_loss(y, estimator.decision_function(x), labels=labels)
         return {"loss": float(loss), "accuracy": float((predicted == y).mean())}
+
+
+def _fitted(steps: Pipeline) -> Pipeline | None:
+    """The steps before the estimator; None where there are none.
+
+    Raises:
+        ConfigError: one of them is not fitted.
+    """
+    for name, step in steps.steps:
+        try:
+            check_is_fitted(step)
+        except NotFittedError:
+            raise ConfigError(
+                f"the step {name!r} ({type(step).__name__}) of the pipeline is not fitted, and "
+                "nodes that fit it by themselves would not scale alike; fit it on public examples"
+            ) from None
+    return steps if len(steps.steps) else None
+
+
+def _numpy(values: Any, what: str) -> Array:
+    array = plain_array(values, what)
+    return array.cpu().numpy() if isinstance(array, Tensor) else array
 
 
 @contextmanager

@@ -8,12 +8,13 @@ products (`bundles`), while a node on its own (`train`) computes the same update
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from umbel.clients.data.arrays import not_a_number, plain_array
 from umbel.clients.data.examples import Examples, each_of
 from umbel.clients.data.features import Rows
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Tree, Weights
@@ -45,6 +46,7 @@ class SoftmaxTrainer:
     prepare: Prepare | None = None
     buffers: Callable[[Options], Tree] | None = None
     learning_rate: float = 1.0
+    USE: ClassVar[str] = "model.predict(x)"
     OPTIONS: Mapping[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
     _ready: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -95,6 +97,10 @@ class SoftmaxTrainer:
             right += int((logits.argmax(1) == y[piece]).sum())
         return Evaluated(len(y), {"loss": losses / len(y), "accuracy": right / len(y)})
 
+    def ready(self, weights: Weights, options: Options) -> "SoftmaxModel":  # noqa: ARG002
+        """Softmax regression of features."""
+        return SoftmaxModel(self, weights)
+
     def _rate(self, job: Job) -> float:
         if job.learning_rate is not None:
             return job.learning_rate
@@ -102,11 +108,15 @@ class SoftmaxTrainer:
 
     def _rows(self, examples: Any, weights: Weights) -> tuple[Callable[[Any], UnitRows], Tensor]:
         """The prepared inputs by place, and the targets."""
-        x, y = examples.x, torch.as_tensor(np.asarray(examples.y), dtype=torch.int64)
+        x, y = examples.x, _labels(examples.y, self.classes)
         if len(y) == 0:
             raise ConfigError("a node has no examples; every node needs at least one")
         if not isinstance(x, Rows):
-            whole = self._prepared(torch.as_tensor(np.asarray(x)), weights.buffers)
+            found = not_a_number(examples)
+            if found:
+                raise ConfigError(f"{found}; fill it or leave those examples out")
+            inputs = torch.as_tensor(np.array(plain_array(x, "inputs")))
+            whole = self._prepared(inputs, weights.buffers)
             return lambda places: UnitRows(whole[places], _peak(whole)), y
         derived = self._derived(x, weights)
         return lambda places: _unit(derived[places].tensor()), y
@@ -133,6 +143,47 @@ class SoftmaxTrainer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": {}}
+
+
+@dataclass(frozen=True)
+class SoftmaxModel:
+    """A trained softmax regression.
+
+    Attributes:
+        trainer: whose features it takes.
+        weights: the trained ones.
+    """
+
+    trainer: SoftmaxTrainer
+    weights: Weights
+
+    def predict_proba(self, features: Any) -> Tensor:
+        """Shares of the classes for features of shape (n, width), shape (n, classes)."""
+        inputs = features.tensor() if isinstance(features, Rows) else features
+        inputs = torch.as_tensor(np.array(plain_array(inputs, "inputs")))
+        whole = self.trainer._prepared(inputs, self.weights.buffers)
+        logits = (whole.float() * UNIT_STEP) @ self.weights.parameters[WEIGHT].T
+        return logits.softmax(1)
+
+    def predict(self, features: Any) -> Tensor:
+        """The likeliest class of each row, shape (n,)."""
+        return self.predict_proba(features).argmax(1)
+
+
+def _labels(values: Any, classes: int) -> Tensor:
+    """Class labels as int64.
+
+    Raises:
+        ConfigError: they are not whole numbers from 0 to the number of classes less 1.
+    """
+    given = np.asarray(plain_array(values, "targets"))
+    labels = given.astype(np.int64)
+    if len(labels) and ((labels != given).any() or labels.min() < 0 or labels.max() >= classes):
+        raise ConfigError(
+            f"class labels go from {given.min()} to {given.max()}; with classes={classes} they "
+            f"have to be whole numbers from 0 to {classes - 1}"
+        )
+    return torch.from_numpy(labels)
 
 
 def _errors(weight: Tensor, right: UnitRows, y: Tensor) -> tuple[Tensor, float]:

@@ -4,6 +4,7 @@ A trainer turns a model and a node's own examples into a better model. It knows 
 messages, rounds or privacy: the node (`umbel.clients.node`) makes the update and sends it.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -12,7 +13,9 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from umbel.clients.node_ledger import Receipt
     from umbel.privacy.bounds.bundle import Bundle
+    from umbel.strategies.release import Release
 
 Options = Mapping[str, bool | int | float | str]
 """The run's options, as in `[tool.flwr.app.config]` and `-c`."""
@@ -34,6 +37,18 @@ class Weights:
     buffers: Tree = field(default_factory=dict)
 
 
+class Charges(Protocol):
+    """A node's ledger, as a trainer sees it that makes its updates private by itself."""
+
+    def charge(self, release: "Release") -> "Receipt":
+        """Charge the node's records, before anything is made of them.
+
+        Raises:
+            RunError: their budget is spent, or the ledger cannot be written; nothing may be made.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """What one node is asked to do in one round.
@@ -46,6 +61,7 @@ class Job:
             the trainer.
         node: the node's own configuration (`partition-id` and the like).
         memory: the node's own records, kept between rounds.
+        ledger: of the node; None is one in `memory`.
     """
 
     round: int
@@ -54,6 +70,7 @@ class Job:
     learning_rate: float | None = None
     node: Options = field(default_factory=dict)
     memory: RecordDict = field(default_factory=RecordDict)
+    ledger: Charges | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +90,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The result of an evaluation: metrics as means over `examples` examples."""
+    """The result of an evaluation: metrics as means over `examples` examples.
+
+    Attributes:
+        examples: how many there were.
+        metrics: by name; NaN where one is not defined on these examples.
+        counted: for metrics that only some examples have, how many; the weight in a mean.
+    """
 
     examples: int
     metrics: dict[str, float]
+    counted: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer(Protocol):
@@ -105,6 +129,18 @@ class ChecksOptions(Protocol):
 
 
 @runtime_checkable
+class ReadyTrainer(Protocol):
+    """A trainer that can hand out its model for use outside of Umbel."""
+
+    USE: str
+    """How the model is used, in one expression of `model` and `x`, for reports."""
+
+    def ready(self, weights: Weights, options: Options) -> Any:
+        """The model with these weights, which shares nothing with the trainer."""
+        ...
+
+
+@runtime_checkable
 class CohortTrainer(Protocol):
     """A trainer that can train several nodes' models as one batched computation."""
 
@@ -113,6 +149,28 @@ class CohortTrainer(Protocol):
     ) -> list[Trained] | None:
         """What `train` gives for each node, to float tolerance; None where it does not apply."""
         ...
+
+
+@runtime_checkable
+class RecordPrivate(Protocol):
+    """A trainer that promises privacy for each single record of a node."""
+
+    def privacy(self, options: Options) -> Any:
+        """The promise under these options."""
+        ...
+
+
+def promising(trainer: Trainer, options: Options) -> Trainer | None:
+    """The trainer of these options where it promises privacy for single records, else None."""
+    chosen = getattr(trainer, "chosen", None)
+    found: Trainer = chosen(options) if chosen is not None else trainer
+    return found if isinstance(found, RecordPrivate) else None
+
+
+def own_promise(trainer: Trainer | None) -> bool:
+    """Whether a promise is of Umbel's own trainer, and not of a class that calls itself so."""
+    home = sys.modules.get("umbel.clients.private_sgd")
+    return trainer is not None and home is not None and type(trainer) is home.PrivateSgd
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
     checkpoint/position.safetensors   the coordinator: model, optimiser, layers, counters
     checkpoint/nodes.sqlite           states of virtual nodes, by node and round
+    checkpoint/begun                  the round that was begun last, where nodes answer it once
 
 The position is replaced in one step and decides which round the checkpoint is of. Node states
 are kept in two versions, so that those of the decided round are there whenever a kill comes.
@@ -27,6 +28,7 @@ from umbel.strategies.stack import States
 
 _FILE = "position.safetensors"
 _NODES = "nodes.sqlite"
+_BEGUN = "begun"
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,40 @@ def load(directory: Path) -> Position | None:
         },
         answered=tuple(numbers["answered"]),
     )
+
+
+def begin(directory: Path, number: int) -> None:
+    """Write down that a round is about to begin, which nodes will not begin again.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    file = directory / _BEGUN
+    fresh = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with fresh.open("w") as opened:
+            opened.write(f"{number}\n")
+            opened.flush()
+            os.fsync(opened.fileno())
+        fresh.replace(file)
+    except OSError as error:
+        raise RunError(f"the checkpoint in {directory} cannot be written ({error})") from error
+
+
+def begun(directory: Path) -> int:
+    """The round that was begun last, as `begin` wrote it down; 0 where it never did.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    file = directory / _BEGUN
+    if not file.exists():
+        return 0
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the checkpoint {file} is damaged ({error}); start a new run") from error
 
 
 def load_nodes(directory: Path, number: int) -> dict[int, bytes]:

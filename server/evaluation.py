@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import Message
 
 from umbel.server.roster import NodeRef
-from umbel.strategies.collect import EXAMPLES, LARGEST_METRIC, Rejected, numbers
+from umbel.strategies.collect import COUNTED, EXAMPLES, LARGEST_METRIC, Rejected, numbers
 
 FALLING = {"loss", "error", "rmse", "mse", "mae", "perplexity", "ppl", "nll"}
 GROWING = {"accuracy", "acc", "auc", "f1", "r2", "precision", "recall", "dice"}
@@ -37,25 +37,40 @@ class FederatedEvaluation:
 
     Attributes:
         rows: a dict a node: `node`, `examples` and its metrics, by name.
+        counted: for each row, of how many examples those metrics are that not all have.
         failed: nodes that sent an error.
     """
 
     rows: Sequence[Mapping[str, Any]] = ()
     failed: Sequence[Rejected] = field(default_factory=tuple)
+    counted: Sequence[Mapping[str, float]] = ()
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """For each metric: `mean` (weighted by examples), `spread` (standard deviation over
-        nodes), `worst_decile` (mean of the worst tenth of nodes), `nodes`.
+        """For each metric: `mean` (weighted by the examples that have it), `spread` (standard
+        deviation over nodes), `worst_decile` (mean of the worst tenth of nodes), `nodes`.
         """
         names = sorted({name for row in self.rows for name in row} - {"node", "examples"})
         result: dict[str, dict[str, float]] = {}
         for name in names:
-            rows = [row for row in self.rows if abs(row.get(name, math.nan)) <= LARGEST_METRIC]
-            if rows:
-                values = np.array([row[name] for row in rows], dtype=np.float64)
-                weights = np.array([row["examples"] for row in rows], dtype=np.float64)
+            known = [
+                (row[name], self._weight(place, name))
+                for place, row in enumerate(self.rows)
+                if abs(row.get(name, math.nan)) <= LARGEST_METRIC and self._weight(place, name)
+            ]
+            if known:
+                values, weights = np.array(known, dtype=np.float64).T
                 result[name] = _spread(name, values, weights)
         return result
+
+    def means(self) -> dict[str, float]:
+        """For each metric, the mean over all examples that have it."""
+        return {name: values["mean"] for name, values in self.summary().items()}
+
+    def _weight(self, place: int, name: str) -> float:
+        """Of how many examples of one node this metric is."""
+        examples = float(self.rows[place]["examples"])
+        counted = self.counted[place] if self.counted else {}
+        return min(examples, max(0.0, counted.get(name, examples)))
 
 
 def _spread(
@@ -79,6 +94,7 @@ def gather(replies: Iterable[Message], nodes: Sequence[NodeRef]) -> FederatedEva
     order = {node.node_id: i for i, node in enumerate(nodes)}
     rows: dict[int, dict[str, Any]] = {}
     failed: list[Rejected] = []
+    counted: dict[int, dict[str, float]] = {}
     for reply in replies:
         node_id = reply.metadata.src_node_id
         if reply.has_error():
@@ -89,4 +105,7 @@ def gather(replies: Iterable[Message], nodes: Sequence[NodeRef]) -> FederatedEva
         if node_id in order and 0 < examples < LARGEST_WEIGHT:
             own = {"node": names[node_id], "examples": int(examples)}  # whatever metrics are called
             rows[order[node_id]] = {**own, **metrics, **own}
-    return FederatedEvaluation([rows[i] for i in sorted(rows)], tuple(failed))
+            counted[order[node_id]] = numbers(reply, COUNTED)
+    return FederatedEvaluation(
+        [rows[i] for i in sorted(rows)], tuple(failed), [counted[i] for i in sorted(rows)]
+    )

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from umbel.server.output.progress import Progress
-from umbel.strategies.collect import Rejected
+from umbel.strategies.collect import Limited, Rejected
 
 REASONS_TOLD = 5
 """Different reasons that a person is told during a run; the run's log has all of them."""
@@ -22,6 +23,7 @@ class Failures:
     names: dict[int, str]
     progress: Progress
     _told: set[str] = field(default_factory=set)
+    _limited: set[int] = field(default_factory=set)
 
     def of(self, rejected: Sequence[Rejected]) -> list[dict[str, str]]:
         """Each node once, with the first of its reasons."""
@@ -45,3 +47,20 @@ class Failures:
             if reason not in self._told and len(self._told) < REASONS_TOLD:
                 self._told.add(reason)
                 self.progress.note(f"round {number}: node {node} failed: {reason}")
+
+    def limited(self, number: int, limited: Sequence[Limited]) -> dict[str, list[dict[str, Any]]]:
+        """Nodes that count for less than they said, for the run's line; nothing where none does.
+
+        A person is told of each node once, and of `REASONS_TOLD` at most.
+        """
+        rows = []
+        for one in limited:
+            name = self.names.get(one.node_id, str(one.node_id))
+            rows.append({"node": name, "said": one.said, "counted": one.counted})
+            if one.node_id not in self._limited and len(self._limited) < REASONS_TOLD:
+                self._limited.add(one.node_id)
+                self.progress.note(
+                    f"round {number}: node {name} says that it has {one.said:,.0f} examples and "
+                    f"counts for {one.counted:,.0f}: {one.why}"
+                )
+        return {"limited": rows} if rows else {}

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from umbel.server.roster import NodeRef
+from umbel.strategies.errors import UmbelError
 from umbel.strategies.layer import Claim, Facts
+
+
+class BudgetSpentError(UmbelError):
+    """A release that was about to be made does not fit what is left; it must not be made."""
 
 
 class Guard(Protocol):
@@ -20,11 +25,23 @@ class Guard(Protocol):
         ...
 
     def open(self, number: int, cohort: Sequence[NodeRef]) -> None:
-        """Commit who is asked, and what asking them costs, before any request is sent."""
+        """Commit who is asked, and what asking them costs, before any request is sent.
+
+        Raises:
+            BudgetSpentError: another run was faster, and nothing may be asked any more.
+        """
         ...
 
     def charge(self, number: int, facts: Facts, replies: int) -> None:
-        """Commit what decoding this round's sum will cost, before it is decoded."""
+        """Commit what decoding this round's sum will cost, before it is decoded.
+
+        Raises:
+            BudgetSpentError: see `open`.
+        """
+        ...
+
+    def forfeit(self, number: int, facts: Facts) -> None:
+        """Commit what a round costs that is given up, and whose sum somebody may have seen."""
         ...
 
     def affords(self, claims: Sequence[Claim]) -> bool:
@@ -32,7 +49,11 @@ class Guard(Protocol):
         ...
 
     def release(self, name: str, claims: Sequence[Claim]) -> None:
-        """Commit what a release outside of rounds costs, before it is made."""
+        """Commit what a release outside of rounds costs, before it is made.
+
+        Raises:
+            BudgetSpentError: see `open`.
+        """
         ...
 
     def epsilon(self) -> float | None:
@@ -61,6 +82,9 @@ class NoGuard:
         return None
 
     def charge(self, number: int, facts: Facts, replies: int) -> None:  # noqa: ARG002
+        return None
+
+    def forfeit(self, number: int, facts: Facts) -> None:  # noqa: ARG002
         return None
 
     def affords(self, claims: Sequence[Claim]) -> bool:  # noqa: ARG002

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from umbel.server.guard import Guard, NoGuard
+from umbel.strategies.contract import Contract
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.records import Tree
 from umbel.strategies.run_options import RunOptions
@@ -34,7 +35,10 @@ class Job:
         learning_rate: of the nodes, before the schedule; None leaves it to the trainer.
         guard: the budget of a private run.
         questions: private means that are asked before, between and after rounds.
+        statistics: names of the buffers that nodes show for the delivered model.
         pooled: virtual nodes that share a process may answer as one.
+        quiet: why nodes are not asked what they measure; empty where they are.
+        contract: what nodes act on, for secure sums; None takes their word.
 
     Raises:
         ConfigError: an option watches the central evaluation, and there is none.
@@ -48,7 +52,10 @@ class Job:
     learning_rate: float | None = None
     guard: Guard = field(default_factory=NoGuard)
     questions: tuple[PrivateMean, ...] = ()
+    statistics: tuple[str, ...] = ()
     pooled: bool = False
+    quiet: str = ""
+    contract: Contract | None = None
 
     def __post_init__(self) -> None:
         options = self.options
@@ -68,7 +75,8 @@ class Outcome:
     Attributes:
         rounds: that were finished.
         stopped: why no further one was begun.
-        metrics: of the last central evaluation.
+        metrics: of the last central evaluation; without one, means over the nodes' own tests.
+        measured: "central", "nodes", or empty where nobody measured.
         parameters: the model.
         buffers: the model's.
         public: what private means released, by name.
@@ -80,3 +88,4 @@ class Outcome:
     parameters: Tree
     buffers: Tree
     public: Mapping[str, Tensor] = field(default_factory=dict)
+    measured: str = ""

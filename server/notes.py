@@ -16,6 +16,8 @@ from umbel.server.kept_model import KeptModel
 from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.collect import EXAMPLES, MeanMetrics
 from umbel.strategies.contents import records_of
+from umbel.strategies.errors import RunError
+from umbel.strategies.text import plain
 
 
 class NamesNodes(Protocol):
@@ -71,6 +73,22 @@ class Notes:
             "stopped": "rounds",
             "model": self.model.save(run),
         }
+
+    def check_trained(self) -> None:
+        """Refuse to call a run done in which nothing was trained.
+
+        Raises:
+            RunError: nodes were asked to train, and not one of them ever did: an app that goes
+                on after failures has nothing to show, whatever it says.
+        """
+        asked = [line for line in self._lines.values() if "train" in line["phases"]]
+        failed = [each for line in asked for each in line["failed"]]
+        if failed and not any(line["clients"] for line in asked):
+            first = plain(f"node {failed[0]['node']}: {failed[0]['reason']}")
+            raise RunError(
+                f"nothing was trained: all {len(failed)} replies of {len(asked)} rounds are "
+                f"errors; the first is of {first}"
+            )
 
     def _complete(self, number: int) -> dict[str, Any]:
         """A round's line, as far as the round is."""

@@ -8,7 +8,8 @@ One loop for every engine: all it needs is a Flower `Grid`.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,14 +23,20 @@ from umbel.server.checkpoint import Best, Position
 from umbel.server.drive import ROUND_TTL, Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.failures import Failures
+from umbel.server.guard import BudgetSpentError
 from umbel.server.job import Evaluate as Evaluate
 from umbel.server.job import Job as Job
 from umbel.server.job import Outcome as Outcome
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.own_grid import OwnGrid
+from umbel.server.private.statements import Statements
 from umbel.server.roster import NodeRef, newcomers
+from umbel.server.shortfall import Shortfall
+from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
-from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Sum
+from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
+from umbel.strategies.composition import check_rounds
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
@@ -37,7 +44,9 @@ from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
 from umbel.strategies.records import Manifest, Tree, from_array, record_of, to_array
 
 CHECKPOINT_EVERY_S = 1.0
-"""Rounds that are shorter than this share a checkpoint; a resumed run repeats them."""
+"""Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
+_CHECKPOINT_SHARE = 0.05
+"""Where saving is quick, a checkpoint comes as soon as it costs no more than this share."""
 PATIENCE_WITHOUT_REPLIES = 3
 """Rounds in a row without enough replies after which a run gives up."""
 
@@ -75,13 +84,18 @@ class Rounds:
             tau=options.tau,
         )
         self.facts = self._population(nodes)
-        self.job.stack.check(self.facts, self.job.stack.init(self.manifest.size))
+        check_rounds(self.job.stack, self.facts)
         self.processes = processes_of(grid) if job.pooled else 0
-        self.failures = Failures({node.node_id: node.name for node in nodes}, progress)
+        self._first: Tree = job.parameters
+        self.job = replace(job, parameters={})  # the position holds the model from the start on
+        self._packed: tuple[Tensor, Array] | None = None
+        self._saved_at = self._saving_took = 0.0
         self._next_time: set[int] = set()
-        self._sent: tuple[Tensor, Array] | None = None
-        """The last model that was sent, as a vector over the memory of what was sent."""
-        self._saved_at = 0.0
+        self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
+        self._fair: Mapping[str, float] = {}
+        names = {node.node_id: node.name for node in nodes}
+        self.failures = Failures(names, progress)
+        self.statements = Statements(run, names)
         self._metrics: Mapping[str, float] = {}
 
     def _population(self, nodes: Sequence[NodeRef]) -> Facts:
@@ -114,6 +128,7 @@ class Rounds:
             return
         everyone = sorted([*self.nodes, *new], key=lambda node: (node.partition, node.name))
         self.facts = self._population(everyone)
+        check_rounds(self.job.stack, self.facts)
         self.failures.names.update({node.node_id: node.name for node in new})
         names = ", ".join(node.name for node in new)
         self.progress.note(f"joined the run: {names}; there are {len(everyone)} nodes now")
@@ -136,11 +151,24 @@ class Rounds:
                 stopped = reason
                 break
             self._welcome()
-            position = self._sendable(position)
-            position = self._round(position, number)
+            try:
+                position = self._round(position, number)
+            except BudgetSpentError:  # by another run about the same people, since it was asked
+                stopped = "budget"
+                break
+        if stopped != "rounds":  # what was paid for is kept, whenever this run is looked at again
+            self._save(position, last=True)
         position, _ = self._ask(position)
-        if stopped != "rounds" and self.job.options.federated_every >= 0 and position.round:
+        wanted = self.job.options.federated_every >= 0 and not self.job.quiet
+        if stopped != "rounds" and wanted and position.round:
             self._federated(position)  # the last round would have done it
+        missed = Shortfall.of(self.run.rounds())
+        if stopped == "rounds" and missed.nothing:
+            raise RunError(
+                f"none of the {missed.rounds} rounds changed the model: "
+                f"{missed.reason or 'no node could train'}; the nodes' errors are in "
+                f"{self.run.log_path}"
+            )
         return self._end(position, stopped)
 
     def _ask(self, position: Position) -> tuple[Position, bool]:
@@ -154,7 +182,10 @@ class Rounds:
             if not self.job.guard.affords(question.claims()):
                 return position, True
             self.progress.note(f"asking all nodes for the private mean {question.name!r}")
-            answer = asker.ask(question, position.public, position.round, self.manifest.digest)
+            try:
+                answer = asker.ask(question, position.public, position.round, self.manifest.digest)
+            except BudgetSpentError:
+                return position, True
             position = position.but(
                 public={**position.public, **answer},
                 answered=(*position.answered, question.name),
@@ -167,21 +198,29 @@ class Rounds:
     def _round(self, position: Position, number: int) -> Position:
         phases = Phases()
         with phases("sample"):
+            if self._once:
+                checkpoint.begin(self.run.checkpoint_path, number)
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
             bytes_down = self._bytes(requests)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
+        gathering = trips(self.job.stack, requests, self._gathering(number, facts))
+        del requests  # with them goes the model that was sent, once all have answered
         with phases("train"):
-            sum_ = drive(
-                trips(self.job.stack, requests, self._gathering(number, facts)),
-                lambda messages: self._replies(messages, phases),
-            )
-        del requests  # the model that was sent takes room
+            sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
+        del gathering
+        if not self.job.guard.seeded:
+            position = self._count_failures(position, number, sum_)
         if sum_.revealed:
             self.job.guard.charge(number, facts, sum_.replies)
+        before = position.parameters
         with phases("aggregate"):
-            position, train_metrics = self._apply(position, number, facts, sum_)
+            position, train_metrics = self._apply(position, number, facts, sum_, len(cohort))
+        used = position.parameters is not before
+        del before  # a model
+        sum_ = replace(sum_, total=torch.empty(0), buffers=None)  # it is in the model now
         with phases("evaluate"):
+            position = self._with_statistics(position, cohort)
             position, metrics = self._evaluate(position)
         with phases("federated"):
             federated = self._federated(position) if self._federated_is_due(number) else None
@@ -192,6 +231,7 @@ class Rounds:
             "bytes_down": bytes_down,
             "bytes_up": sum_.bytes_up,
             "clients": sum_.replies,
+            "used": used,
             "failed": self.failures.of([*sum_.rejected, *(federated.failed if federated else ())]),
             "metrics": metrics,
             "train": train_metrics,
@@ -200,7 +240,9 @@ class Rounds:
             "learning_rate": self._rate(number),
             **({"secure": dict(sum_.about)} if sum_.about else {}),
             **({} if sum_.revealed else {"aborted": sum_.aborted}),
+            **self.failures.limited(number, sum_.limited),
         }
+        self.statements.write()
         self.run.append_round(line)
         self.failures.tell(number, line["failed"])
         self.progress.round_done(line)
@@ -211,8 +253,17 @@ class Rounds:
         entropy = [self.job.options.seed, number, 1] if self.job.guard.seeded else None
         nodes = self.job.guard.eligible(number, self.nodes)
         cohort = [nodes[i] for i in self.cohort.draw(len(nodes), entropy)] if nodes else []
+        cohort = self._present(cohort)
         self.job.guard.open(number, cohort)
         return cohort
+
+    def _present(self, nodes: Sequence[NodeRef]) -> list[NodeRef]:
+        """Without those that were shut out since the run began.
+
+        They are drawn all the same: the sampling rate is of the population that was planned for.
+        """
+        gone = self.grid.gone() if isinstance(self.grid, OwnGrid) else set()
+        return [node for node in nodes if node.node_id not in gone]
 
     def _requests(
         self, position: Position, number: int, cohort: Sequence[NodeRef], kind: str = "train"
@@ -225,9 +276,10 @@ class Rounds:
             facts = self.facts.but(round=number)
             for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
-        parameters = self._sendable(position).parameters
-        assert self._sent is not None and self._sent[0] is parameters
-        model = {PARAMETERS: self._sent[1]} | public_arrays(position.public)
+        vector = position.parameters
+        if kind == "evaluate" and position.average is not None:
+            vector = position.average  # what the run would end with
+        model = {PARAMETERS: self._pack(vector)} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
@@ -238,13 +290,23 @@ class Rounds:
             Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
         ]
 
-    def _sendable(self, position: Position) -> Position:
-        """The position with its model where it is sent from, so that there is no second copy."""
-        if self._sent is None or self._sent[0] is not position.parameters:
-            lay: Callable[[Tensor], Array] = getattr(self.grid, "array", to_array)
-            array = lay(position.parameters)
-            self._sent = from_array(array), array
-        return position.but(parameters=self._sent[0])
+    def _share(self, vector: Tensor) -> Tensor:
+        """The vector over the bytes that are sent of it, so that they do not take room twice."""
+        array = self._array(vector)
+        shared = from_array(array)
+        if shared.dtype != vector.dtype:  # it travels as another type
+            return vector
+        self._packed = (shared, array)
+        return shared
+
+    def _pack(self, vector: Tensor) -> Array:
+        if self._packed is not None and self._packed[0] is vector:
+            return self._packed[1]
+        return self._array(vector)
+
+    def _array(self, vector: Tensor) -> Array:
+        """The vector as it is sent; an engine of Umbel's may lay it where its nodes can map it."""
+        return self.grid.array(vector) if isinstance(self.grid, OwnGrid) else to_array(vector)
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate
@@ -259,6 +321,7 @@ class Rounds:
             facts=facts,
             buffers=self.travelling.size,
             run_id=self.grid.run.run_id,
+            contract=self.job.contract,
         )
 
     def _replies(self, messages: Sequence[Message], phases: "Phases") -> Iterator[Message]:
@@ -268,17 +331,18 @@ class Rounds:
         for reply in stream(self.grid, messages, timeout):  # `enumerate` would hold each reply
             done += 1  # noqa: SIM113
             self.progress.message_done(done, len(messages))
+            self.statements.hear(reply)
             with phases("aggregate", within="train"):
                 yield reply
             del reply  # while the next is awaited, this one must not take room
 
     def _apply(
-        self, position: Position, number: int, facts: Facts, sum_: Sum
+        self, position: Position, number: int, facts: Facts, sum_: Sum, asked: int
     ) -> tuple[Position, dict[str, float]]:
         """The next model: decode the sum, step the optimiser, mix in the buffers."""
-        too_few = sum_.replies < self.job.options.min_replies and self.job.guard.seeded
-        if too_few or sum_.aborted:
-            return self._abandon(position, number, sum_), {}
+        need = self.job.options.min_replies or self._half_of(asked)
+        if (sum_.replies < need and self.job.guard.seeded) or sum_.aborted:
+            return self._abandon(position, number, sum_, need), {}
         rnd = Round(
             number=number,
             cohort=self.expected,
@@ -290,29 +354,57 @@ class Rounds:
         average, layers, metrics = self.job.stack.decode(
             sum_, position.layers, rnd, self.facts.but(round=number)
         )
-        after = position.but(round=number, layers=layers, abandoned=0)
+        abandoned = 0 if self.job.guard.seeded else position.abandoned
+        after = position.but(round=number, layers=layers, abandoned=abandoned)
         if average is None:
             return after, metrics
         parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
+        del average
         # A sum that is finite has no term that is not; it costs a tenth of looking at each.
         if not (math.isfinite(parameters.sum()) or bool(torch.isfinite(parameters).all())):
             raise RunError(
                 f"the model stopped being finite in round {number}; lower learning-rate or "
                 "server-learning-rate"
             )
-        after = after.but(parameters=parameters, slots=slots)
+        after = after.but(parameters=self._share(parameters), slots=slots)
         if sum_.buffers is not None:
             after = after.but(buffers=sum_.buffers.to(position.buffers.dtype))
         return self._averaged(after), metrics
 
-    def _abandon(self, position: Position, number: int, sum_: Sum) -> Position:
+    def _count_failures(self, position: Position, number: int, sum_: Sum) -> Position:
+        """Of a private run: how many rounds in a row all nodes that were asked have failed.
+
+        Such a round releases noise and is paid like any other, since model users must not see
+        who was asked. When all fail again and again there is nothing to protect and nothing to
+        learn, so the run ends before it has spent its budget on noise.
+
+        Raises:
+            RunError: it has happened too often, or in the first round to every node there is.
+        """
+        if sum_.replies or not sum_.rejected or sum_.aborted:
+            return position.but(abandoned=position.abandoned if sum_.aborted else 0)
+        after = position.but(abandoned=position.abandoned + 1)
+        everyone = position.round == 0 and len(sum_.rejected) >= len(self.nodes)
+        if after.abandoned >= PATIENCE_WITHOUT_REPLIES or everyone:
+            raise RunError(
+                f"round {number}: all {len(sum_.rejected)} nodes that were asked failed"
+                f"{self.failures.first(sum_.rejected)}; the run ends before it spends its budget "
+                f"on noise; the nodes' errors are in {self.run.log_path}"
+            )
+        return after
+
+    def _half_of(self, asked: int) -> int:
+        """The fewest replies that stand for a round: half of those that are waited for."""
+        share = self.grid.enough if isinstance(self.grid, OwnGrid) else 1.0
+        return max(1, math.ceil(share * asked / 2))
+
+    def _abandon(self, position: Position, number: int, sum_: Sum, need: int) -> Position:
         """A round without enough replies leaves the model as it was."""
         if not sum_.replies and not sum_.rejected and not sum_.aborted:
             self.progress.note(f"round {number}: the draw chose no node; the model stays as it was")
             return position.but(round=number)
         first = self.failures.first(sum_.rejected)
         after = position.but(round=number, abandoned=position.abandoned + 1)
-        need = self.job.options.min_replies
         said = f"round {number}: {sum_.replies} of {need} needed replies could be used{first}"
         if sum_.aborted:
             said = f"round {number}: {sum_.aborted}{first}"
@@ -347,7 +439,20 @@ class Rounds:
         mixed = {**self.job.buffers, **own}
         if self.travelling.size:
             mixed |= self.travelling.unflatten(buffers)
+        elif self.statistics.size:
+            mixed |= self.statistics.unflatten(buffers)
         return self.manifest.unflatten(vector), mixed
+
+    def _with_statistics(self, position: Position, cohort: Sequence[NodeRef]) -> Position:
+        """The model's running statistics, of the nodes that trained; where they are looked at."""
+        options = self.job.options
+        last = position.round == options.rounds
+        judged = self.job.evaluate is not None and position.round % options.evaluate_every == 0
+        if not self.statistics.size or not (last or judged):
+            return position
+        timeout = options.round_timeout or None
+        found = ask_statistics(self.grid, cohort, self.statistics, position.round, timeout)
+        return position if found is None else position.but(buffers=self.statistics.flatten(found))
 
     def _evaluate(self, position: Position) -> tuple[Position, Mapping[str, float]]:
         options = self.job.options
@@ -382,18 +487,21 @@ class Rounds:
 
     def _federated_is_due(self, number: int) -> bool:
         every = self.job.options.federated_every
-        return every >= 0 and (
-            number == self.job.options.rounds or (every > 0 and number % every == 0)
+        return (
+            not self.job.quiet
+            and every >= 0
+            and (number == self.job.options.rounds or (every > 0 and number % every == 0))
         )
 
     def _federated(self, position: Position) -> FederatedEvaluation:
         count = self.job.options.federated_nodes or len(self.nodes)
-        nodes = self.nodes[:count]
+        nodes = self._present(self.nodes)[:count]
         requests = self._requests(position, position.round, nodes, "evaluate")
         timeout = self.job.options.round_timeout or None
         evaluation = gather(stream(self.grid, requests, timeout), nodes)
         if evaluation.rows:
             self.run.write_nodes(evaluation.rows)
+            self._fair = evaluation.means()
         return evaluation
 
     # ---- begin, save, end
@@ -404,17 +512,24 @@ class Rounds:
             restore = getattr(self.grid, "restore_states", None)
             if restore is not None:
                 restore(checkpoint.load_nodes(self.run.checkpoint_path, position.round))
+            self._tell_what_is_repeated(position.round)
             self.run.truncate_rounds(position.round)
             for line in self.run.rounds():
                 self._metrics = line.get("metrics") or self._metrics
-            return position
+                self._fair = _means_of(line.get("federated")) or self._fair
+            if self.statistics.size and not position.buffers.numel():  # a run of an older version
+                position = position.but(buffers=self._first_statistics())
+            return self._after_a_stop(position)
         self.run.truncate_rounds(-1)
-        parameters = self.manifest.flatten(self.job.parameters)
+        parameters = self._share(self.manifest.flatten(self._first))
+        self._first = {}
         buffers = checkpoint.no_buffers()
         if self.travelling.size:
             buffers = self.travelling.flatten(
                 averaged_buffers(self.job.buffers, self.job.options.buffers)
             )
+        elif self.statistics.size:
+            buffers = self._first_statistics()
         position = Position(
             round=0,
             parameters=parameters,
@@ -425,14 +540,46 @@ class Rounds:
         position, metrics = self._evaluate(position)
         if metrics:
             self.run.append_round({"round": 0, "metrics": metrics})
-        return position
+        return self._after_a_stop(position)
+
+    @property
+    def _once(self) -> bool:
+        """Whether nodes answer a round once only: in secret sums, where their records stay."""
+        goes_back = hasattr(self.grid, "restore_states")
+        return isinstance(self.job.stack.collect, Seals) and not goes_back
+
+    def _after_a_stop(self, position: Position) -> Position:
+        """Go on with a round that no node has begun: those give no second update for one."""
+        begun = checkpoint.begun(self.run.checkpoint_path) if self._once else 0
+        if begun <= position.round:
+            return position
+        facts = self.job.stack.check(self.facts.but(round=begun), position.layers)
+        self.job.guard.forfeit(begun, facts)
+        self.progress.note(
+            f"round {begun} was under way when the coordinator stopped, and nodes give their "
+            "masked updates of a round once only; it is given up, and the run goes on after it"
+        )
+        return position.but(round=begun)
+
+    def _tell_what_is_repeated(self, saved: int) -> None:
+        done = max((int(line.get("round", 0)) for line in self.run.rounds()), default=0)
+        if done > saved:
+            which = f"round {done}" if done == saved + 1 else f"rounds {saved + 1} to {done}"
+            self.progress.note(
+                f"{which} had ended and not been saved yet; the run goes on before, and repeats it"
+            )
+
+    def _first_statistics(self) -> Tensor:
+        return self.statistics.flatten(self.job.buffers)
 
     def _save(self, position: Position, *, last: bool) -> None:
         now = time.monotonic()
-        if last or now - self._saved_at >= CHECKPOINT_EVERY_S:
+        wait = min(CHECKPOINT_EVERY_S, self._saving_took / _CHECKPOINT_SHARE)
+        if last or self._once or now - self._saved_at >= wait:
             states = getattr(self.grid, "pickled_states", dict)
             checkpoint.save(self.run.checkpoint_path, position, states())
-            self._saved_at = now
+            self._saved_at = time.monotonic()
+            self._saving_took = self._saved_at - now
 
     def _end(self, position: Position, stopped: str) -> Outcome:
         parameters, buffers = self._model(position)
@@ -444,8 +591,24 @@ class Rounds:
             if self.job.evaluate is not None:
                 metrics = self.job.evaluate(parameters, buffers)
         self.run.write_model({**parameters, **buffers}, {"round": str(position.round)})
-        return Outcome(position.round, stopped, dict(metrics), parameters, buffers, position.public)
+        measured = "central" if metrics else ""
+        if self.job.evaluate is None and self._fair:
+            metrics, measured = self._fair, "nodes"
+        return Outcome(
+            rounds=position.round,
+            stopped=stopped,
+            metrics=dict(metrics),
+            parameters=parameters,
+            buffers=buffers,
+            public=position.public,
+            measured=measured,
+        )
 
     def _bytes(self, requests: Sequence[Message]) -> int:
         size = self.manifest.size * self.manifest.dtype.itemsize
         return len(requests) * (size + self.travelling.size * 4)
+
+
+def _means_of(federated: Mapping[str, Any] | None) -> dict[str, float]:
+    """The nodes' means, from the line of a round."""
+    return {name: float(values["mean"]) for name, values in (federated or {}).items()}

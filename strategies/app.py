@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from umbel.strategies.errors import ConfigError
+from umbel.strategies.errors import ConfigError, described
 from umbel.strategies.options import Value, flatten, read_toml
 
 T = TypeVar("T")
@@ -48,11 +48,18 @@ class AppFolder:
 
     def server_app(self) -> ServerApp:
         """Import the server's app; ConfigError says what went wrong."""
-        return load(self.path, self.server, ServerApp)
+        return self._installed(load(self.path, self.server, ServerApp))
 
     def client_app(self) -> ClientApp:
         """Import the nodes' app; ConfigError says what went wrong."""
-        return load(self.path, self.client, ClientApp)
+        return self._installed(load(self.path, self.client, ClientApp))
+
+    def _installed(self, app: T) -> T:
+        """Tell a federation's app where it comes from; others have no use for it."""
+        installed = getattr(app, "installed", None)
+        if installed is not None:
+            installed(self.digest(), self.options)
+        return app
 
     def digest(self) -> str:
         """SHA-256 over the names and contents of the app's Python and TOML files."""
@@ -188,4 +195,4 @@ def _import_failed(path: Path, module: str, error: BaseException) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if str(path) in frame.filename] or frames
         where = f"{own[-1].filename}, line {own[-1].lineno}"
-    return f"the app does not import: {type(error).__name__}: {error} ({where})"
+    return f"the app does not import: {described(error, where)}"

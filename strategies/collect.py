@@ -8,7 +8,7 @@ to bottom and knows nothing of networks. `umbel.server.rounds.drive` runs it ove
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -16,9 +16,13 @@ from torch import Tensor
 
 from umbel.privacy.bounds.clipping import is_within, l2_norm
 from umbel.privacy.noise.lattice import on_grid
-from umbel.strategies.fold import Fold
+from umbel.strategies.example_weights import TIMES, Counted, LimitedFold, Patience
+from umbel.strategies.fold import Fold, exact_block
 from umbel.strategies.layer import Facts, Metrics
 from umbel.strategies.records import from_array
+
+if TYPE_CHECKING:  # it is about stacks, which have a collect
+    from umbel.strategies.contract import Contract
 
 UPDATE = "update"
 """Name of the reply's ArrayRecord, and in it of the flat update."""
@@ -26,6 +30,8 @@ BUFFERS = "buffers"
 """In the same record: the node's floating-point buffers as one flat vector, where they travel."""
 METRICS = "metrics"
 """Name of the reply's MetricRecord."""
+COUNTED = "counted"
+"""Beside it, where some metrics are of fewer examples than others: of how many each is."""
 NO_REPLY = "no reply in time"
 """Why a node that said nothing is not in the sum."""
 EXAMPLES = "num-examples"
@@ -36,6 +42,9 @@ LARGEST_METRIC = 1e100
 
 LENIENCE = 1e-9
 """Two machines may add up the squares of one update in different orders."""
+
+FEW = 8
+"""Where float32 adds up fewer updates exactly, adding in float64 at once is no more work."""
 
 PARALLEL = 1 << 18
 """Coordinates from which the threads of a dot product are worth waking."""
@@ -49,6 +58,23 @@ class Rejected:
 
     node_id: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Limited:
+    """A reply that counts for less than its sender said.
+
+    Attributes:
+        node_id: the sender.
+        said: its number of examples, as it said it.
+        counted: the weight that it got.
+        why: the limit, in words.
+    """
+
+    node_id: int
+    said: float
+    counted: float
+    why: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,7 @@ class Sum:
         aborted: why there is no sum at all, or empty. The model then stays as it was.
         revealed: somebody could know the sum; it is False only where that is impossible.
         about: what the run should write down of how the sum came about.
+        limited: replies that count for less than their senders said.
     """
 
     total: Tensor
@@ -80,6 +107,7 @@ class Sum:
     aborted: str = ""
     revealed: bool = True
     about: Mapping[str, str | int] = field(default_factory=dict)
+    limited: tuple[Limited, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +122,7 @@ class Gathering:
         facts: at the bottom of the stack.
         buffers: coordinates of the nodes' buffers; 0 where they stay local.
         run_id: of Flower's run.
+        contract: what nodes act on, as the server reckons it; None takes their word.
     """
 
     number: int
@@ -103,6 +132,7 @@ class Gathering:
     facts: Facts
     buffers: int = 0
     run_id: int = 0
+    contract: "Contract | None" = None
 
 
 Gather = Generator[Sequence[Message], Iterator[Message], Sum]
@@ -117,7 +147,12 @@ class Collect(Protocol):
         ...
 
     def check(self, facts: Facts) -> Facts:
-        """The facts about one update as it enters the sum; raises StackError with the cure."""
+        """The facts about one update as it enters the sum; raises StackError with the cure.
+
+        Says `kind`, what the collect makes of the updates: without it, nothing that promises
+        privacy stands on this collect. Whoever writes a collect of their own can say what they
+        like, so noise stands on Umbel's own alone (`is_own`).
+        """
         ...
 
     def gather(self, requests: Sequence[Message], round_: Gathering) -> Gather:
@@ -129,12 +164,44 @@ class Collect(Protocol):
         ...
 
 
+def is_own(collect: Collect) -> bool:
+    """Whether the facts that a collect says follow from Umbel's own code.
+
+    Of a class that an app wrote, one derived from `PlainSum` included, they are its author's word.
+    """
+    return type(collect).__module__.startswith("umbel.strategies.")
+
+
+@dataclass(frozen=True)
+class Sealing:
+    """What a node knows of its own part when it seals an update.
+
+    Attributes:
+        contract: digests of what it acts on; see `umbel.strategies.contract`.
+        shares: into how many shares the noise in its update is cut; 0 is no such noise.
+    """
+
+    contract: bytes = b""
+    shares: int = 0
+
+
 @runtime_checkable
 class Seals(Protocol):
     """A collect whose nodes do not send the update itself when they have trained."""
 
-    def seal(self, content: RecordDict, request: Message, context: Context) -> RecordDict:
+    def seal(
+        self, content: RecordDict, request: Message, context: Context, own: Sealing
+    ) -> RecordDict:
         """Node: what is sent in place of `content`."""
+        ...
+
+
+@runtime_checkable
+class Considers(Protocol):
+    """A collect that seals, and can tell before training that it would not."""
+
+    def consider(self, request: Message, context: Context, own: Sealing) -> RecordDict | None:
+        """Node: the refusal that is sent in place of an update; None where there is none."""
         ...
 
 
@@ -152,15 +219,20 @@ class PlainSum:
         longest: an update with a larger Euclidean norm is rejected; a divergent node must not
             ruin the round.
         hold_bytes: memory for replies that arrive before their turn.
+        max_examples: by `examples`, the largest number that a node counts for; 0 is ten times
+            the median of the round, see `umbel.strategies.example_weights`.
     """
 
     weighting: Literal["examples", "equal", "fixed"] = "examples"
     longest: float = 1e8
     hold_bytes: int = 64 << 20
+    max_examples: int = 0
     name: str = "plain-sum"
 
     def check(self, facts: Facts) -> Facts:
         return facts.but(
+            kind="sum",
+            averages_buffers=True,
             server_sees="each",
             weight_bound=None if self.weighting == "examples" else 1.0,
             public_denominator=self.weighting == "fixed",
@@ -170,12 +242,14 @@ class PlainSum:
         return {}
 
     def gather(self, requests: Sequence[Message], round_: Gathering) -> Gather:
-        position = {message.metadata.dst_node_id: i for i, message in enumerate(requests)}
-        fold = Fold(round_.size, round_.dtype, self.hold_bytes)
-        buffers = Fold(round_.buffers, torch.float64) if round_.buffers else None
-        means = MeanMetrics()
+        nodes = [message.metadata.dst_node_id for message in requests]
+        position = {node: i for i, node in enumerate(nodes)}
+        fold = self._fold(round_)
+        buffers = None
+        if round_.buffers:
+            buffers = self._like(fold, round_.buffers, torch.float64)
+        metrics: dict[int, dict[str, float]] = {}
         rejected: list[Rejected] = []
-        weights: dict[int, float] = {}
         bytes_up = 0
         for reply in (yield requests):
             node = reply.metadata.src_node_id
@@ -194,14 +268,18 @@ class PlainSum:
                     buffers.skip(where)
                 continue
             fold.offer(where, update, weight)
-            weights[where] = weight
-            means.add(where, numbers(reply), weight)
+            metrics[where] = numbers(reply)
             bytes_up += size
             del reply, update  # while the next is awaited, this one must not take room
         rejected += [Rejected(node, NO_REPLY) for node in position]
+        sum_ = fold.finish()
+        weights, limited = self._counted(fold, sorted(metrics), nodes)
+        means = MeanMetrics()
+        for where, weight in weights.items():
+            means.add(where, metrics[where], weight)
         total = math.fsum(weights.values())
         return Sum(
-            total=fold.finish(),
+            total=sum_,
             weight=total,
             replies=len(weights),
             denominator=round_.cohort if self.weighting == "fixed" else total,
@@ -209,12 +287,56 @@ class PlainSum:
             buffers=buffers.finish() / total if buffers is not None and total else None,
             rejected=tuple(rejected),
             bytes_up=bytes_up,
+            limited=limited,
+        )
+
+    def _fold(self, round_: Gathering) -> Fold:
+        """Where the updates are added up: exactly, if they lie on a grid and count alike."""
+        facts, dtype = round_.facts, round_.dtype
+        if self.weighting == "examples":
+            dtype = torch.float64 if facts.wide else dtype
+            term = round_.size * dtype.itemsize
+            patience = Patience.of(self.max_examples, term, self.hold_bytes)
+            return LimitedFold(round_.size, dtype, self.hold_bytes, patience=patience)
+        block = exact_block(facts.l2_bound, facts.grid)
+        off_grid = facts.l2_bound is not None and facts.grid is None
+        if facts.wide or off_grid or block < FEW:
+            return Fold(round_.size, torch.float64, self.hold_bytes)
+        return Fold(round_.size, dtype, self.hold_bytes, block)
+
+    def _like(self, fold: Fold, size: int, dtype: torch.dtype) -> Fold:
+        """A fold for other vectors of the same replies, in which they count the same."""
+        if isinstance(fold, LimitedFold):
+            return LimitedFold(size, dtype, self.hold_bytes, patience=fold.patience)
+        return Fold(size, dtype)
+
+    def _counted(
+        self, fold: Fold, places: Sequence[int], nodes: Sequence[int]
+    ) -> tuple[dict[int, float], tuple[Limited, ...]]:
+        """By place in the cohort what each reply counts for; and those that were limited."""
+        if not isinstance(fold, LimitedFold):
+            return dict.fromkeys(places, 1.0), ()
+        counted = dict(zip(places, fold.counted, strict=True))
+        limited = [
+            Limited(nodes[where], one.said, one.weight, self._limit_in_words(one))
+            for where, one in counted.items()
+            if one.weight < one.said
+        ]
+        return {where: one.weight for where, one in counted.items()}, tuple(limited)
+
+    def _limit_in_words(self, one: Counted) -> str:
+        if self.max_examples:
+            return f"max-examples is {self.max_examples}"
+        return (
+            f"no node counts for more than {TIMES} times the median of its round, which is "
+            f"{one.median:g}; max-examples=N sets a limit of your own"
         )
 
     def _read(self, reply: Message, round_: Gathering) -> tuple[Tensor, float, int]:
         """One reply's update, weight and size in bytes; ValueError says what is wrong with it."""
         update = read_vector(reply, UPDATE, round_.size)
-        if update.dtype != round_.dtype:
+        wide = round_.facts.wide and update.dtype == torch.float64
+        if update.dtype != round_.dtype and not wide:
             raise ValueError(f"an update of {update.dtype}, but the model is {round_.dtype}")
         facts = round_.facts
         longest = self.longest if facts.l2_bound is None else facts.l2_bound
@@ -267,9 +389,9 @@ def read_buffers(reply: Message, size: int) -> Tensor:
     return vector
 
 
-def numbers(reply: Message) -> dict[str, float]:
+def numbers(reply: Message, name: str = METRICS) -> dict[str, float]:
     """The scalar metrics of a reply; integers beyond any float become infinity."""
-    record = reply.content.get(METRICS) if reply.has_content() else None
+    record = reply.content.get(name) if reply.has_content() else None
     if not isinstance(record, MetricRecord):
         return {}
     return {k: _float(v) for k, v in record.items() if isinstance(v, int | float)}

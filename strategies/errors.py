@@ -19,6 +19,31 @@ def place(error: BaseException) -> str:
     return f"{(own or frames)[-1].filename}, line {(own or frames)[-1].lineno}" if frames else ""
 
 
+LONGEST = 600
+"""Characters of an exception's own text that a message repeats."""
+
+
+def described(error: BaseException, where: str | None = None, longest: int = LONGEST) -> str:
+    """`Kind: text (file, line n)` for an exception of any code, on one line.
+
+    `where` is the place if the caller knows a better one than `place`. Umbel's own errors are
+    sentences already and need none. A text that is longer than
+    `longest` characters is cut; an exception without a text, or whose text cannot be made, is
+    still told by its kind and its place.
+    """
+    kind = type(error).__name__
+    try:
+        text = " ".join(str(error).split())
+    except Exception as broken:
+        text = f"its text cannot be made, that raises {type(broken).__name__}"
+    if len(text) > longest:
+        text = f"{text[:longest]} ... ({len(text):,} characters)"
+    said = f"{kind}: {text}" if text else kind
+    if where is None:
+        where = "" if isinstance(error, UmbelError) else place(error)
+    return f"{said} ({where})" if where else said
+
+
 class UmbelError(Exception):
     """Base of every error that a user should read as one sentence, without a traceback."""
 

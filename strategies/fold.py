@@ -3,8 +3,12 @@
 Floating-point addition is not associative, so the order is fixed: terms are added by their
 position in the cohort. A term that comes early is held back, in memory up to a limit and in an
 unnamed temporary file beyond it. Memory is a few models, whatever the number of replies.
+
+Terms that are multiples of a grid, each below a bound, are added up exactly: in single precision
+as many at a time as cannot round, the rest in double precision.
 """
 
+import math
 import tempfile
 from dataclasses import dataclass
 from typing import IO
@@ -15,6 +19,19 @@ from torch import Tensor
 
 BLOCK = 128
 """Terms that are added in the vector's own precision before they go into the float64 total."""
+_SINGLE = 2.0**24
+"""Up to here float32 holds every whole number."""
+
+
+def exact_block(bound: float | None, grid: float | None) -> int:
+    """How many multiples of `grid`, none above `bound`, float32 adds up without rounding.
+
+    Of vectors, whose coordinates are not above their L2 norm. At most `BLOCK`; without a grid or
+    a bound nothing is exact, and `BLOCK` is as good as another number.
+    """
+    if bound is None or grid is None:
+        return BLOCK
+    return max(0, min(BLOCK, math.floor(_SINGLE * grid / bound)))
 
 
 @dataclass
@@ -31,14 +48,18 @@ class Fold:
         size: coordinates of a vector.
         dtype: float32 or float64.
         hold_bytes: how much of the early terms is kept in memory.
+        block: terms that are added up in float32 before they go into a float64 total.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, hold_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, size: int, dtype: torch.dtype, hold_bytes: int = 64 << 20, block: int = BLOCK
+    ) -> None:
         self._block = torch.zeros(size, dtype=dtype)
         self._total: Tensor | None = None
         self._in_block = 0
         self._next = 0
         self._held: dict[int, _Held | None] = {}
+        self._most = block
         self._room = hold_bytes
         self._file: IO[bytes] | None = None
 
@@ -99,7 +120,7 @@ class Fold:
     def _add(self, vector: Tensor, weight: float) -> None:
         self._block.add_(vector, alpha=weight)
         self._in_block += 1
-        if self._in_block == BLOCK and self._block.dtype == torch.float32:
+        if self._in_block == self._most and self._block.dtype == torch.float32:
             if self._total is None:
                 self._total = torch.zeros(self._block.numel(), dtype=torch.float64)
             self._total.add_(self._block)

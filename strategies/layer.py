@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from flwr.app import RecordDict
@@ -57,6 +57,11 @@ class Facts:
         spread: standard deviation of a coordinate of any one update, after a random rotation
             that spreads it evenly; None is without.
         noise: standard deviation of the noise that all nodes together add to a coordinate.
+        wide: an update needs float64, because float32 does not hold every value that it can have.
+        kind: what the collect makes of the updates: their `sum`, or a choice that it makes by
+            looking at `each` (a median); None where it does not say. Noise that hides one
+            update in the result, and secure sums, need a sum.
+        averages_buffers: the collect also averages the nodes' running statistics.
     """
 
     size: int
@@ -72,6 +77,9 @@ class Facts:
     max_replies: int = 0
     spread: float | None = None
     noise: float = 0.0
+    wide: bool = False
+    kind: Literal["sum", "each"] | None = None
+    averages_buffers: bool = False
 
     def but(self, **changes: Any) -> Facts:
         """These facts with some replaced."""
@@ -92,6 +100,8 @@ class Claim:
         slack: what the round adds to delta.
         summed: who it is against sees it in the round's sum only, once that is released.
         separation: a unit takes part at most once in this many consecutive rounds.
+        mechanism: how the noise is made, in the words of the option `mechanism`, such as `local`;
+            empty for another way.
     """
 
     event: DpEvent
@@ -103,6 +113,7 @@ class Claim:
     slack: float = 0.0
     summed: bool = False
     separation: int = 1
+    mechanism: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,11 +123,13 @@ class Round:
     Attributes:
         number: from 1.
         cohort: the expected number of nodes, the public denominator of a private average.
-        replies: how many updates the sum is made of.
-        weight: the sum of the updates' weights.
+        replies: how many updates the sum is made of. Under a private stack the exact number is
+            nobody's to know: layers are told the expected one.
+        weight: the sum of the updates' weights; under a private stack likewise.
         facts: at the bottom of the stack.
         generator: seeded by the run; for choices that need not be secret.
         entering: the facts as an update enters the layer that is being decoded.
+        denominator: what the stack will divide the decoded sum by.
     """
 
     number: int
@@ -126,6 +139,7 @@ class Round:
     facts: Facts
     generator: torch.Generator
     entering: Facts | None = None
+    denominator: float = 0.0
 
 
 class Layer(Protocol[S]):
@@ -162,7 +176,12 @@ class Layer(Protocol[S]):
         ...
 
     def claim(self, facts: Facts) -> Claim | None:
-        """Server: what a round costs, on the facts at the bottom of the stack."""
+        """Server: what a round costs, on the facts at the bottom of the stack.
+
+        A layer that claims makes its stack private: nothing leaves a node beside the update, the
+        run keeps a ledger, and what stands below the layer must not undo it
+        (`umbel.strategies.order`).
+        """
         ...
 
 
@@ -193,8 +212,94 @@ class EncodesMany(Protocol):
         ...
 
 
-class Stateless:
+@runtime_checkable
+class Isometry(Protocol):
+    """A layer that says whether its server half may stand below noise.
+
+    It may where it is a fixed linear map that makes no sum longer, releases nothing and keeps
+    nothing. A layer without this attribute does not say so, and `Stack` tries those that do.
+    """
+
+    @property
+    def isometry(self) -> bool:
+        """Whether `decode` is such a map."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A layer whose noise follows from a budget, once cohorts and rounds are known."""
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """Standard deviation of the noise over the bound of one update; None if undecided."""
+        ...
+
+    def with_noise(self, noise_multiplier: float) -> Layer[Any]:
+        """This layer with its noise decided."""
+        ...
+
+
+@runtime_checkable
+class Seeded(Protocol):
+    """A layer whose noise can be repeated for tests, which then hides nothing."""
+
+    @property
+    def insecure_seed(self) -> int | None:
+        """The seed; None is the operating system's entropy."""
+        ...
+
+    def without_seed(self) -> Self:
+        """This layer with real noise."""
+        ...
+
+
+@runtime_checkable
+class Separated(Protocol):
+    """A layer whose promise needs nodes to rest."""
+
+    @property
+    def separation(self) -> int:
+        """A node takes part at most once in this many consecutive rounds."""
+        ...
+
+
+class Unclaimed:
+    """For a layer that promises no privacy."""
+
+    def claim(self, facts: Facts) -> Claim | None:  # noqa: ARG002
+        return None
+
+
+class IdleNode:
+    """For a layer whose node half does nothing."""
+
+    def encode(
+        self,
+        update: Tensor,
+        config: Config,  # noqa: ARG002
+        memory: RecordDict,  # noqa: ARG002
+    ) -> tuple[Tensor, Metrics]:
+        return update, {}
+
+
+class IdleServer:
+    """For a layer whose server half does nothing."""
+
+    def decode(
+        self,
+        total: Tensor,
+        metrics: Metrics,  # noqa: ARG002
+        state: Any,
+        rnd: Round,  # noqa: ARG002
+    ) -> tuple[Tensor, Any, Metrics]:
+        return total, state, {}
+
+
+class Stateless(IdleNode, IdleServer, Unclaimed):
     """Identity halves for a layer without state: it writes only what it does."""
+
+    isometry: ClassVar[bool] = False
 
     def init(self, size: int) -> None:  # noqa: ARG002
         return None
@@ -205,22 +310,50 @@ class Stateless:
     def publish(self, state: None) -> Config:  # noqa: ARG002
         return {}
 
-    def encode(
-        self,
-        update: Tensor,
-        config: Config,  # noqa: ARG002
-        memory: RecordDict,  # noqa: ARG002
-    ) -> tuple[Tensor, Metrics]:
-        return update, {}
 
-    def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,  # noqa: ARG002
-        state: None,
-        rnd: Round,  # noqa: ARG002
-    ) -> tuple[Tensor, None, Metrics]:
-        return total, state, {}
+# ---- what a layer does, read off its code and not off what it says of itself
 
-    def claim(self, facts: Facts) -> Claim | None:  # noqa: ARG002
-        return None
+
+def acts_on_updates(layer: Layer[Any]) -> bool:
+    """Whether its node half does anything to an update."""
+    return not _inherits(layer, "encode", IdleNode) or isinstance(layer, SeesMetrics)
+
+
+def acts_on_sums(layer: Layer[Any]) -> bool:
+    """Whether its server half does anything to a sum."""
+    return not _inherits(layer, "decode", IdleServer)
+
+
+def _inherits(layer: object, method: str, base: type[Any]) -> bool:
+    """Whether a layer's method is the one of `base`, which does nothing."""
+    return isinstance(layer, base) and getattr(type(layer), method) is getattr(base, method)
+
+
+_PROBES = (
+    Facts(size=1, kind="sum"),
+    Facts(
+        size=1,
+        l2_bound=1.0,
+        weight_bound=1.0,
+        server_sees="sum",
+        grid=2.0**-17,
+        public_denominator=True,
+        round=1,
+        expected_replies=1024.0,
+        max_replies=1024,
+        kind="sum",
+    ),
+)
+
+
+def claims_privacy(layer: Layer[Any]) -> bool:
+    """Whether a layer has anything to claim: then its stack is private.
+
+    A claim that fails on the facts it is asked about would be one on others.
+    """
+    if _inherits(layer, "claim", Unclaimed):
+        return False
+    try:
+        return any(layer.claim(facts) is not None for facts in _PROBES)
+    except Exception:
+        return True

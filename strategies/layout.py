@@ -1,6 +1,8 @@
 """Names that both sides of a federation's messages use, and which buffers travel."""
 
+from umbel.strategies.collect import Seals
 from umbel.strategies.records import Tree
+from umbel.strategies.stack import Stack
 
 MODEL = "model"
 """Name of the request's ArrayRecord."""
@@ -10,19 +12,34 @@ CONFIG = "umbel"
 """Name of the request's ConfigRecord: round, manifest, learning rate, what the layers publish."""
 HELLO = "umbel_hello"
 """The query by which a node says which partition it holds."""
+STATISTICS = "umbel_statistics"
+"""The query for the running statistics that a node keeps."""
 
 
 def averaged_buffers(buffers: Tree, policy: str) -> Tree:
-    """The buffers that travel: with `mean`, those of floating point; with `local`, none.
+    """The buffers that travel: with `mean`, those of real and complex numbers; else none.
 
     Integer buffers (counters) have no mean and always stay where they are.
     """
     if policy != "mean":
         return {}
-    return {name: tensor for name, tensor in buffers.items() if tensor.is_floating_point()}
+    return {
+        n: value
+        for n, value in buffers.items()
+        if value.dtype.is_floating_point or value.is_complex()
+    }
 
 
 def local_buffers(buffers: Tree, policy: str) -> Tree:
     """The buffers that stay on the node."""
     travelling = averaged_buffers(buffers, policy)
     return {name: tensor for name, tensor in buffers.items() if name not in travelling}
+
+
+def shows_statistics(stack: Stack, policy: str) -> bool:
+    """Whether nodes show their running statistics to the server, for the model it delivers.
+
+    They do with `local`, where the server sees their updates as well: never beside a privacy
+    claim, nor where updates are sealed.
+    """
+    return policy == "local" and not stack.private and not isinstance(stack.collect, Seals)

@@ -28,7 +28,10 @@ _PLAIN = frozenset(np.dtype(code) for code in "fde?BHILQbhilq")
 
 @dataclass(frozen=True)
 class Manifest:
-    """Names, shapes and dtypes of a flat vector's tensors, in order."""
+    """Names, shapes and dtypes of a flat vector's tensors, in order.
+
+    A complex number is two coordinates of the vector, its real and its imaginary part.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -46,12 +49,19 @@ class Manifest:
     @cached_property
     def size(self) -> int:
         """Number of coordinates."""
-        return sum(prod(shape) for shape in self.shapes)
+        return sum(self._sizes)
+
+    @cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        """Coordinates of each tensor."""
+        each = zip(self.shapes, self.dtypes, strict=True)
+        return tuple(prod(shape) * (2 if dtype.is_complex else 1) for shape, dtype in each)
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """The vector's dtype: float64 if any tensor needs it, else float32."""
-        return torch.float64 if torch.float64 in self.dtypes else torch.float32
+        wide = torch.float64 in self.dtypes or torch.complex128 in self.dtypes
+        return torch.float64 if wide else torch.float32
 
     @cached_property
     def digest(self) -> str:
@@ -63,9 +73,12 @@ class Manifest:
         """The tree as a new vector of shape (size,); one copy."""
         vector = torch.empty(self.size, dtype=self.dtype)
         start = 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            stop = start + prod(shape)
-            vector[start:stop].view(shape).copy_(tree[name].detach())
+        for name, shape, size in zip(self.names, self.shapes, self._sizes, strict=True):
+            stop, value = start + size, tree[name].detach()
+            if value.is_complex():
+                vector[start:stop].view(*shape, 2).copy_(torch.view_as_real(value.resolve_conj()))
+            else:
+                vector[start:stop].view(shape).copy_(value)
             start = stop
         return vector
 
@@ -73,9 +86,15 @@ class Manifest:
         """The vector as named tensors: views where the dtype is the vector's own."""
         tree: Tree = {}
         start = 0
-        for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True):
-            stop = start + prod(shape)
-            tree[name] = vector[start:stop].view(shape).to(dtype)
+        kinds = zip(self.names, self.shapes, self.dtypes, self._sizes, strict=True)
+        for name, shape, dtype, size in kinds:
+            stop = start + size
+            if dtype.is_complex:
+                pairs = vector[start:stop].view(*shape, 2).to(dtype.to_real())
+                odd = pairs.storage_offset() % 2  # no address of a complex number
+                tree[name] = torch.view_as_complex(pairs.clone() if odd else pairs)
+            else:
+                tree[name] = vector[start:stop].view(shape).to(dtype)
             start = stop
         return tree
 
@@ -104,6 +123,43 @@ def record_of(arrays: Mapping[str, Array]) -> ArrayRecord:
     for name, array in arrays.items():
         record[name] = array
     return record
+
+
+def kept_array(tensor: Tensor) -> Array:
+    """A tensor of any dtype as an `Array`, for whoever knows its dtype and shape.
+
+    Complex and 8-bit floating-point numbers, which messages do not carry, go as their bytes.
+    """
+    if _as_bytes(tensor.dtype):
+        return to_array(_bytes_of(tensor))
+    return to_array(tensor)
+
+
+def from_kept(array: Array, like: Tensor) -> Tensor:
+    """What `kept_array` was given: a tensor of the dtype and shape of `like`.
+
+    Raises:
+        ValueError: the bytes are of something else.
+    """
+    value = from_array(array)
+    if not _as_bytes(like.dtype):
+        return value.to(like.dtype)
+    if value.dtype != torch.uint8 or value.numel() != like.numel() * like.element_size():
+        raise ValueError(f"{value.numel()} bytes are no {like.dtype} of {tuple(like.shape)}")
+    return value.clone().view(like.dtype).reshape(like.shape)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same bytes; NaN is like itself."""
+    return one.dtype == other.dtype and torch.equal(_bytes_of(one), _bytes_of(other))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _as_bytes(dtype: torch.dtype) -> bool:
+    return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize == 1)
 
 
 def from_array(array: Array) -> Tensor:

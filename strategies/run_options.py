@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from umbel.strategies.cohort import cohort_named
+from umbel.strategies.errors import ConfigError
 from umbel.strategies.limits import above, at_least, check_limits, one_of, option, up_to_one
 from umbel.strategies.optimizers import OPTIMIZERS, optimizer_named
 from umbel.strategies.options import OptionGroup
@@ -21,7 +22,8 @@ class RunOptions(OptionGroup):
             same probability (`poisson`).
         cohort_size: how many nodes take part in a round; for `poisson` their expected number.
         cohort_cap: the most nodes of a Poisson round; 0 is no cap.
-        min_replies: the fewest usable replies of a round; with fewer the model stays as it is.
+        min_replies: the fewest usable replies of a round; with fewer the model stays as it is. 0 is
+            half of the nodes that are asked; a private round counts with any number.
         round_timeout: seconds to wait for the replies of a round; 0 waits for ever.
         optimizer: the optimiser of the server: `fedavg`, `fedavgm`, `fedadam`, `fedyogi` or
             `fedadagrad`.
@@ -35,11 +37,15 @@ class RunOptions(OptionGroup):
         schedule: how the nodes' learning rate goes over rounds: `constant`, `cosine`, `linear`,
             `step`, `exponential`.
         schedule_gamma: the factor at the end of `cosine` and `linear`, of a step of `step`, and of
-            a round of `exponential`.
+            a round of `exponential`; 0 is the schedule's own: `cosine` and `linear` fall to 0,
+            `step` multiplies by 0.1 and `exponential` by 0.95.
         schedule_every: rounds between the steps of `step`.
         warmup_rounds: rounds over which the learning rate rises.
-        buffers: what happens to running statistics: `local` keeps them on each node; `mean`
-            averages them.
+        max_examples: the largest number of examples that a node counts for in a mean by
+            examples; 0 is ten times the median of its round.
+        buffers: what becomes of running statistics. `local`: each node goes on with its own, and
+            the delivered model has those of all nodes together; `mean`: nodes go on with the mean
+            as well; `never`: they do not leave a node, and the delivered model has the first ones.
         evaluate_every: rounds between central evaluations; the last round always has one.
         federated_every: rounds between evaluations on the nodes' own test data; 0 is only at
             the end, -1 never.
@@ -55,7 +61,7 @@ class RunOptions(OptionGroup):
     cohort: str = option("all", one_of("all", "fixed", "poisson"))
     cohort_size: float = option(0.0, at_least(0))
     cohort_cap: int = option(0, at_least(0))
-    min_replies: int = option(1, at_least(1))
+    min_replies: int = option(0, at_least(0))
     round_timeout: float = option(3600.0, at_least(0))
     optimizer: str = option("fedavg", one_of(*OPTIMIZERS))
     server_learning_rate: float = option(0.0, at_least(0))
@@ -67,7 +73,8 @@ class RunOptions(OptionGroup):
     schedule_gamma: float = option(0.0, at_least(0))
     schedule_every: int = option(10, at_least(1))
     warmup_rounds: int = option(0, at_least(0))
-    buffers: str = option("local", one_of("local", "mean"))
+    max_examples: int = option(0, at_least(0))
+    buffers: str = option("local", one_of("local", "mean", "never"))
     evaluate_every: int = option(1, at_least(1))
     federated_every: int = option(0, at_least(-1))
     federated_nodes: int = option(0, at_least(0))
@@ -78,6 +85,11 @@ class RunOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         check_limits(self)
+        if self.warmup_rounds and self.warmup_rounds >= self.rounds:
+            raise ConfigError(
+                f"warmup-rounds is {self.warmup_rounds} of {self.rounds} rounds, so the learning "
+                "rate would never be reached; warm up for fewer rounds"
+            )
         # each of these raises where its options do not make one, before a run has begun
         self.learning_rate_factor(self.warmup_rounds + 1)
         optimizer_named(self.optimizer, learning_rate=self.server_learning_rate)

@@ -10,19 +10,26 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import RecordDict
 from torch import Tensor
 
-from umbel.strategies.collect import Collect, PlainSum, Sum
-from umbel.strategies.errors import StackError
+from umbel.privacy.bounds.clipping import is_within
+from umbel.strategies.collect import LENIENCE, Collect, PlainSum, Seals, Sum, is_own
+from umbel.strategies.errors import RunError, StackError
 from umbel.strategies.layer import (
+    Calibrated,
     Claim,
     EncodesMany,
     Facts,
     Layer,
     Metrics,
     Round,
+    Seeded,
     SeesMetrics,
-    Stateless,
+    Separated,
     TellsFacts,
+    acts_on_sums,
+    acts_on_updates,
+    claims_privacy,
 )
+from umbel.strategies.order import check_order, keeps_sums
 
 if TYPE_CHECKING:
     from umbel.privacy.bounds.bundle import Bundle
@@ -37,6 +44,10 @@ class Stack:
 
     >>> print(Stack())
     plain-sum
+
+    What a run promises is read off the stack: it is private where a layer claims something, its
+    claims are those of its layers, and `check` refuses an order or a collect that would not hold
+    them, whoever built it.
 
     Raises:
         StackError: two layers have one name.
@@ -62,28 +73,83 @@ class Stack:
         return tuple(layer.init(size) for layer in self.layers)
 
     def check(self, facts: Facts, states: States) -> Facts:
-        """The facts at the bottom of the stack; raises StackError where layers do not fit."""
+        """The facts at the bottom of the stack.
+
+        Raises:
+            StackError: layers that do not fit, a layer below noise that would be outside its
+                protection, or a private stack over a collect of which nothing is known.
+        """
+        self._sound  # noqa: B018 - raises; the layers never change, so once is enough
+        return self.collect.check(self.places(facts, states)[-1])
+
+    def places(self, facts: Facts, states: States) -> list[Facts]:
+        """The facts of an update as it enters each layer, and last the collect.
+
+        A round asks for its places several times; they are worked out once.
+        """
+        if self._known and self._known[0][0] == facts and self._known[0][1] is states:
+            return self._known[0][2]
+        found = [facts]
         for layer, state in zip(self.layers, states, strict=True):
-            facts = layer.check(facts, state)
-        return self.collect.check(facts)
+            found.append(self._after(layer, found[-1], state))
+        self._known[:] = [(facts, states, found)]
+        return found
+
+    @cached_property
+    def _known(self) -> list[tuple[Facts, States, list[Facts]]]:
+        """The places that were asked for last."""
+        return []
+
+    def _after(self, layer: Layer[Any], facts: Facts, state: Any) -> Facts:
+        """The facts after a layer; a longer vector has a bound only where the layer says it."""
+        after = layer.check(facts, state)
+        lengthened = after.size > facts.size and after.l2_bound == facts.l2_bound
+        if lengthened and after.l2_bound is not None and layer.name not in self._keeping:
+            return after.but(l2_bound=None, grid=None)
+        return after
+
+    @cached_property
+    def _keeping(self) -> frozenset[str]:
+        """Names of the layers whose server half makes no sum longer."""
+        return frozenset(layer.name for layer in self.layers if keeps_sums(layer))
+
+    @cached_property
+    def _sound(self) -> bool:
+        check_order(self.layers)
+        if self.private and not is_own(self.collect):
+            raise StackError(
+                f"{self.collect.name} is not one of Umbel's own ways to collect, so nobody can "
+                "say what one update does to its result, and noise for it would be a guess; take "
+                "PlainSum(weighting='fixed'), or SecureSum(weighting='fixed')"
+            )
+        return True
 
     def publish(self, states: States, facts: Facts | None = None) -> dict[str, Any]:
         """What every node must know this round, as `"{layer}.{key}"`.
 
         With `facts` of an update before the stack, every layer that receives bounded updates is
-        told their bound as `bound`, so that a norm is written down once.
+        told their bound as `bound`, so that a norm is written down once; and nodes are told that
+        of the collect, where the server cannot measure what they send.
         """
         config: dict[str, Any] = {}
-        for layer, state in zip(self.layers, states, strict=True):
+        places: Sequence[Facts | None] = [None] * len(states)
+        if facts is not None:
+            places = self.places(facts, states)
+        for layer, state, here in zip(self.layers, states, places, strict=False):
             for key, value in layer.publish(state).items():
                 config[f"{layer.name}.{key}"] = value
-            if facts is not None:
-                if facts.l2_bound is not None:
-                    config[f"{layer.name}.bound"] = facts.l2_bound
-                if isinstance(layer, TellsFacts):
-                    for key, value in layer.tell(facts, state).items():
-                        config[f"{layer.name}.{key}"] = value
-                facts = layer.check(facts, state)
+            if here is None:
+                continue
+            if here.l2_bound is not None:
+                config[f"{layer.name}.bound"] = here.l2_bound
+            if isinstance(layer, TellsFacts):
+                for key, value in layer.tell(here, state).items():
+                    config[f"{layer.name}.{key}"] = value
+        bottom = places[-1] if facts is not None else None
+        if bottom is not None and isinstance(self.collect, Seals):
+            bound = self.collect.check(bottom).l2_bound
+            if bound is not None and not bottom.noise:  # who adds noise measures before it does
+                config[f"{self.collect.name}.bound"] = bound
         return config
 
     @cached_property
@@ -91,10 +157,54 @@ class Stack:
         # Kept: to ask whether a layer has a protocol's methods takes longer than its work.
         return [layer.attach if isinstance(layer, SeesMetrics) else None for layer in self.layers]
 
-    @property
+    @cached_property
     def private(self) -> bool:
         """Whether a layer makes a privacy claim; nothing may then leave a node beside it."""
-        return any(getattr(layer, "private", False) for layer in self.layers)
+        return any(claims_privacy(layer) for layer in self.layers)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a layer's noise is still to be decided."""
+        return any(
+            isinstance(layer, Calibrated) and layer.noise_multiplier is None
+            for layer in self.layers
+        )
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """Of the first layer whose noise follows from a budget; None where there is none yet."""
+        found = (layer.noise_multiplier for layer in self.layers if isinstance(layer, Calibrated))
+        return next((value for value in found if value is not None), None)
+
+    @property
+    def separation(self) -> int:
+        """Rounds that a node rests between two participations, as the layers need it."""
+        found = (layer.separation for layer in self.layers if isinstance(layer, Separated))
+        return max(found, default=1)
+
+    @cached_property
+    def insecure(self) -> bool:
+        """Whether the noise of a layer can be repeated."""
+        return any(
+            isinstance(layer, Seeded) and layer.insecure_seed is not None for layer in self.layers
+        )
+
+    def with_noise(self, noise_multiplier: float) -> Stack:
+        """This stack with noise in every layer that waits for it."""
+        layers = [
+            layer.with_noise(noise_multiplier)
+            if isinstance(layer, Calibrated) and layer.noise_multiplier is None
+            else layer
+            for layer in self.layers
+        ]
+        return replace(self, layers=tuple(layers))
+
+    def without_seeds(self) -> Stack:
+        """This stack with real noise in every layer."""
+        layers = [
+            layer.without_seed() if isinstance(layer, Seeded) else layer for layer in self.layers
+        ]
+        return replace(self, layers=tuple(layers))
 
     def encode(
         self,
@@ -115,13 +225,20 @@ class Stack:
                 update = attach(update, measured or {}, own)
             update, said = layer.encode(update, own, memory)
             metrics |= {prefix + name: value for name, value in said.items()}
+        bound = config.get(f"{self.collect.name}.bound")
+        if bound is not None and not is_within(update, float(bound) * (1 + LENIENCE)):
+            raise RunError(
+                f"this node's layers {self} made an update longer than the {bound:g} that they "
+                "promise, which nobody could see in a sum; let each layer's check say the bound "
+                "that its encode keeps"
+            )
         return update, {} if self.private else {**(measured or {}), **metrics}
 
     @property
     def many(self) -> bool:
         """Whether `encode_many` applies: every layer can, and the server may add up in between."""
         return isinstance(self.collect, PlainSum) and all(
-            isinstance(layer, EncodesMany) or _sends_as_is(layer) for layer in self.layers
+            isinstance(layer, EncodesMany) or not acts_on_updates(layer) for layer in self.layers
         )
 
     def encode_many(self, bundle: Bundle, config: Mapping[str, Any]) -> Bundle | None:
@@ -131,7 +248,7 @@ class Stack:
             own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
             if isinstance(layer, EncodesMany):
                 bundle = layer.encode_many(bundle, own)
-            elif not _sends_as_is(layer):
+            elif acts_on_updates(layer):
                 return None
         return bundle
 
@@ -141,11 +258,14 @@ class Stack:
         """The server's half, in reverse: the average update, or None where there is none.
 
         With `facts` of an update before the stack, every layer is told those of its own place.
+        Under a private stack no layer learns how many nodes came, which no noise covers.
         """
-        places: list[Facts | None] = []
-        for layer, state in zip(self.layers, states, strict=True):
-            places.append(facts)
-            facts = layer.check(facts, state) if facts is not None else None
+        rnd = replace(rnd, denominator=sum_.denominator)
+        if self.private:
+            rnd = replace(rnd, replies=round(rnd.cohort), weight=rnd.cohort)
+        places: Sequence[Facts | None] = [None] * len(states)
+        if facts is not None:
+            places = self.places(facts, states)
         total: Tensor = sum_.total
         metrics = {} if self.private else dict(sum_.metrics)
         after = list(states)
@@ -158,12 +278,38 @@ class Stack:
         return average, tuple(after), metrics
 
     def claims(self, facts: Facts) -> list[Claim]:
-        """What one round costs, on the facts at the bottom of the stack."""
-        claims = (layer.claim(facts) for layer in reversed(self.layers))
-        return [claim for claim in claims if claim is not None]
+        """What one round costs, on the facts at the bottom of the stack.
+
+        Raises:
+            StackError: the collect does not hold what a claim is made on, or a layer claims
+                something in a stack that is not private.
+        """
+        claims: list[Claim] = []
+        for layer in reversed(self.layers):
+            claim = layer.claim(facts)
+            if claim is None:
+                continue
+            if not self.private:
+                raise StackError(
+                    f"{layer.name} claims privacy on some facts only, and nothing was planned for "
+                    "that; let its claim depend on the layer alone"
+                )
+            if acts_on_sums(layer) or claim.summed:
+                need_sum(facts, layer.name)
+            claims.append(claim)
+        return claims
 
 
-def _sends_as_is(layer: Layer[Any]) -> bool:
-    """Whether a layer's node half does nothing."""
-    encode: Any = type(layer).encode
-    return encode is Stateless.encode and not isinstance(layer, SeesMetrics)
+def need_sum(facts: Facts, name: str) -> None:
+    """Raises StackError where one update's influence on the result is not what noise is for."""
+    if facts.kind != "sum":
+        made = "a choice among the updates" if facts.kind == "each" else "a result of no known kind"
+        raise StackError(
+            f"{name} hides one update in a sum, but the collect makes {made}; take "
+            "PlainSum(weighting='fixed') or SecureSum(weighting='fixed')"
+        )
+    if facts.weight_bound is None or facts.weight_bound > 1 or not facts.public_denominator:
+        raise StackError(
+            f"{name} needs every update to count once and a denominator that does not depend on "
+            "who came; use PlainSum(weighting='fixed')"
+        )

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # Flower asks for this when it is imported; no test makes a connection of its own accord.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-# Certificates are signed with a key of these tests' own, never with the user's.
+# Keys and ledgers are these tests' own, never the user's.
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="umbel-data-")
 os.environ.setdefault("UMBEL_KEY", str(Path(tempfile.mkdtemp(prefix="umbel-key-")) / "key.pem"))
 
 # A runner in the background may have been started with SIGINT ignored, and its children would
@@ -28,6 +29,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("umbel", deadline=None, derandomize=False)
 settings.load_profile("umbel")
+
+
+@pytest.fixture(autouse=True)
+def own_data_folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test knows the populations of another."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture(scope="session")

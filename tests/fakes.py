@@ -129,9 +129,9 @@ class SharedNursery(Nursery):
 
 WARM = """
 import importlib, json, os, signal, sys, traceback
-import umbel.federation, umbel.run, umbel.cli
+import umbel.federation, umbel.running, umbel.cli
 import umbel.privacy_commands, umbel.server.private.run, umbel.server.private.verify
-import umbel.strategies.private.private_stack
+import umbel.strategies.recipe
 
 
 def die_at(place, count, when):
@@ -159,6 +159,7 @@ def die_at(place, count, when):
 def play(job):
     os.setpgid(0, 0)
     os.chdir(job["cwd"])
+    os.environ.update(job["environment"])
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -170,7 +171,7 @@ def play(job):
         sys.argv = ["umbel", *job["arguments"]]
         umbel.cli.main()
     else:
-        print(json.dumps(umbel.run.run(**job["keywords"])), flush=True)
+        print(json.dumps(umbel.run(**job["keywords"])), flush=True)
 
 
 print("ready", flush=True)
@@ -259,6 +260,7 @@ class WarmCommand:
             "deaths": list(deaths),
             "always_save": keywords is not None,
             "cwd": str(cwd),
+            "environment": {name: os.environ[name] for name in ("UMBEL_KEY", "XDG_DATA_HOME")},
             "out": str(out),
             "err": str(err),
         }

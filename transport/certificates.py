@@ -37,6 +37,10 @@ class CertificateError(Exception):
     """A certificate, request or key that cannot be used."""
 
 
+class CertificateExpiredError(CertificateError):
+    """A certificate whose time is over, by the clock of this machine."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """A key and the certificate for it, both PEM.
@@ -170,8 +174,9 @@ def load_identity(certificate: Path, key: Path, root: Path) -> Identity:
     check_pair(parsed, load_key(secret))
     load_certificate(pems[1])
     if parsed.not_valid_after_utc < _now():
-        raise CertificateError(
+        raise CertificateExpiredError(
             f"{certificate} expired on {parsed.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+            f"{by_this_clock()}"
         )
     return Identity(pems[0], secret, pems[1])
 
@@ -213,6 +218,11 @@ def renewal_due(certificate: x509.Certificate, now: datetime.datetime | None = N
     """Whether less than a third of the certificate's life is left."""
     ends, begins = certificate.not_valid_after_utc, certificate.not_valid_before_utc
     return (now or _now()) > ends - (ends - begins) / 3
+
+
+def by_this_clock() -> str:
+    """What a sentence about a certificate's time ends with."""
+    return f" (this machine's clock says {_now():%Y-%m-%d %H:%M} UTC)"
 
 
 def covers(certificate: x509.Certificate, names: Sequence[str]) -> bool:
@@ -354,8 +364,10 @@ __all__ = [
     "TICKET_PREFIX",
     "Authority",
     "CertificateError",
+    "CertificateExpiredError",
     "Identity",
     "KeyFileError",
+    "by_this_clock",
     "check_pair",
     "common_name",
     "covers",

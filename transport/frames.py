@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from umbel.transport.codec import Buffer, size_of
 from umbel.transport.link_pb2 import Frame
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when a frame changes its meaning; both sides must have the same."""
 
 SERVICE = "umbel.link.v1.Link"

@@ -74,7 +74,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., instance: _Optional[str] = ..., app_digest: _Optional[str] = ..., partition: _Optional[int] = ..., partitions: _Optional[int] = ..., device: _Optional[str] = ..., held: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "version", "name", "node_id", "app_digest", "beat_s", "largest")
+    __slots__ = ("protocol", "version", "name", "node_id", "app_digest", "beat_s", "largest", "note")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,7 @@ class Welcome(_message.Message):
     APP_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BEAT_S_FIELD_NUMBER: _ClassVar[int]
     LARGEST_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     name: str
@@ -89,10 +90,11 @@ class Welcome(_message.Message):
     app_digest: str
     beat_s: float
     largest: int
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., node_id: _Optional[int] = ..., app_digest: _Optional[str] = ..., beat_s: _Optional[float] = ..., largest: _Optional[int] = ...) -> None: ...
+    note: str
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., node_id: _Optional[int] = ..., app_digest: _Optional[str] = ..., beat_s: _Optional[float] = ..., largest: _Optional[int] = ..., note: _Optional[str] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("id", "size", "inline", "run_id", "group_id", "message_type", "ttl", "deadline_s", "run_config", "failed", "error_code", "error_reason", "digest")
+    __slots__ = ("id", "size", "inline", "run_id", "group_id", "message_type", "ttl", "deadline_s", "run_config", "failed", "error_code", "error_reason", "digest", "largest")
     ID_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +108,7 @@ class Begin(_message.Message):
     ERROR_CODE_FIELD_NUMBER: _ClassVar[int]
     ERROR_REASON_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_FIELD_NUMBER: _ClassVar[int]
     id: str
     size: int
     inline: bytes
@@ -119,7 +122,8 @@ class Begin(_message.Message):
     error_code: int
     error_reason: str
     digest: int
-    def __init__(self, id: _Optional[str] = ..., size: _Optional[int] = ..., inline: _Optional[bytes] = ..., run_id: _Optional[int] = ..., group_id: _Optional[str] = ..., message_type: _Optional[str] = ..., ttl: _Optional[float] = ..., deadline_s: _Optional[float] = ..., run_config: _Optional[bytes] = ..., failed: bool = ..., error_code: _Optional[int] = ..., error_reason: _Optional[str] = ..., digest: _Optional[int] = ...) -> None: ...
+    largest: int
+    def __init__(self, id: _Optional[str] = ..., size: _Optional[int] = ..., inline: _Optional[bytes] = ..., run_id: _Optional[int] = ..., group_id: _Optional[str] = ..., message_type: _Optional[str] = ..., ttl: _Optional[float] = ..., deadline_s: _Optional[float] = ..., run_config: _Optional[bytes] = ..., failed: bool = ..., error_code: _Optional[int] = ..., error_reason: _Optional[str] = ..., digest: _Optional[int] = ..., largest: _Optional[int] = ...) -> None: ...
 
 class Offer(_message.Message):
     __slots__ = ("id", "size")
@@ -148,10 +152,16 @@ class Cancel(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("phase",)
+    __slots__ = ("phase", "id", "received", "working")
     PHASE_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    WORKING_FIELD_NUMBER: _ClassVar[int]
     phase: str
-    def __init__(self, phase: _Optional[str] = ...) -> None: ...
+    id: str
+    received: int
+    working: bool
+    def __init__(self, phase: _Optional[str] = ..., id: _Optional[str] = ..., received: _Optional[int] = ..., working: bool = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("for_good",)

@@ -30,9 +30,17 @@ if TYPE_CHECKING:
     from umbel.clients.sklearn_trainer import SklearnTrainer as SklearnTrainer
     from umbel.clients.softmax_trainer import SoftmaxTrainer as SoftmaxTrainer
     from umbel.federation import Federation as Federation
-    from umbel.run import run as run
+    from umbel.loading import load as load
+    from umbel.result import Result as Result
+    from umbel.running import Interrupted as Interrupted
+    from umbel.running import run as run
     from umbel.server.private.verify import verify as verify
     from umbel.strategies.collect import PlainSum as PlainSum
+    from umbel.strategies.errors import CheckError as CheckError
+    from umbel.strategies.errors import ConfigError as ConfigError
+    from umbel.strategies.errors import RunError as RunError
+    from umbel.strategies.errors import StackError as StackError
+    from umbel.strategies.errors import UmbelError as UmbelError
     from umbel.strategies.layer import Stateless as Stateless
     from umbel.strategies.private.adaptive_clip import AdaptiveClip as AdaptiveClip
     from umbel.strategies.private.banded_gaussian import BandedGaussian as BandedGaussian
@@ -96,10 +104,22 @@ _HOMES = {
     "TreeGaussian": "strategies.private.tree_gaussian",
     "Weigh": "strategies.secure.weigh",
     "verify": "server.private.verify",
-    "run": "run",
+    "load": "loading",
+    "run": "running",
+    "Interrupted": "running",
+    "Result": "result",
+    "UmbelError": "strategies.errors",
+    "ConfigError": "strategies.errors",
+    "StackError": "strategies.errors",
+    "RunError": "strategies.errors",
+    "CheckError": "strategies.errors",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -72,7 +72,7 @@ def privacy(
         bool, typer.Option("--json", help="One JSON object as the last line on stdout.")
     ] = False,
 ) -> None:
-    """Attack every defence, audit every claim; exit 3 where a claim does not hold."""
+    """Attack every defence, test every claim; exit 3 where one does not hold or was not tested."""
     from rich.console import Console
 
     from umbel.benchmarks.attack import report as privacy_report
@@ -96,12 +96,15 @@ def privacy(
     else:
         for half in privacy_report.tables(report):
             Console().print(half)
+        for row in report.rows:
+            for verdict in row.verdicts:
+                typer.echo(verdict.sentence)
         for warning in report.warnings():
             typer.echo(f"warning: {warning}")
         typer.echo(f"report: {files[-1]}")
-    for problem in problems:
+    for problem in (*problems, *report.untested()):
         sys.stderr.write(f"umbel: {problem}\n")
-    if problems:
+    if problems or report.untested():
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -132,7 +135,7 @@ def _utility(
 ) -> None:
     """Accuracy against epsilon, by whole private runs."""
     from umbel.benchmarks.speed import utility
-    from umbel.run import example, run
+    from umbel.running import example, run
     from umbel.server.output.rundir import machine, versions
     from umbel.strategies.errors import ConfigError
 
@@ -203,7 +206,7 @@ def opened(app: Path, config: list[str]) -> tuple[Any, dict[str, Any], int, str]
         ConfigError: the app was not made with `Federation`, or an option is unknown.
     """
     from umbel.federation import FederationServerApp
-    from umbel.run import NODES
+    from umbel.running import NODES
     from umbel.strategies.app import open_app
     from umbel.strategies.errors import ConfigError
     from umbel.strategies.options import override, parse

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from umbel import server_commands
+from umbel import run_commands, server_commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -32,6 +32,7 @@ _GROUPS = {
     "privacy": "Plan a private run: epsilon of a schedule, noise for a budget.",
     "bench": "Benchmarks of this installation.",
     "data": "Data sets: list them, fetch them.",
+    "client": "Be a node of a federation: stay connected, train when asked.",
 }
 """Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
 
@@ -85,10 +86,17 @@ def run_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<run-id>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+    unprotected: Annotated[
+        bool,
+        typer.Option(
+            "--unprotected", help="Release without noise about people with a privacy budget."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an app on this machine and write a report."""
-    from umbel.run import Interrupted, run
+    from umbel.running import Interrupted, run
+    from umbel.server.output import strict
     from umbel.server.output.report import write_report
     from umbel.strategies.errors import ConfigError
     from umbel.strategies.options import parse
@@ -97,12 +105,20 @@ def run_command(
         raise ConfigError("--resume names the run to continue; leave out APP and --out")
     options = parse(config or [])
     try:
-        result = run(path, options=options, nodes=nodes, workers=workers, out=out, resume=resume)
+        result = run(
+            path,
+            options=options,
+            nodes=nodes,
+            workers=workers,
+            out=out,
+            resume=resume,
+            unprotected=unprotected,
+        )
     except Interrupted as stop:  # Typer would end here without a word
         raise typer.Exit(_stopped(stop)) from None
     report = write_report(Path(result["run"]))
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(strict.dumps(result))
         return
     from umbel.summary import lines
 
@@ -121,7 +137,7 @@ def options_command(
     """List every option of an app: type, default, values, meaning, and who reads it."""
     from umbel import options_listing
     from umbel.federation import FederationServerApp
-    from umbel.run import example
+    from umbel.running import example
     from umbel.strategies.app import open_app
 
     if markdown:
@@ -139,38 +155,6 @@ def options_command(
     show(rows)
 
 
-@app.command("report")
-def report_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-) -> None:
-    """Draw a run: report.html and PNG plots, in its directory."""
-    from umbel.server.output.report import write_report
-
-    typer.echo(write_report(run))
-
-
-@app.command("verify")
-def verify_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    key: Annotated[
-        str | None, typer.Option(help="The coordinator's public key, as published (base64).")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check a private run's certificate: every number again, from its ledger."""
-    from umbel.server.private.verify import verify
-
-    problems = verify(run, key=key)
-    if as_json:
-        typer.echo(json.dumps({"ok": not problems, "problems": problems}))
-    else:
-        for problem in problems:
-            typer.echo(f"problem: {problem}")
-        typer.echo("the certificate does not hold" if problems else "the certificate holds")
-    if problems:
-        raise typer.Exit(CHECK_FAILED)
-
-
 @app.command("new")
 def new_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to make.")],
@@ -182,8 +166,10 @@ def new_command(
     typer.echo(f"made {folder}; run it with: umbel run {name}")
 
 
+app.command("report")(run_commands.report)
+app.command("verify")(run_commands.verify)
+app.command("key")(run_commands.key)
 app.command("server")(server_commands.server)
-app.command("client")(server_commands.client)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)
 app.add_typer(server_commands.nodes, name="nodes")
@@ -216,6 +202,8 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         status = _stopped(stop)
     sys.stdout.flush()
+    for each in (signal.SIGTERM, signal.SIGINT):  # nothing is left that one could interrupt
+        signal.signal(each, signal.SIG_DFL)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -244,7 +232,7 @@ def _stopped(stop: BaseException | None) -> int:
 
 def _explain(error: Exception, *, debug: bool) -> int:
     """Say in one sentence what went wrong; the exit status."""
-    from umbel.strategies.errors import UmbelError, place
+    from umbel.strategies.errors import UmbelError, described
 
     if debug and not isinstance(error, click.ClickException):
         traceback.print_exception(error)
@@ -259,8 +247,7 @@ def _explain(error: Exception, *, debug: bool) -> int:
     if isinstance(error, UmbelError):
         _say(str(error))
         return error.exit_status
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    _say(f"{what} ({place(error)}); add --debug for the traceback")
+    _say(f"{described(error)}; add --debug for the traceback")
     return 1
 
 

@@ -9,6 +9,7 @@ nothing to agree about: they hold the same object.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,24 +18,38 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from umbel.clients.data.examples import Node, Split
+from umbel.clients.given import check_functions, check_trainer
 from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.pooling import Questions, can_pool, questions_of
-from umbel.clients.trainer import ChecksOptions, Trainer, Weights
+from umbel.clients.statistics import statistics_of
+from umbel.clients.trainer import ChecksOptions, Trainer, Weights, promising
 from umbel.server.output.report import write_report
 from umbel.server.output.session import Session, current
+from umbel.server.private.population import place_of
+from umbel.server.provenance import record_start
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
+from umbel.server.shortfall import Shortfall
 from umbel.strategies.cohort import cohort_named
-from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
+from umbel.strategies.composition import compose
+from umbel.strategies.contract import Contract
+from umbel.strategies.errors import ConfigError, RunError, UmbelError, described
+from umbel.strategies.layout import shows_statistics
 from umbel.strategies.options import Options, Value, checked, override
 from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean
 
+LOST = 1e-3
+"""Of the longest update, the rounding error from which a user is told."""
+EXAMPLE_LEVEL = "example-"
+"""How the options begin that ask for privacy of single examples, which a trainer gives."""
 MISSPELT = 0.85
 """So alike are an option that nobody knows and one that somebody does, if it was misspelt."""
 LOCAL_STATISTICS = "running_mean"
@@ -68,6 +83,10 @@ class Federation:
     questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = ""
+
+    def __post_init__(self) -> None:
+        check_trainer(self.trainer)
+        check_functions(self, "data", "test", "tuned", "summary")
 
     def known_options(self) -> dict[str, Value]:
         """Every option that this federation understands, with its default."""
@@ -105,6 +124,7 @@ class Federation:
         for name, value in (self.tuned(complete) if self.tuned else {}).items():
             if name not in given or (given[name] == 0 and known[name] != 0):
                 complete[name] = checked(name, value, known[name])
+        checked_rate(complete)
         return complete
 
     def override(self, known: Options, changes: Options) -> dict[str, Value]:
@@ -140,21 +160,26 @@ class Federation:
         self.stack_for(options)
 
     def stack_for(self, options: Options) -> Stack:
-        """The stack that these options ask for, the privacy layers among them."""
+        """The stack of these options (complete ones), which holds what they ask for.
+
+        Raises:
+            ConfigError: they ask for what this app's stack or trainer does not do.
+            StackError: layers that do not fit together.
+        """
+        for name in options:
+            if name.startswith(EXAMPLE_LEVEL) and name not in self.known_options():
+                raise ConfigError(
+                    f"{name} asks for privacy of each example, but this app's trainer does not "
+                    "know it, so nothing would be private; wrap the trainer in PrivateSgd, or "
+                    f"leave {name} out"
+                )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
-        privacy = PrivacyOptions.read(options)
-        secure = SecureOptions.read(options)
-        if secure.secure:
-            from umbel.strategies.secure.secure_stack import secure_stack
+        return compose(stack, options, lambda: self._size(options))
 
-            return secure_stack(stack, secure, privacy)
-        if not privacy.on:
-            return stack
-        from umbel.strategies.private.private_stack import private_stack
-
-        run = RunOptions.read(options)
-        momentum = run.server_momentum if run.optimizer == "fedavgm" else 0.0
-        return private_stack(stack, privacy, run.rounds, momentum)
+    def _size(self, options: Options) -> int:
+        """Coordinates of an update before any layer."""
+        first = self.trainer.initial(options, RunOptions.read(options).seed)
+        return sum(tensor.numel() for tensor in first.parameters.values())
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
@@ -177,8 +202,13 @@ class Federation:
         stack = self.stack_for(options)
         run_options = RunOptions.read(options)
         first = self.trainer.initial(options, run_options.seed)
-        rate = options.get("learning-rate")
         questions = self._questions(options)
+        if questions and (hides(stack) or promising(self.trainer, options) is not None):
+            raise ConfigError(
+                f"the private mean {questions[0].name!r} takes its noise at the coordinator, which "
+                f"would see every node's exact answer; under {stack} nodes give none, so leave "
+                "the private means out, or train with central privacy (epsilon alone)"
+            )
         pooled = can_pool(self.trainer, self.data, nodes, stack, options, questions)
         return Job(
             parameters=first.parameters,
@@ -186,10 +216,21 @@ class Federation:
             options=run_options,
             stack=stack,
             evaluate=self._central_evaluation(options),
-            learning_rate=float(rate) if isinstance(rate, int | float) else None,
+            learning_rate=checked_rate(options),
             questions=questions,
+            statistics=statistics_of(self.trainer, stack, options),
             pooled=pooled,
+            quiet=self._quiet(stack, options),
         )
+
+    def _quiet(self, stack: Stack, options: Options) -> str:
+        """Why nodes are not asked what they measure, or how they answer private means."""
+        promise = promising(self.trainer, options)
+        if promise is not None:
+            return "single records are protected"
+        if hides(stack):
+            return "updates are hidden from the coordinator"
+        return "the run is private" if quiet(stack) else ""
 
     def _questions(self, options: Options) -> tuple["PrivateMean", ...]:
         found = questions_of(self.questions, options)
@@ -209,10 +250,9 @@ class Federation:
             except UmbelError:
                 raise
             except Exception as error:
-                said = " ".join(f"{type(error).__name__}: {error}".split())
                 raise RunError(
-                    f"the model cannot be evaluated on the held-out examples: {said} "
-                    f"({place(error)}); compare their shapes and labels with the model's"
+                    f"the model cannot be evaluated on the held-out examples: {described(error)}; "
+                    "compare their shapes and labels with the model's"
                 ) from error
 
         return evaluate
@@ -224,7 +264,12 @@ class FederationServerApp(ServerApp):
     def __init__(self, federation: Federation) -> None:
         super().__init__()
         self.federation = federation
+        self.app_digest = ""
         self.main()(self._run)
+
+    def installed(self, digest: str, _: Options) -> None:
+        """Where the app comes from: the SHA-256 of its files in hex."""
+        self.app_digest = digest
 
     def _run(self, grid: Grid, context: Context) -> None:
         federation = self.federation
@@ -232,46 +277,111 @@ class FederationServerApp(ServerApp):
         session = current(federation.name or "federation", dict(options))
         nodes = roster(grid)
         job = federation.job(options, len(nodes))
+        contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)
+        job = replace(job, contract=contract)
+        start = record_start(session.run, job)
+        privacy = PrivacyOptions.read(options)
         private = None
         if job.stack.private:
             from umbel.server.private.run import PrivateRun
 
-            private = PrivateRun(job, PrivacyOptions.read(options), len(nodes), session)
+            private = PrivateRun(job, privacy, nodes, session, federation.data, start)
+            self._say_who_comes(job.options, private.job.options, session)
             job = private.job
+        elif job.questions or place_of(privacy, session.run, federation.data).path.exists():
+            from umbel.server.private.unprotected import unprotected
+
+            job = unprotected(job, privacy, nodes, session, federation.data, start)
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
-        session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize)
+        job = rounds.job  # without the first model, which only the rounds need from here on
+        if private is not None:
+            private.job = job
+        use = getattr(federation.trainer, "USE", "model")
+        session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize, use)
         name = federation.name or session.run.config().get("app", "federation")
         session.progress.start(
             f"{name} ({rounds.manifest.size:,} parameters)",
             job.options.rounds,
             len(nodes),
         )
-        self._advise(job, session, len(nodes))
+        self._advise(job, rounds, session, len(nodes))
+        self._say_what_is_not_asked(job, RunOptions.read(options), session)
         outcome = rounds.fit()
+        missed = Shortfall.of(session.run.rounds()).sentences()
+        if missed:
+            session.result["warnings"] = [*session.result.get("warnings", ()), *missed]
         session.result |= {
             "rounds": outcome.rounds,
             "metrics": dict(outcome.metrics),
             "epsilon": job.guard.epsilon(),
+            "measured": outcome.measured,
             "stopped": outcome.stopped,
         }
         if private is not None:
             session.result |= private.finish(outcome)
+        elif rounds.statements.about_records:
+            from umbel.server.private.records import certify_records
+
+            session.result |= certify_records(session.run, outcome, privacy, federation.data)
         if federation.summary is not None:
             session.result["summary"] = dict(federation.summary(outcome, options))
         if session.own:
             session.finish()
             write_report(session.run.path)
 
-    def _advise(self, job: Job, session: Session, nodes: int) -> None:
+    def _say_what_is_not_asked(self, job: Job, asked: RunOptions, session: Session) -> None:
+        """Say why the table of the nodes' own measurements will be empty."""
+        if job.quiet and asked.federated_every >= 0:
+            session.progress.note(
+                f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
+                "accuracies and numbers of examples would tell about them what that hides"
+            )
+
+    def _say_who_comes(self, asked: RunOptions, drawn: RunOptions, session: Session) -> None:
+        """Write down how a private run draws its cohorts, where its options said another way."""
+        now = drawn.cohort if drawn.cohort == "all" else f"{drawn.cohort}, {drawn.cohort_size:g}"
+        session.run.write_config({**session.run.config(), "cohorts": now})
+        if asked.cohort not in ("all", drawn.cohort):
+            session.progress.note(
+                f"cohort={asked.cohort} is what a run without privacy would draw; this one draws "
+                f"{drawn.cohort} cohorts, as its accounting assumes (option sampling)"
+            )
+
+    def _say_what_is_lost(self, job: Job, rounds: Rounds, session: Session) -> None:
+        """Say which updates the rounding that exact sums need takes a part of."""
+        states = job.stack.init(rounds.facts.size)
+        facts = job.stack.check(rounds.facts.but(round=1), states)
+        if facts.grid is None or facts.l2_bound is None or job.stack.private:
+            return  # noise is far above the rounding
+        error = facts.grid * math.sqrt(facts.size / 3)  # of remainders spread evenly
+        if error > LOST * facts.l2_bound:
+            session.progress.note(
+                f"updates are rounded to multiples of {facts.grid:.2g} so that their sum is exact; "
+                f"one shorter than {100 * error:.2g} loses more than 1 % of itself, so clip to a "
+                f"norm nearer to that of updates than {facts.l2_bound:.3g}, or quantise finer "
+                "(secure-levels)"
+            )
+
+    def _advise(self, job: Job, rounds: Rounds, session: Session, nodes: int) -> None:
         """Say what a user would otherwise find out from a bad curve."""
         advice = getattr(job.stack.collect, "advice", None)
         if advice is not None:
             cohort = cohort_named(job.options.cohort, job.options.cohort_size)
             for line in advice(cohort.expected(nodes), job.stack.private):
                 session.progress.note(line)
-        statistics = any(LOCAL_STATISTICS in name for name in job.buffers)
-        if statistics and job.options.buffers == "local" and job.evaluate is not None:
+        self._say_what_is_lost(job, rounds, session)
+        normed = any(LOCAL_STATISTICS in name for name in job.buffers)
+        if job.statistics and normed:
             session.progress.note(
-                "the model's running statistics stay on the nodes, so the central evaluation "
-                "sees those of the first model; use buffers=mean, or group normalisation"
+                "each node keeps running statistics of its own; the delivered model has those of "
+                "all nodes together (buffers=local)"
             )
+        elif normed and job.options.buffers != "mean":
+            open_to_all = not job.stack.private and shows_statistics(job.stack, "local")
+            cure = "buffers=local or mean" if open_to_all else "group normalisation"
+            warning = (
+                "the model's running statistics stay on the nodes, so the delivered model has "
+                f"those of the first model and is not right without a node's own; use {cure}"
+            )
+            session.progress.note(warning)
+            session.result["warnings"] = [*session.result.get("warnings", ()), warning]

@@ -95,8 +95,14 @@ def serve_with_flower(
 def _signals() -> Iterator[None]:
     """SIGTERM and Ctrl-C end the SuperLink too, in order."""
 
-    def stop(*_: Any) -> None:
-        raise StoppedError
+    told: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        if not told:  # the order that the first one began is kept whatever follows
+            told.append(number)
+            stopped = StoppedError()
+            stopped.number = number
+            raise stopped
 
     before = {}
     with contextlib.suppress(ValueError):  # not the main thread: the caller stops us

@@ -15,10 +15,13 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
+from umbel.clients.ledger_names import COORDINATOR, STATE
 from umbel.clients.process.membership import Membership, NodeSettings
+from umbel.clients.process.policy_file import policy_file
 from umbel.clients.process.start import StartSettings, enrolled, gpu_environment
 from umbel.flower_process import FlowerProcess, environment, program
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.node_policy import FORMER, POLICY
 from umbel.transport.certificates import load_key
 from umbel.transport.keyfiles import write_secret
 
@@ -79,7 +82,14 @@ def _command(membership: Membership, settings: NodeSettings) -> list[str]:
     write_secret(home / "node.key", key)
     (home / "root.crt").write_bytes(identity.root)
     host, _, port = settings.address.rpartition(":")
-    words = " ".join(f"{k}={toml(v)}" for k, v in settings.node_config.items())
+    # The ledger lies in the node's folder on this engine too, and names who asked.
+    config = {
+        STATE: str(membership.folder.absolute()),
+        COORDINATOR: settings.address,
+        **{k: v for k, v in settings.node_config.items() if k != FORMER},
+        POLICY: str(policy_file(membership.folder, settings)),
+    }
+    words = " ".join(f"{k}={toml(v)}" for k, v in config.items())
     return [
         program("flower-supernode"),
         *("--superlink", f"{host}:{int(port) + 1}"),

@@ -1,6 +1,5 @@
 """`umbel privacy`: planning, before anything runs."""
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ import typer
 from umbel.privacy.budget.accounting import curve, poisson, spent
 from umbel.privacy.budget.calibrate import noise_multiplier as noise_for
 from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge, relation_name
+from umbel.server.output import strict
 from umbel.strategies.errors import ConfigError
 
 app = typer.Typer(
@@ -146,7 +146,7 @@ _NOTES = {
 
 def _say(said: dict[str, Any], sentence: str, as_json: bool, plot: Path | None, asked: str) -> None:
     if as_json:
-        typer.echo(json.dumps(said))
+        typer.echo(strict.dumps(said))
         return
     typer.echo(
         f"{sentence}\n"

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import secrets
 import signal
 import sys
@@ -14,8 +15,9 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from umbel.federation import FederationServerApp
-from umbel.run import CANNOT_GO_ON, log_to, own_rounds
+from umbel.running import CANNOT_GO_ON, log_to, own_rounds
 from umbel.server.link.grid import LinkGrid, ObservedLinkGrid, StoppedError
+from umbel.server.link.room import MARGIN
 from umbel.server.link.service import ServerSettings, Service, WatchedProgress
 from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
@@ -27,6 +29,8 @@ from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
 
 log = logging.getLogger("umbel.server")
+_FIRST_MODEL = 1 << 30
+"""Bytes that a reply may have where an app asks a node for the first model."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class RunSettings:
         stay: take further runs after the first.
         fresh: begin a new run even if an unfinished one is there.
         out: the run directory; one in the state folder if None.
+        largest_reply: bytes of the largest reply that is taken; 0 goes by what was asked.
+        unprotected: release models without noise about nodes that have a privacy budget.
     """
 
     app: Path
@@ -50,6 +56,8 @@ class RunSettings:
     stay: bool = False
     fresh: bool = False
     out: Path | None = None
+    largest_reply: int = 0
+    unprotected: bool = False
 
 
 def serve(
@@ -75,22 +83,29 @@ def serve(
     shown = progress or showing.choose(sys.stderr)
     service = Service(settings, version=version, app_digest=folder.digest())
     ended = False
-    try:
-        service.start()
-        shown.note(f"listening on {service.status()['address']}")
-        with _signals(service) as current:
+    with _signals(service) as current:
+        try:
+            service.start()
+            shown.note(f"listening on {service.status()['address']}")
             waiting: dict[str, Any] | None = dict(run.changes)
             fresh = run.fresh
             while True:
-                plan = _plan(service, folder, server_app, run, waiting or {}, fresh=fresh)
-                result = _execute(service, plan, run, shown, current)
+                result = None if fresh else _ended_before(service, shown)
+                if result is None:
+                    plan = _plan(service, folder, server_app, run, waiting or {}, fresh=fresh)
+                    result = _execute(service, plan, run, shown, current)
                 on_result(result)
                 if not run.stay:
                     ended = True
                     return result
+                current.idle = True
                 waiting, fresh = _next_submission(service, shown, current), True
-    finally:
-        service.stop(for_good=ended)
+                current.idle = False
+        except StoppedError as stop:
+            stop.number, stop.idle = current.number, current.idle
+            raise
+        finally:
+            service.stop(for_good=ended)
 
 
 def submit(state: Path, changes: Options) -> None:
@@ -139,11 +154,32 @@ class _Current:
     """What a signal must reach."""
 
     grid: LinkGrid | None = None
-    stopping: bool = False
+    number: int = 0
+    idle: bool = False
 
     def check(self) -> None:
-        if self.stopping:
+        if self.number:
             raise StoppedError
+
+
+def _ended_before(service: Service, shown: Progress) -> dict[str, Any] | None:
+    """The result of a run that the database holds for unfinished, and that has ended.
+
+    A copy of the database from the middle of the run was put back, or the server was killed
+    between the run's result and the note of it.
+    """
+    before = service.enrolment.fact("run")
+    if before is None or before["done"] or not Path(before["path"]).is_dir():
+        return None
+    result = RunDirectory(Path(before["path"])).result()
+    if not result:
+        return None
+    shown.note(
+        f"{before['path']} has ended, which the database did not know yet (is it a copy from "
+        "before its end?); here is its result, and the next start begins a new run"
+    )
+    service.enrolment.keep("run", before | {"done": True})
+    return result
 
 
 def _plan(
@@ -165,6 +201,8 @@ def _plan(
                 "options; use those again, or begin anew with --fresh"
             )
         directory = RunDirectory.open(Path(before["path"]))
+        if run.unprotected:
+            directory.write_config({**directory.config(), "unprotected": True})
         run_id = before["run_id"]
         if not isinstance(app, FederationServerApp):  # its nodes shall begin anew with it
             run_id = secrets.randbits(62) + 1
@@ -181,6 +219,7 @@ def _plan(
         "engine": "link",
         "populations": str((service.settings.state / "populations").absolute()),
         "enough": run.enough,
+        **({"unprotected": True} if run.unprotected else {}),
         "versions": versions(),
         "machine": machine(),
         "command": sys.argv,
@@ -211,7 +250,14 @@ def _execute(
     service.position |= {"round": last, "metrics": {}, "epsilon": None, "round_seconds": None}
     service.wait_for_nodes(run.nodes, shown.note, current.check)
     kind = ObservedLinkGrid if keeps_rounds else LinkGrid
-    grid = kind(service.hub, run_id=plan.run_id, run_config=plan.options, enough=run.enough)
+    grid = kind(
+        service.hub,
+        run_id=plan.run_id,
+        run_config=plan.options,
+        enough=run.enough,
+        largest=run.largest_reply,
+        margin=_FIRST_MODEL if keeps_rounds else MARGIN,
+    )
     if isinstance(grid, ObservedLinkGrid):
         grid.on_note = service.stand
     current.grid = grid
@@ -251,13 +297,18 @@ def _next_submission(service: Service, shown: Progress, current: _Current) -> di
 
 @contextlib.contextmanager
 def _signals(service: Service) -> Iterator[_Current]:
-    """SIGTERM and Ctrl-C end the run at the next safe place; a second one ends it at once."""
+    """SIGTERM and Ctrl-C end the run at the next safe place; a second one ends it at once.
+
+    At once is as good as kill -9, which loses nothing: no order is left to keep, and an exception
+    in the middle of the first signal's order would only be a traceback.
+    """
     current = _Current()
 
     def stop(number: int, _: Any) -> None:
-        if current.stopping:
-            raise StoppedError
-        current.stopping = True
+        if current.number:
+            os.write(2, b"umbel: a second signal; ended at once, which loses nothing\n")
+            os._exit(128 + number)
+        current.number = number
         log.info("stopping on signal %d", number)
         service.changed.set()
         if current.grid is not None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -50,6 +51,16 @@ def server(
         bool, typer.Option("--fresh", help="Begin a new run even if one is unfinished.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: in --state.")] = None,
+    largest_reply: Annotated[
+        float,
+        typer.Option(metavar="MB", help="Largest reply. Default: by what was asked.", min=0),
+    ] = 0.0,
+    unprotected: Annotated[
+        bool,
+        typer.Option(
+            "--unprotected", help="Release without noise about people with a privacy budget."
+        ),
+    ] = False,
     engine: Annotated[str, typer.Option(help="link, or flower for Flower's own.")] = "link",
     health: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Local gRPC health endpoint.")
@@ -68,7 +79,7 @@ def server(
     from umbel.server.link.service import ServerSettings
     from umbel.strategies.options import parse
 
-    _log()
+    _begin()
     _check_engine(engine)
     own = _own(certificate, key, root)
     settings = ServerSettings(
@@ -82,18 +93,22 @@ def server(
     )
     if engine == "flower":
         from umbel.flower_engine import serve_with_flower
+        from umbel.server.output import strict
+        from umbel.server.output.session import UNPROTECTED
 
         _only_link(**{"--enough": enough != 1, "--serve": stay, "--out": out is not None})
         changes = parse(config or [])
+        if unprotected:
+            os.environ[UNPROTECTED] = "1"  # Flower runs the app in processes of its own
         try:
             result = serve_with_flower(path, settings, changes, version=__version__, nodes=nodes)
-        except StoppedError:
+        except StoppedError as stop:
             typer.echo("stopped; the next start begins a new run", err=True)
-            return
+            raise typer.Exit(128 + stop.number) from None
         if Path(result["run"]).is_dir():
             _show(result, as_json=as_json)
         else:
-            typer.echo(json.dumps(result) if as_json else f"{result['run']}: {result['stopped']}")
+            typer.echo(strict.dumps(result) if as_json else f"{result['run']}: {result['stopped']}")
         return
     from umbel.serve import RunSettings, serve
 
@@ -105,6 +120,8 @@ def server(
         stay=stay,
         fresh=fresh,
         out=out,
+        largest_reply=round(largest_reply * 1e6),
+        unprotected=unprotected,
     )
     try:
         serve(
@@ -113,8 +130,12 @@ def server(
             version=__version__,
             on_result=lambda result: _show(result, as_json=as_json),
         )
-    except StoppedError:
+    except StoppedError as stop:
+        if stop.idle:
+            typer.echo("stopped; no run is unfinished", err=True)
+            return
         typer.echo("stopped; started again on the same --state, the run goes on", err=True)
+        raise typer.Exit(128 + stop.number) from None
 
 
 def client(
@@ -138,6 +159,20 @@ def client(
     once: Annotated[bool, typer.Option("--once", help="End with the coordinator's run.")] = False,
     threads: Annotated[int, typer.Option(help="Of tensor operations. Default: all.", min=0)] = 0,
     gpu: Annotated[str, typer.Option(help="auto, none, or a number.")] = "auto",
+    give_up: Annotated[
+        bool,
+        typer.Option("--give-up", help="End when refused, in place of asking again slowly."),
+    ] = False,
+    proxy: Annotated[
+        bool | None,
+        typer.Option("--proxy/--no-proxy", help="Use http_proxy. Default: as the last start."),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What this node allows. Default: policy.toml in --state."
+        ),
+    ] = None,
     engine: Annotated[str, typer.Option(help="link, or flower for Flower's own.")] = "link",
     certificate: Certificate = None,
     key: Key = None,
@@ -148,19 +183,22 @@ def client(
     from umbel.clients.process.start import StartSettings, start_node
     from umbel.strategies.options import parse
 
-    _log()
+    _begin()
     _check_engine(engine)
     settings = StartSettings(
         state=state,
         app=path,
         join=join,
         node_config=None if node_config is None else parse(node_config),
-        address=address,
+        address=_address(address) if address else "",
         own_certificate=_own(certificate, key, root),
         any_app=any_app,
         once=once,
         threads=threads,
         gpu=gpu,
+        give_up=give_up,
+        proxy=proxy,
+        policy=policy,
     )
     if engine == "flower":
         from umbel.flower_node import node_with_flower
@@ -187,9 +225,9 @@ def nodes_add(
 ) -> None:
     """Invite a node: write a join file for it, or admit its own certificate."""
     from umbel.server.link.enrolment import Enrolment
-    from umbel.transport.certificates import open_authority
     from umbel.transport.join import write_join_file
 
+    os.umask(0o077)
     enrolment = Enrolment(state)
     try:
         if own_certificate:
@@ -202,7 +240,7 @@ def nodes_add(
         names = enrolment.fact("names") or []
         if host not in names:
             enrolment.keep("names", [host, *names])
-        join = enrolment.add(name, open_authority(state), address, valid * 3600)
+        join = enrolment.add(name, enrolment.authority(), address, valid * 3600)
     finally:
         enrolment.close()
     file = out or Path(f"{name}.join")
@@ -244,17 +282,19 @@ def nodes_revoke(
 def status(state: State, as_json: AsJson = False) -> None:
     """Show where a federation stands."""
     from umbel.server.link.service import read_status
+    from umbel.server.output import strict
+    from umbel.strategies.text import plain
 
     found = read_status(state)
     if as_json:
-        typer.echo(json.dumps(found, default=str))
+        typer.echo(strict.dumps(found))
         return
     typer.echo(f"run       {found['run'] or 'none'}")
     typer.echo(f"phase     {found['phase']}")
     pace = f", {found['round_seconds']:.3g} s each" if found.get("round_seconds") else ""
     typer.echo(f"round     {found['round']} of {found.get('rounds', '?')}{pace}")
     for label, value in (found.get("metrics") or {}).items():
-        typer.echo(f"{label:9} {value:.4g}")
+        typer.echo(f"{plain(label, 40):9} {value:.4g}")
     if found.get("epsilon") is not None:
         typer.echo(f"epsilon   {found['epsilon']:.3g}")
     traffic = found.get("traffic")
@@ -285,8 +325,11 @@ def _address(text: str) -> str:
     from umbel.strategies.errors import ConfigError
 
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not port.isdigit() or int(port) > 65535 or any(map(str.isspace, text)):
         raise ConfigError(f"{text!r} is no address; write HOST:PORT, such as hub.example:7443")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if ":" in host and not bracketed:
+        raise ConfigError(f"{text!r} is no address; an IPv6 address stands in brackets: [::1]:7443")
     return text
 
 
@@ -323,16 +366,20 @@ def _ago(when: Any) -> str:
 
 
 def _show(result: dict[str, Any], *, as_json: bool) -> None:
+    from umbel.server.output import strict
     from umbel.server.output.report import write_report
     from umbel.summary import lines
 
     report = write_report(Path(result["run"]))
-    for line in [json.dumps(result)] if as_json else lines(result, report):
+    for line in [strict.dumps(result)] if as_json else lines(result, report):
         typer.echo(line)
     sys.stdout.flush()
 
 
-def _log() -> None:
+def _begin() -> None:
+    """What a process of a federation begins with, before gRPC is imported."""
+    os.umask(0o077)  # whatever lies beside keys is for their owner's eyes
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it has to say, we say in a sentence
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )

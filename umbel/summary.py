@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from umbel.strategies.text import plain
+
 _WHY = {
     "rounds": "all rounds done",
     "early-stop": "stopped early, no more improvement",
@@ -14,13 +16,23 @@ _WHY = {
 
 def lines(result: Mapping[str, Any], report: Path) -> Iterator[str]:
     """The result of a run in a few lines, the report's place last."""
-    metrics = ", ".join(f"{name} {_number(name, value)}" for name, value in metrics_of(result))
+    metrics = ", ".join(
+        f"{plain(name, 80)} {_number(name, value)}" for name, value in metrics_of(result)
+    )
     why = _WHY.get(str(result.get("stopped")), str(result.get("stopped")))
-    yield f"{result.get('rounds', 0)} rounds in {result['seconds']:.1f} s ({why})"
+    done = int(result.get("rounds", 0))
+    yield f"{done} {'round' if done == 1 else 'rounds'} in {result['seconds']:.1f} s ({why})"
     if metrics:
-        yield metrics
+        yield metrics + (" (on the nodes' own tests)" if result.get("measured") == "nodes" else "")
+    for warning in result.get("warnings", ()):
+        yield f"warning: {warning}"
     if result.get("epsilon") is not None:
         yield from _privacy(result)
+    if result.get("record_epsilon") is not None:
+        yield (
+            f"records: at every node epsilon {result['record_epsilon']:.4g} or less, at delta "
+            f"{result['record_delta']:g}, by the nodes' own statements"
+        )
     yield from _summary(result.get("summary"))
     yield f"report: {report}"
 
@@ -33,6 +45,10 @@ def _privacy(result: Mapping[str, Any]) -> Iterator[str]:
     open_to = [who for who, epsilon in against.items() if math.isinf(epsilon)]
     others = f" (no protection against the {' or '.join(open_to)})" if open_to else ""
     yield f"epsilon {result['epsilon']:.4g} at delta {result['delta']:g}{others}"
+    together = result.get("epsilon_in_total") or {}
+    total = max((together.get(who, 0.0) for who in against if who not in open_to), default=0.0)
+    if total > result["epsilon"] * 1.01:
+        yield f"epsilon {total:.4g} over all runs about the population {result['population']}"
 
 
 def metrics_of(result: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -43,16 +59,16 @@ def metrics_of(result: Mapping[str, Any]) -> list[tuple[str, float]]:
 def _summary(summary: Any) -> Iterator[str]:
     """An app's own summary: a text, or rows of named numbers."""
     if isinstance(summary, str):
-        yield summary
+        yield from map(plain, summary.splitlines())
     elif isinstance(summary, Mapping):
         width = max((len(str(name)) for name in summary), default=0)
         for name, value in summary.items():
             if isinstance(value, Mapping):
                 value = "  ".join(f"{key} {_number(key, number)}" for key, number in value.items())
-            yield f"{name!s:<{width}}  {value}"
+            yield plain(f"{name!s:<{width}}  {value}")
 
 
 def _number(name: str, value: Any) -> str:
     if not isinstance(value, int | float):
-        return str(value)
+        return plain(value)
     return f"{value:.1%}" if name == "accuracy" else f"{value:.4g}"

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
+from torch import Tensor
 
 from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
@@ -22,7 +23,7 @@ from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.privacy.budget.events import Charge
 from umbel.strategies.collect import Collect, Gather, Gathering, PlainSum
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.layer import Facts, Layer, Stateless
+from umbel.strategies.layer import Facts, Layer, Metrics, Stateless
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.private.local_gaussian import LocalGaussian
@@ -292,13 +293,11 @@ class Liar:
     Attributes:
         acts: encodes and decodes.
         says: everything else.
-        private: whether metrics are kept from travelling.
         part: of the noise, where a plan decides it later.
     """
 
     acts: Layer[Any]
     says: Layer[Any]
-    private: bool = True
     part: float = 1.0
 
     def with_noise(self, noise_multiplier: float) -> "Liar":
@@ -355,8 +354,22 @@ def unbounded_weights(stack: Stack) -> Stack:
 
     object.__setattr__(faulty, "check", honest.check)
     object.__setattr__(faulty, "gather", gather)
-    layers: list[Layer[Any]] = [Liar(layer, layer, private=False) for layer in stack.layers]
-    return _changed(stack, layers, faulty, "layer")
+    return _Telling(stack.layers, faulty)
+
+
+@dataclass(frozen=True)
+class _Telling(Stack):
+    """A stack whose nodes say beside the update what they measured, private or not."""
+
+    def encode(
+        self,
+        update: Tensor,
+        config: Mapping[str, Any],
+        memory: RecordDict,
+        measured: Metrics | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        sent, _ = super().encode(update, config, memory, measured)
+        return sent, dict(measured or {})
 
 
 FAULTS: Mapping[str, Callable[[Stack], Stack]] = {

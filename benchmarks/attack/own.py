@@ -4,40 +4,35 @@ audit       canary nodes take the place of the app's nodes, under the app's stac
 membership  the app's own run; losses of its nodes' examples against held-out ones
 crowd       which nodes took part in a round
 pictures    what an update of one example shows, where the model can be inverted
+promises    noise, sampling and records, by tests that can say no
+lies        a coordinator that does not keep to the protocol
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from umbel.benchmarks.attack import audits, nodes, reconstruct
-from umbel.benchmarks.attack.audits import CanaryRun
+from umbel.benchmarks.attack import audits, lies, nodes, promises, reconstruct
+from umbel.benchmarks.attack.canaries import Fault, aside, canary_run, claims, delta_of
 from umbel.benchmarks.attack.defences import finite
 from umbel.benchmarks.attack.findings import guaranteed, roc_findings
 from umbel.benchmarks.attack.scenes import Measured
 from umbel.benchmarks.attack.suite import Report, Row, stamp
-from umbel.benchmarks.attack.tasks import CanaryTrainer, Coins, Pool
+from umbel.benchmarks.attack.tasks import Pool
 from umbel.benchmarks.attack.views import Attackable, Played, play
 from umbel.clients.data.examples import Examples, Node, Split
 from umbel.clients.trainer import Options, Trainer, Weights
 from umbel.privacy.attacks.audit import Scores, one_run_audit
-from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.strategies.errors import ConfigError, UmbelError
-from umbel.strategies.layer import Facts
-from umbel.strategies.private.gaussian import Gaussian
-from umbel.strategies.stack import Stack
 
 MOST_EXAMPLES = 400
 """Members, and as many others, whose losses are compared."""
 MOST_NODES = 60
 """Nodes of the participation attack, each of which is trained once more."""
-
-Fault = Callable[[Stack], Stack]
 
 
 def attack(
@@ -74,7 +69,10 @@ def attack(
             except (UmbelError, ValueError, RuntimeError) as error:
                 notes.append(f"{scene.__name__} could not be attacked: {error}")
     stack = federation.stack_for(federation.complete(options))
-    row = Row(name, str(stack), "The app's own stack.", measured, found, notes)
+    verdicts = promises.examine(federation, options, count, seed=seed, fault=fault)
+    if fault is None:
+        verdicts += lies.tell(federation, options, count)
+    row = Row(name, str(stack), "The app's own stack.", measured, found, notes, verdicts)
     seconds = round(time.monotonic() - began, 1)
     return Report([row], about=stamp(seed, canaries, seconds=seconds))
 
@@ -88,7 +86,7 @@ def audit(
     seed: int = 0,
     fault: Fault | None = None,
 ) -> list[audits.Audit]:
-    """One round of canary nodes under a federation's stack and options, for both adversaries.
+    """One-run bounds of a federation's stack and options, for both adversaries.
 
     All nodes take part, so nothing is amplified: what is compared is what the run of the
     canaries itself claims, not the epsilon of the app's schedule.
@@ -96,36 +94,9 @@ def audit(
     Raises:
         ConfigError: the options cannot be used.
     """
-    coins = np.random.default_rng([seed, 7]).random(canaries) < 0.5
-    trainer = CanaryTrainer(
-        canaries,
-        _norm(federation, options) * audits.LONGER,
-        audits.WEIGHT,
-        OPTIONS=dict(getattr(federation.trainer, "OPTIONS", {})),
-    )
-
-    def stack(given: Options) -> Stack:
-        made = federation.stack_for(given)
-        return made if fault is None else fault(_noisy(made, given))
-
-    given = {
-        **{k: v for k, v in options.items() if k not in ("cohort-size", "cohort-cap")},
-        "rounds": 1,
-        "cohort": "all",
-        "federated-every": -1,
-        "seed": seed,
-    }
-    known = federation.complete({})
-    if "sampling" in known:
-        given["sampling"] = "all"
-    changes = {"trainer": trainer, "data": Coins(coins), "stack": stack}
-    played = play(_complete(federation, _alone(federation) | changes), canaries, given)
-    delta = _delta({**known, **options}, federation)
-    schedule = audits.alone(canaries, delta)
-    complete = federation.complete(given)
-    honest = _noisy(federation.stack_for(complete), complete)
-    claimed = audits.claims_of(played, honest, schedule)
-    run = CanaryRun(played, coins, schedule, trainer)
+    run = canary_run(federation, options, canaries=canaries, seed=seed, fault=fault)
+    delta, coins = run.schedule.delta, run.coins
+    claimed = claims(federation, run, options)
     found = []
     for adversary in audits.ADVERSARIES:
         bound = one_run_audit(run.scores(adversary), coins, delta=delta)
@@ -143,39 +114,6 @@ def audit(
             )
         )
     return found
-
-
-def _alone(federation: Attackable) -> dict[str, Any]:
-    """Changes that leave out what an app does beside training, which may need its own data."""
-    aside = {"test": None, "summary": None, "questions": ()}
-    known = {field.name for field in fields(federation)}  # type: ignore[arg-type]
-    return {name: value for name, value in aside.items() if name in known}
-
-
-def _noisy(stack: Stack, options: Mapping[str, Any]) -> Stack:
-    """The stack with the noise that a plan gives it for one round in which everybody takes part.
-
-    A fault may hide from the run that its stack is private, and then nobody plans.
-    """
-    epsilon = float(options.get("epsilon", math.inf))
-    layers = [
-        layer.with_noise(noise_multiplier(epsilon, float(options["delta"]), 1.0, 1))
-        if isinstance(layer, Gaussian) and layer.noise_multiplier is None and math.isfinite(epsilon)
-        else layer
-        for layer in stack.layers
-    ]
-    return Stack(layers, stack.collect)
-
-
-def _complete(federation: Attackable, changes: Mapping[str, Any]) -> Any:
-    """The federation with a stack to which its options add no layer: that has happened already.
-
-    A broken layer is not recognised for what it claims to be, so it would be added again.
-    """
-    kind: Any = type(federation)
-    as_it_is = type(kind.__name__, (kind,), {"stack_for": lambda self, given: self.stack(given)})
-    known = {field.name: getattr(federation, field.name) for field in fields(kind) if field.init}
-    return as_it_is(**{**known, **changes})
 
 
 @dataclass(frozen=True)
@@ -204,7 +142,7 @@ class _Own:
         found, curve = roc_findings("loss threshold", view.adversary, -with_, -without)
         reported = self.played.result.get("epsilon_against") or {}
         claimed = {who: value for who, value in reported.items() if finite(value) is not None}
-        delta = _delta(self.options, self.federation)
+        delta = delta_of(self.options, self.federation)
         curves = {"loss threshold": curve}
         found = guaranteed(found, curves, claimed.get("model-user"), delta)
         accuracy = self.played.result.get("metrics", {}).get("accuracy")
@@ -247,7 +185,7 @@ class _Own:
         y = torch.stack([torch.as_tensor(one.y[0]) for one in examples]).long()
         flat = Pool("own", x.flatten(1), y, x[:0], y[:0], int(y.max()) + 2, None)
         data: Callable[[Node, Options], Any] = lambda node, _: Split(examples[node.partition])  # noqa: E731
-        changes = {**_alone(self.federation), "data": data}
+        changes = {**aside(self.federation), "data": data}
         one: Any = replace(self.federation, **changes)  # type: ignore[type-var]
         given = {**self.options, "rounds": 1, "cohort": "all", "sampling": "all"}
         given["federated-every"] = -1
@@ -301,19 +239,3 @@ def _split(examples: Any) -> list[Examples]:
         return [examples.take(slice(i, i + 1)) for i in range(size)]
     items = [examples[i] for i in range(size)]
     return [Examples(torch.as_tensor(x)[None], torch.as_tensor(y)[None]) for x, y in items]
-
-
-def _delta(options: Mapping[str, Any], federation: Attackable) -> float:
-    known = {**federation.complete({}), **options}
-    return float(known.get("delta", 1e-5))
-
-
-def _norm(federation: Attackable, options: Options) -> float:
-    """The bound of an update under the stack, so that canaries are longer than it."""
-    stack = federation.stack_for(federation.complete(options))
-    facts = Facts(size=1000)
-    for layer, state in zip(stack.layers, stack.init(1000), strict=True):
-        facts = layer.check(facts, state)
-        if facts.l2_bound is not None:
-            return facts.l2_bound
-    return 1.0

@@ -88,8 +88,9 @@ def to_json(report: Report) -> dict[str, Any]:
     """The whole report as a JSON object without infinities."""
     content: dict[str, Any] = _plain(
         {
-            "ok": not report.problems(),
+            "ok": not report.problems() and not report.untested(),
             "problems": report.problems(),
+            "untested": report.untested(),
             "warnings": report.warnings(),
             "about": dict(report.about),
             "rows": [_row(row) for row in report.rows],
@@ -188,7 +189,8 @@ def html(report: Report, plots: Sequence[Path]) -> str:
     return environment.get_template("report.html").render(
         heads=HEADS,
         lines=[list(vars(line).values()) for line in lines(report)],
-        problems=report.problems(),
+        problems=[*report.problems(), *report.untested()],
+        verdicts=[(row, one) for row in report.rows for one in row.verdicts],
         warnings=report.warnings(),
         defences={row.name: row.words for row in report.rows},
         attacks={name: words for name, words in WORDS.items() if name in used},
@@ -240,6 +242,7 @@ def _row(row: Row) -> dict[str, Any]:
         "seconds_per_round": None if training is None else training.seconds,
         "findings": [{"scene": scene, **one.to_json()} for scene, one in row.findings],
         "audits": [audit.to_json() for audit in row.audits],
+        "verdicts": [one.to_json() for one in row.verdicts],
         "notes": list(row.notes),
     }
 

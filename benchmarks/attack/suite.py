@@ -21,6 +21,7 @@ from umbel.benchmarks.attack.findings import Finding
 from umbel.benchmarks.attack.jobs import jobs_of, train_references, work
 from umbel.benchmarks.attack.plans import Plan
 from umbel.benchmarks.attack.scenes import Measured, Task
+from umbel.benchmarks.attack.verdicts import Verdict
 from umbel.privacy.attacks.audit import clopper_pearson, one_run_audit
 from umbel.server.output.rundir import machine, versions
 
@@ -42,6 +43,7 @@ class Row:
         measured: per scene.
         audits: of its claims.
         notes: what went wrong or should be known.
+        verdicts: of promises that were put to a test, or should have been.
     """
 
     data: str
@@ -50,6 +52,7 @@ class Row:
     measured: Mapping[str, Measured]
     audits: Sequence[Audit]
     notes: Sequence[str]
+    verdicts: Sequence[Verdict] = ()
 
     @property
     def findings(self) -> list[tuple[str, Finding]]:
@@ -109,6 +112,7 @@ class Report:
         for row in self.rows:
             place = f"{row.name} on {row.data}"
             found += [f"{place}: {_refuted(audit)}" for audit in row.audits if audit.refuted]
+            found += [f"{place}: {one.sentence}" for one in row.verdicts if one.bad]
             found += [
                 f"{place}: the ROC curve of {one.attack} lies {one.excess:.1f} standard errors "
                 f"above what the claimed epsilon allows"
@@ -123,6 +127,15 @@ class Report:
             if not audit.refuted
         ]
         return found + [check.sentence for check in self.checks if not check.ok]
+
+    def untested(self) -> list[str]:
+        """Promises that nobody can say anything of."""
+        return [
+            f"{row.name} on {row.data}: {one.sentence}"
+            for row in self.rows
+            for one in row.verdicts
+            if one.outcome == "not tested"
+        ]
 
     def warnings(self) -> list[str]:
         """What is no broken promise, but must be known."""

@@ -15,9 +15,10 @@ there, and no attack has to know which layers there are.
 """
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -68,6 +69,7 @@ class Heard:
         wire: by partition, all bytes of all records that the node sent this round.
         total: what the collect returned: the sum before the server's half of any layer.
         count: updates in it.
+        asked: partitions that were asked.
     """
 
     number: int
@@ -76,6 +78,7 @@ class Heard:
     wire: Mapping[int, bytes]
     total: Tensor
     count: int
+    asked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ class Played:
         heard: the rounds.
         final: the last model, shape (size,).
         manifest: of the model's parameters.
+        mechanism: as the certificate describes it; empty where nothing is claimed.
     """
 
     result: Mapping[str, Any]
@@ -132,6 +136,7 @@ class Played:
     heard: Sequence[Heard]
     final: Tensor
     manifest: Manifest
+    mechanism: Mapping[str, Any] = field(default_factory=dict)
 
     def view(self, adversary: Adversary) -> View:
         """What this adversary has."""
@@ -166,6 +171,8 @@ def play(
     options: Options,
     *,
     listen: Callable[[int], bool] = bool,
+    around: Callable[[ClientApp], ClientApp] = lambda app: app,
+    asking: Callable[[Collect], Collect] = lambda collect: collect,
 ) -> Played:
     """Run a federation on the embedded engine with a listener at the server.
 
@@ -174,27 +181,35 @@ def play(
         nodes: virtual nodes.
         options: of the run, over the federation's own.
         listen: of which rounds each reply is kept (all by default); models and sums always are.
+        around: stands between the coordinator and the nodes' app, for a coordinator that lies.
+        asking: changes how the coordinator asks, around the listener.
     """
     heard: list[Heard] = []
 
     def stack(given: Options) -> Stack:
         inner = federation.stack_for(given)
-        return replace(inner, collect=overheard(inner.collect, heard, listen))
+        return replace(inner, collect=asking(overheard(inner.collect, heard, listen)))
 
     complete = federation.complete(options)
     tapped: Attackable = replace(federation, stack=stack)  # type: ignore[type-var]
     size = getattr(federation.trainer, "group_size", None)
     group = int(size(complete)) if size is not None else 1
     with tempfile.TemporaryDirectory(prefix="umbel-bench-") as folder:
-        run = RunDirectory.create(None, "bench", {"options": complete}, out=Path(folder) / "run")
-        grid = EmbeddedGrid(tapped.client_app(), nodes, run_config=complete, group_size=group)
+        config = {"options": complete, "rehearsal": True}
+        run = RunDirectory.create(None, "bench", config, out=Path(folder) / "run")
+        grid = EmbeddedGrid(
+            around(tapped.client_app()), nodes, run_config=complete, group_size=group
+        )
         context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(complete))
         with grid, session(run, SilentProgress()) as opened:
             tapped.server_app()(grid, context)
         first = federation.trainer.initial(complete, int(complete["seed"])).parameters
         manifest = Manifest.of(first)
         final = manifest.flatten(run.read_model())
-        return Played(dict(opened.result), run.rounds(), heard, final, manifest)
+        mechanism: Mapping[str, Any] = {}
+        if run.certificate_path.is_file():
+            mechanism = json.loads(run.certificate_path.read_text(encoding="utf-8"))["mechanism"]
+        return Played(dict(opened.result), run.rounds(), heard, final, manifest, mechanism)
 
 
 def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool]) -> Collect:
@@ -230,7 +245,9 @@ def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool
             sum_ = end.value
         if model is None:  # an empty cohort: nothing was sent
             model = heard[-1].model if heard else sum_.total.new_zeros(round_.size)
-        heard.append(Heard(round_.number, model, replies, wire, sum_.total.clone(), sum_.replies))
+        asked = tuple(message.metadata.dst_node_id - FIRST_NODE for message in requests)
+        total = sum_.total.clone()
+        heard.append(Heard(round_.number, model, replies, wire, total, sum_.replies, asked))
         return sum_
 
     object.__setattr__(listening, "gather", gather)

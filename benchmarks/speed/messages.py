@@ -4,16 +4,24 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed import apps
 from umbel.benchmarks.speed.ray_side import echo_under_ray
+from umbel.clients.admission import admit
 from umbel.server.embedded.grid import EmbeddedGrid
+from umbel.strategies.app import open_app
+from umbel.strategies.collect import Gathering
+from umbel.strategies.layer import Facts
+from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
+from umbel.strategies.node_policy import POLICY, policy_of
 from umbel.strategies.records import to_array
+from umbel.strategies.stack import Stack
 
 SMALL_MS = 0.3
 COPIES = 3.0
@@ -21,6 +29,29 @@ CASES = ((100, 100), (1000, 100), (10_000, 1000))
 """Nodes of the federation, and messages of a round."""
 LARGE = 10_000_000
 """Float32 parameters of the large model."""
+GATE_MS = 0.2
+"""A node's policy and the contract of a round, for each message."""
+_POLICIES: dict[str, tuple[dict[str, bool | int | float | str], str]] = {
+    "plain sum": ({}, "[options]\nrounds = {max = 100}\n"),
+    "secure sum": (
+        {"secure": True, "noise-multiplier": 5.0},
+        "min-noise = 1.0\nmin-cohort = 3\n[options]\nrounds = {max = 100}\n",
+    ),
+}
+"""Options of a run, and the policy of its nodes."""
+_TASK = """
+import numpy as np
+from umbel import Federation, FunctionTrainer
+
+
+def stay(arrays, examples, job):
+    return arrays, 1, {}
+
+
+federation = Federation(
+    FunctionTrainer(lambda _: {"x": np.zeros(10, np.float32)}, stay), lambda *_: 1
+)
+"""
 
 
 def measure(*, quick: bool = False, flower: bool = False, workers: int = 2) -> list[Figure]:
@@ -32,7 +63,10 @@ def measure(*, quick: bool = False, flower: bool = False, workers: int = 2) -> l
         workers: worker processes.
     """
     scale = 10 if quick else 1
-    figures = []
+    figures = [
+        Figure("messages", f"policy and contract, {name}", 1e3 * seconds, "ms/message", GATE_MS)
+        for name, seconds in gate(repeats=20 if quick else 2000).items()
+    ]
     with tempfile.TemporaryDirectory() as where:
         app = apps.write_echo(Path(where))
         for nodes, messages in ((n // scale, m // scale) for n, m in CASES):
@@ -87,6 +121,45 @@ def exchange(
             if replies != messages:
                 raise RuntimeError(f"{replies} of {messages} messages came back")
     return statistics.median(times[2:])
+
+
+def gate(*, repeats: int) -> dict[str, float]:
+    """Seconds of processor time in which a node checks one message of ten floats, by stack.
+
+    Its policy, what protects the update, the contract and the terms of the session: everything
+    that is done for a request to train beside training, sealing and sending.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as where:
+        folder = apps.write_federation(Path(where) / "app", _TASK, name="ten", config="")
+        app: Any = open_app(folder).client_app()
+        for name, (options, text) in _POLICIES.items():
+            file = Path(where) / f"{name}.toml"
+            file.write_text(text)
+            context = Context(1, 1001, {POLICY: str(file)}, RecordDict(), dict(options))
+            message = _asked(app.known(context).stack)
+            began = 0.0
+            for repeat in range(repeats + 1):
+                if repeat == 1:  # the first one makes what is kept
+                    began = time.thread_time()
+                known = app.known(context)
+                admit(policy_of(context.node_config), "train", message, app, known, alone=True)
+                if known.consider(message, context) is not None:
+                    raise RuntimeError("the message was refused")
+            found[name] = (time.thread_time() - began) / repeats
+    return found
+
+
+def _asked(stack: Stack) -> Message:
+    """A request to train as a coordinator sends it, with the terms of a session if it has them."""
+    before = Facts(size=10, expected_replies=3, max_replies=3, round=1)
+    states = stack.init(10)
+    told = ConfigRecord({"round": 1, **stack.publish(states, before)})
+    model = ArrayRecord({PARAMETERS: to_array(torch.zeros(10))})
+    requests = [Message(RecordDict({MODEL: model, CONFIG: told}), 1001, "train")] * 3
+    facts = stack.check(before, states)
+    round_ = Gathering(1, facts.size, torch.float32, 3.0, facts, run_id=1)
+    return next(stack.collect.gather(requests, round_))[0]
 
 
 def memcpy(size: int) -> float:

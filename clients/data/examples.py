@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from umbel.strategies.errors import ConfigError
+
 ArrayLike = np.ndarray[Any, Any] | Tensor
 
 
@@ -25,7 +27,7 @@ class Examples:
         y: targets, first axis is the example.
 
     Raises:
-        ValueError: the lengths differ.
+        ConfigError: the lengths differ.
     """
 
     x: ArrayLike
@@ -33,9 +35,9 @@ class Examples:
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
-            raise ValueError(
+            raise ConfigError(
                 f"examples need as many targets as inputs, but there are {len(self.x)} inputs "
-                f"and {len(self.y)} targets"
+                f"and {len(self.y)} targets; give one target for each input"
             )
 
     def __len__(self) -> int:

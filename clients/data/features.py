@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -162,7 +162,13 @@ class Featured:
     dataset: str | DataSet
     recipe: Recipe | Callable[[Options], Recipe]
     cache: Path | None = None
+    FIXED: ClassVar[bool] = True
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def source(self) -> object:
+        """Whose data these are, whatever features are made of them."""
+        return self.dataset
 
     def __call__(self, node: Node, options: Options) -> Split:
         """The node's examples: every `count`-th of the training examples."""

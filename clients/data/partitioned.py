@@ -5,7 +5,7 @@ Partitioned("fashion-mnist", Dirichlet(0.5))     @federation.data ... written fo
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class Partitioned:
     transform: Callable[[Examples], Examples] | None = None
     seed: int | None = None
     arrays: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike] | None = None
+    FIXED: ClassVar[bool] = True
     _memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -55,6 +56,11 @@ class Partitioned:
             raise ConfigError(
                 f"test_fraction is {self.test_fraction}; give at least 0 and less than 1"
             )
+
+    @property
+    def source(self) -> object:
+        """Whose data these are, however they are divided: the name that a budget is kept under."""
+        return "arrays" if self.dataset is None else self.dataset
 
     def __call__(self, node: Node, options: Options) -> Split:
         """The node's examples.

@@ -21,9 +21,19 @@ from typing import Any
 import grpc
 
 from umbel.clients.process.instruction import Receiving, Task, key
-from umbel.clients.process.membership import Membership, NodeSettings, open_channel, refusal
+from umbel.clients.process.membership import (
+    ExpiredError,
+    Membership,
+    NodeSettings,
+    RefusedError,
+    ignored_proxies,
+    open_channel,
+    refusal,
+)
 from umbel.clients.process.trainee import Answer, Trainee
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.text import plain
+from umbel.transport.allocator import LARGE, give_back
 from umbel.transport.certificates import Identity
 from umbel.transport.codec import size_of
 from umbel.transport.flower import CRASHED
@@ -45,9 +55,11 @@ from umbel.transport.link_pb2 import Beat, Begin, Frame, Hello, Offer, Welcome
 log = logging.getLogger("umbel.node")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
 _WELCOME_S = 20.0
-_SILENT_BEATS = 4.5
+_SILENT_BEATS, _SHORTEST_SILENCE_S = 4.5, 15.0
 _TWIN_S = 90.0
 _DAY_S = 86400.0
+_SLOW_WAIT_S = 300.0
+"""How long a node that was refused waits before it asks again."""
 _LATE = 0.1
 """Share of an instruction's time that the app is given beyond it before it is stopped."""
 _GRACE_S = 10.0
@@ -63,6 +75,7 @@ class _Stream:
     outgoing: "asyncio.Queue[Frame | Task]" = field(default_factory=asyncio.Queue)
     heard: float = field(default_factory=time.monotonic)
     pace: Pace = field(default_factory=Pace)
+    receiving: Receiving | None = None
 
 
 class NodeLink:
@@ -76,6 +89,7 @@ class NodeLink:
         app_digest: of the app's files.
         any_app: work for a coordinator whose copy of the app differs.
         once: end when the coordinator says that its run is over.
+        give_up: end when the coordinator refuses this node, in place of asking again slowly.
         on_event: told what happens, for tests and for people.
     """
 
@@ -89,11 +103,13 @@ class NodeLink:
         app_digest: str,
         any_app: bool = False,
         once: bool = False,
+        give_up: bool = False,
         on_event: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._membership, self._settings, self._trainee = membership, settings, trainee
         self._version, self._app_digest = version, app_digest
         self._any_app, self._once, self._on_event = any_app, once, on_event
+        self._give_up = give_up
         self._instance = secrets.token_hex(16)
         self._task: Task | None = None  # at work, or answered and not yet taken
         self._next: Task | None = None  # waits until an unwanted one is done
@@ -107,38 +123,56 @@ class NodeLink:
         """Until the coordinator ends it, or for ever.
 
         Raises:
-            ConfigError: the coordinator refuses this node for good.
+            ConfigError: the coordinator refuses this node, and it was told to give up then.
         """
+        self._tell_of_proxies()
         wait, twin_since = _FIRST_WAIT_S, None
         try:
             while not self._over:
-                began = time.monotonic()
+                began, refused = time.monotonic(), False
                 try:
                     await self._connect()
                     twin_since = None
+                except (RefusedError, ExpiredError) as problem:
+                    refused = self._was_refused(problem)
                 except grpc.aio.AioRpcError as problem:
                     if self._over:
                         return
                     said = refusal(self._settings.address, problem)
                     twin = problem.code() == grpc.StatusCode.ALREADY_EXISTS
                     twin_since = (twin_since or began) if twin else None
-                    if isinstance(said, ConfigError):
-                        raise said from None
                     if twin_since is not None and began - twin_since > _TWIN_S:
                         raise RunError(str(said)) from None
-                    self._say(str(said))
+                    if isinstance(said, RefusedError):
+                        refused = self._was_refused(said)
+                    else:
+                        self._say(str(said))
                 except (RunError, FrameError, TimeoutError, EOFError) as problem:
                     self._say(f"connection lost: {problem or type(problem).__name__}")
                 if self._over:
                     return
                 if time.monotonic() - began > 2:  # it was connected, and for a while
                     wait = _FIRST_WAIT_S
-                await asyncio.sleep(wait * random.uniform(0.5, 1.5))
+                pause = _SLOW_WAIT_S if refused else wait
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 wait = min(_LONGEST_WAIT_S, wait * 1.6)
         finally:
             if self._work is not None:
                 self._work.cancel()
             self._trainee.stop()
+
+    def _was_refused(self, problem: ConfigError) -> bool:
+        """Give up, or say that it is asked again; True."""
+        if self._give_up:
+            raise problem
+        self._say(f"{problem}; asking again about every {_SLOW_WAIT_S / 60:.0f} minutes")
+        self._on_event("refused")
+        return True
+
+    def _tell_of_proxies(self) -> None:
+        if self._settings.proxy or not (names := ignored_proxies()):
+            return
+        log.info("%s is set; the link does not go through a proxy unless --proxy says so", names)
 
     def _say(self, text: str) -> None:
         """Log once what is so for hours while the coordinator is away."""
@@ -155,7 +189,8 @@ class NodeLink:
             if await self._membership.renew_if_due(self._settings, identity):
                 log.info("the certificate was renewed")
                 identity = self._membership.identity(self._settings) or identity
-        async with open_channel(self._settings.address, identity) as channel:
+        proxy = self._settings.proxy
+        async with open_channel(self._settings.address, identity, proxy=proxy) as channel:
             call = channel.stream_stream(
                 f"/{SERVICE}/Connect", request_serializer=to_wire, response_deserializer=from_wire
             )()
@@ -164,6 +199,8 @@ class NodeLink:
             self._said = ""
             self._on_event("connected")
             log.info("connected to %s as %s", self._settings.address, stream.welcome.name)
+            if stream.welcome.note:
+                log.warning("the coordinator says: %s", plain(stream.welcome.note))
             try:
                 await self._converse(stream, identity)
             finally:
@@ -226,11 +263,26 @@ class NodeLink:
 
     async def _beat(self, stream: _Stream) -> None:
         interval = min(60.0, max(0.05, stream.welcome.beat_s))
+        silent = max(_SHORTEST_SILENCE_S, _SILENT_BEATS * interval)
         while True:
             await asyncio.sleep(interval * random.uniform(0.9, 1.0))
-            if time.monotonic() - stream.heard > _SILENT_BEATS * interval:
+            if time.monotonic() - stream.heard > silent:
                 raise RunError("the coordinator says nothing")
-            stream.outgoing.put_nowait(Frame(beat=Beat(phase=self._phase())))
+            stream.outgoing.put_nowait(Frame(beat=self._pulse(stream)))
+
+    def _pulse(self, stream: _Stream) -> Beat:
+        """That this node is here, and how far it is with what it was asked."""
+        coming, task = stream.receiving, self._next or self._task
+        if coming is not None:
+            return Beat(phase="receiving", id=coming.begin.id, received=coming.at)
+        if task is None:
+            return Beat(phase="idle")
+        return Beat(
+            phase=self._phase(),
+            id=task.begin.id,
+            received=task.begin.size,
+            working=task.answer is None,
+        )
 
     async def _renew(self, identity: Identity) -> None:
         while True:
@@ -239,13 +291,12 @@ class NodeLink:
                 await self._membership.renew_if_due(self._settings, identity)
 
     def _phase(self) -> str:
-        if self._task is None:
-            return "idle"
+        assert self._task is not None
         return self._task.begin.message_type if self._task.answer is None else "replying"
 
     async def _read(self, stream: _Stream) -> None:
-        receiving: Receiving | None = None
         while True:
+            receiving = stream.receiving
             frame = await stream.call.read()
             if frame is grpc.aio.EOF:
                 await _raise_status(stream.call)
@@ -255,12 +306,16 @@ class NodeLink:
                 if receiving is None:
                     raise FrameError("a chunk came that belongs to nothing")
                 if receiving.add(frame):
+                    stream.receiving = None
+                    del frame
+                    if receiving.begin.size > LARGE:  # from here on the app needs the memory
+                        give_back()
                     self._take(receiving.begin, receiving.file)
-                    receiving = None
+                    stream.outgoing.put_nowait(Frame(beat=self._pulse(stream)))
                 continue
             kind = frame.WhichOneof("kind")
             if kind == "begin":
-                receiving = self._begin(frame.begin)
+                stream.receiving = self._begin(frame.begin)
             elif kind == "grant":
                 task = self._task
                 if task is not None and task.begin.id == frame.grant.id:

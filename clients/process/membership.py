@@ -13,9 +13,12 @@ from typing import Any
 import grpc
 
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.text import plain
 from umbel.transport.certificates import (
     CertificateError,
+    CertificateExpiredError,
     Identity,
+    by_this_clock,
     check_pair,
     load_certificate,
     load_identity,
@@ -38,6 +41,14 @@ class ExpiredError(ConfigError):
     """The node's certificate has expired, so that it cannot be renewed either."""
 
 
+class RefusedError(ConfigError):
+    """The coordinator, whose certificate is the federation's, refuses this node.
+
+    Nothing else is final: what goes wrong before the coordinator has shown its certificate may
+    be anybody's doing and be over in a minute.
+    """
+
+
 @dataclass(frozen=True)
 class NodeSettings:
     """What a node remembers between starts.
@@ -48,6 +59,8 @@ class NodeSettings:
         app: the app's folder.
         node_config: of the node, such as its `partition-id`.
         own_certificate: paths of certificate, key and root that someone brought along.
+        proxy: go through the HTTP proxy of the environment.
+        policy: path of the policy file; empty is the one in the state folder.
     """
 
     address: str
@@ -55,10 +68,15 @@ class NodeSettings:
     app: str = ""
     node_config: Mapping[str, Any] = field(default_factory=dict)
     own_certificate: tuple[str, str, str] | None = None
+    proxy: bool = False
+    policy: str = ""
 
 
 class Membership:
     """The state folder of one node process.
+
+    Attributes:
+        proxy: enrol and renew through the HTTP proxy of the environment.
 
     Raises:
         ConfigError: another process uses the folder, or it is damaged.
@@ -66,6 +84,7 @@ class Membership:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.proxy = False
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -85,17 +104,7 @@ class Membership:
 
     def settings(self) -> NodeSettings | None:
         """What earlier starts have left, or None."""
-        try:
-            fields = json.loads((self.folder / "node.json").read_text())
-            if fields.get("own_certificate"):
-                fields["own_certificate"] = tuple(fields["own_certificate"])
-            return NodeSettings(**fields)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as problem:
-            raise ConfigError(
-                f"{self.folder / 'node.json'} is damaged ({problem}); remove it and join again"
-            ) from problem
+        return settings_in(self.folder)
 
     def remember(self, settings: NodeSettings) -> None:
         """Keep settings for the next start."""
@@ -124,12 +133,15 @@ class Membership:
                 return None
             identity = read_identity(file)
             ends = load_certificate(identity.certificate).not_valid_after_utc
+        except CertificateExpiredError as problem:
+            raise ExpiredError(str(problem)) from problem
         except (CertificateError, KeyFileError) as problem:
             raise ConfigError(str(problem)) from problem
         if ends < datetime.datetime.now(datetime.UTC):
             raise ExpiredError(
-                f"the certificate of node {settings.name} expired on {ends:%Y-%m-%d %H:%M} UTC; "
-                "start it once with --join and a new join file, which the operator makes with: "
+                f"the certificate of node {settings.name} expired on {ends:%Y-%m-%d %H:%M} UTC"
+                f"{by_this_clock()}; if the clock is right, start it once with --join and a new "
+                "join file, which the operator makes with: "
                 f"umbel nodes add {settings.name}"
             )
         return identity
@@ -184,7 +196,7 @@ class Membership:
     async def _call(
         self, address: str, identity: Identity, name: str, request: EnrolRequest | RenewRequest
     ) -> Certificate:
-        async with open_channel(address, identity) as channel:
+        async with open_channel(address, identity, proxy=self.proxy) as channel:
             call = channel.unary_unary(
                 f"/{SERVICE}/{name}",
                 request_serializer=type(request).SerializeToString,
@@ -197,25 +209,52 @@ class Membership:
                 raise refusal(address, problem) from None
 
 
-def open_channel(address: str, identity: Identity) -> grpc.aio.Channel:
-    """A channel to the coordinator, under mutual TLS."""
+def settings_in(folder: Path) -> NodeSettings | None:
+    """What a node's starts have left in its state folder, or None.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        fields = json.loads((folder / "node.json").read_text())
+        if fields.get("own_certificate"):
+            fields["own_certificate"] = tuple(fields["own_certificate"])
+        return NodeSettings(**fields)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as problem:
+        raise ConfigError(
+            f"{folder / 'node.json'} is damaged ({problem}); remove it and join again"
+        ) from problem
+
+
+def open_channel(address: str, identity: Identity, *, proxy: bool = False) -> grpc.aio.Channel:
+    """A channel to the coordinator, under mutual TLS.
+
+    gRPC would go through any `http_proxy` that it finds in the environment; here that is asked
+    for, because a proxy is for pages, and few of them let a connection live for days.
+    """
     credentials = grpc.ssl_channel_credentials(identity.root, identity.key, identity.certificate)
-    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+    options = [
+        *CHANNEL_OPTIONS,
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", int(proxy)),
+    ]
     return grpc.aio.secure_channel(address, credentials, options=options)
 
 
-def refusal(address: str, problem: grpc.aio.AioRpcError) -> ConfigError | RunError:
-    """What a failed call means: ConfigError where trying again would not help."""
-    code, said = problem.code(), problem.details() or ""
+def ignored_proxies() -> str:
+    """The environment's variables that name a proxy which is not used; empty if none does."""
+    names = ("grpc_proxy", "https_proxy", "http_proxy")
+    return ", ".join(name for name in names if os.environ.get(name))
+
+
+def refusal(address: str, problem: grpc.aio.AioRpcError) -> RefusedError | RunError:
+    """What a failed call means: RefusedError where the right coordinator said no."""
+    code, said = problem.code(), plain(problem.details() or "")
     if code == grpc.StatusCode.UNAVAILABLE:
-        if "CERTIFICATE_VERIFY_FAILED" in said or "Hostname Verification" in said:
-            return ConfigError(
-                f"{address} is not the coordinator of this federation: its certificate is "
-                "another authority's or does not carry this address"
-            )
-        if any(word in said for word in ("certificate", "CERTIFICATE", "Cert")):
-            return ConfigError(f"{address} does not accept this node's certificate")
-        return RunError(f"the coordinator at {address} cannot be reached")
+        return RunError(_unreachable(address, said))
     final = (
         grpc.StatusCode.PERMISSION_DENIED,
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -223,5 +262,35 @@ def refusal(address: str, problem: grpc.aio.AioRpcError) -> ConfigError | RunErr
         grpc.StatusCode.UNIMPLEMENTED,
     )
     if code in final:
-        return ConfigError(f"the coordinator at {address} refuses: {said}")
+        return RefusedError(f"the coordinator at {address} refuses: {said}")
     return RunError(f"the coordinator at {address} says: {said or code}")
+
+
+def _unreachable(address: str, said: str) -> str:
+    """Why no connection came about, as far as gRPC's words tell."""
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        for words in ("has expired", "is not yet valid"):
+            if words in said:
+                return (
+                    f"the certificate of {address} {words}{by_this_clock()}; if the clock is "
+                    "right, the coordinator's is wrong, or its certificate must be renewed by "
+                    "starting it again"
+                )
+    if "CERTIFICATE_VERIFY_FAILED" in said or "Hostname Verification" in said:
+        return (
+            f"{address} is not the coordinator of this federation: its certificate is another "
+            "authority's or does not carry this address"
+        )
+    if "ndshake failed" in said:
+        why = said.rpartition("OPENSSL_internal:")[2].partition(":")[0].strip()
+        return (
+            f"what answers at {address} does not speak as a coordinator does ({why[:60]}): "
+            "another service, a portal that asks to sign in, or bytes that were changed on the way"
+        )
+    if "Socket closed" in said:
+        return (
+            f"the coordinator at {address} cannot be reached: the connection was closed at once; "
+            "perhaps it is starting or full, or does not accept this node's certificate"
+            f"{by_this_clock()}"
+        )
+    return f"the coordinator at {address} cannot be reached"

@@ -30,12 +30,13 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from umbel.clients.gate import guarded
 from umbel.clients.process.memory import Memory
 from umbel.clients.process.pipe import BESIDE, HEAD_BYTES, lengths, pack
 from umbel.strategies.app import open_app
 from umbel.strategies.contents import take_record
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.secure.node import HANDOVER
+from umbel.strategies.errors import ConfigError, described
+from umbel.strategies.secure.node import HANDOVER, SPENT
 from umbel.strategies.secure.wire import SECURE
 from umbel.transport.codec import Buffer, decode, encode, encode_values, size_of
 from umbel.transport.flower import Envelope
@@ -78,6 +79,7 @@ class Worker:
     def __init__(self, pipe: socket.socket, outbound: int, inbound: Sequence[int]) -> None:
         self._pipe, self._out, self._in = pipe, outbound, inbound
         self._app: Any = None
+        self._digest = ""
         self._config: dict[str, Any] = {}
         self._run_config: dict[str, Any] = {}
         self._memory: Memory | None = None
@@ -110,7 +112,7 @@ class Worker:
         try:
             self._memory = Memory(Path(header["memory"]))
             folder = open_app(Path(header["app"]))
-            self._app = folder.client_app()
+            self._app, self._digest = folder.client_app(), folder.digest()
             self._config = header["node_config"]
             _take_threads(header["threads"])
         except ConfigError as problem:
@@ -125,21 +127,25 @@ class Worker:
             if header["size"] > BESIDE:
                 data = read_shared(self._in[header["file"]], header["size"])
             content = decode(data, checksum=True)
+            del data  # while the app trains, the file that it came in is not mapped
             context = self._context(header)
             with self._memory.step(header["run_id"], header["id"]) as state:
                 if header["handover"] and SECURE in content:
                     state[HANDOVER] = ConfigRecord()
+                    state[SPENT] = ConfigRecord({"round": header["spent"]})
                 context.state = state
-                reply = self._app(_message(header, content), context)
+                message = _message(header, content)
+                reply = guarded(self._app, message, context, digest=self._digest, alone=True)
                 if not isinstance(reply, Message):
                     raise TypeError(f"the app returned a {type(reply).__name__}, not a Message")
                 handed = state.pop(HANDOVER, None)  # before anything is written to disk
+                state.pop(SPENT, None)
                 if handed:
                     session = encode_values(HANDOVER, handed)
         except Exception as problem:
             traceback.print_exc()
-            reason = f"{type(problem).__name__}: {problem}"
-            self._pipe.sendall(pack({"op": "failed", "id": header["id"], "reason": reason[:2000]}))
+            reason = described(problem)[:2000]
+            self._pipe.sendall(pack({"op": "failed", "id": header["id"], "reason": reason}))
             return
         self._send(header["id"], reply, session)
 

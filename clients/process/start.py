@@ -11,11 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from umbel.clients.ledger_names import COORDINATOR, STATE
 from umbel.clients.process.link import NodeLink
 from umbel.clients.process.membership import ExpiredError, Membership, NodeSettings
+from umbel.clients.process.policy_file import policy_file
 from umbel.clients.process.trainee import AppSettings, Trainee
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.node_policy import FORMER, POLICY, policy_of
 from umbel.strategies.secure.node import IDENTITY
 from umbel.transport import loop
 from umbel.transport.allocator import share_one_arena
@@ -39,6 +42,9 @@ class StartSettings:
         once: end with the coordinator's run.
         threads: of tensor operations; 0 leaves it to the libraries.
         gpu: `auto`, `none`, or the number of a GPU.
+        give_up: end when the coordinator refuses this node, in place of asking again slowly.
+        proxy: go through the environment's HTTP proxy or not; None does as the last start.
+        policy: the policy file; None takes that of the last start, or the one in the state folder.
     """
 
     state: Path
@@ -51,6 +57,9 @@ class StartSettings:
     once: bool = False
     threads: int = 0
     gpu: str = "auto"
+    give_up: bool = False
+    proxy: bool | None = None
+    policy: Path | None = None
     on_event: Callable[[str], None] = field(default=lambda _: None)
 
 
@@ -77,9 +86,10 @@ async def _run(membership: Membership, start: StartSettings, version: str) -> No
         AppSettings(
             app=folder.path,
             memory=membership.folder / "memory",
-            node_config={IDENTITY: _identity_files(membership, settings), **settings.node_config},
+            node_config=app_config(membership, settings),
             threads=start.threads,
             environment=gpu_environment(start.gpu, settings.node_config),
+            spent=membership.folder / "rounds",
         )
     )
     running, stopped = asyncio.get_running_loop(), asyncio.Event()
@@ -94,6 +104,7 @@ async def _run(membership: Membership, start: StartSettings, version: str) -> No
         app_digest=folder.digest(),
         any_app=start.any_app,
         once=start.once,
+        give_up=start.give_up,
         on_event=start.on_event,
     )
     stopping = asyncio.create_task(stopped.wait())
@@ -117,6 +128,7 @@ async def _work(trainee: Trainee, link: NodeLink) -> None:
 async def enrolled(membership: Membership, start: StartSettings) -> NodeSettings:
     """What this start says, over what earlier ones have left; enrols where that is asked."""
     before = membership.settings()
+    membership.proxy = bool(start.proxy) or (start.proxy is None and bool(before and before.proxy))
     own = start.own_certificate
     if own is not None:
         if not (start.address or before):
@@ -136,8 +148,14 @@ async def enrolled(membership: Membership, start: StartSettings) -> NodeSettings
         settings = before
     if start.address:
         settings = replace(settings, address=start.address)
+    settings = replace(settings, proxy=membership.proxy)
     if start.node_config is not None:
         settings = replace(settings, node_config=dict(start.node_config))
+    if start.policy is not None:
+        settings = replace(settings, policy=str(start.policy.expanduser().resolve()))
+    policy_of(
+        {POLICY: str(policy_file(membership.folder, settings))}
+    )  # raises before anything begins
     if start.app is not None:
         settings = replace(settings, app=str(start.app.expanduser().resolve()))
     if not settings.app:
@@ -154,6 +172,17 @@ def _has_identity(membership: Membership, settings: NodeSettings | None) -> bool
         return membership.identity(settings) is not None
     except ExpiredError:
         return False
+
+
+def app_config(membership: Membership, settings: NodeSettings) -> dict[str, Any]:
+    """The node's configuration as its app sees it: who it is, and where its ledger lies."""
+    return {
+        IDENTITY: _identity_files(membership, settings),
+        STATE: str(membership.folder.absolute()),
+        COORDINATOR: settings.address,
+        **{k: v for k, v in settings.node_config.items() if k != FORMER},
+        POLICY: str(policy_file(membership.folder, settings)),
+    }
 
 
 def _identity_files(membership: Membership, settings: NodeSettings) -> str:

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umbel.clients.process.fence import check_leaving
 from umbel.clients.process.node_process import read_shared, shared_file, wipe_shared
 from umbel.clients.process.pipe import BESIDE, Pipe, pack
 from umbel.clients.process.sessions import SecureSessions
+from umbel.clients.process.spent import SpentRounds
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.node_policy import PolicyError, policy_of
 from umbel.strategies.secure.policy import RefusalError
 from umbel.transport.codec import Buffer, CodecError
 from umbel.transport.flower import CRASHED, RAISED
@@ -43,6 +46,7 @@ class AppSettings:
         node_config: of the node.
         threads: of tensor operations; 0 leaves it to the libraries.
         environment: variables for the process, such as CUDA_VISIBLE_DEVICES.
+        spent: the file of the rounds that are spent; None keeps them in memory only.
     """
 
     app: Path
@@ -50,6 +54,7 @@ class AppSettings:
     node_config: Mapping[str, Any]
     threads: int = 0
     environment: Mapping[str, str] | None = None
+    spent: Path | None = None
 
 
 class Trainee:
@@ -69,7 +74,7 @@ class Trainee:
         self._pipe: Pipe | None = None
         self._starting: asyncio.Task[None] | None = None
         self._told: bytes | None = None  # the run's options that the process surely has
-        self._sessions = SecureSessions(settings.node_config)
+        self._sessions = SecureSessions(settings.node_config, SpentRounds(settings.spent))
         self.device = ""
 
     @property
@@ -165,6 +170,12 @@ class Trainee:
             self._told = None  # perhaps it could not read them
             return Answer(begin.id, error=(said.get("code", RAISED), said["reason"]))
         content, session = self._reply(said["size"], said["session"], beside)
+        try:
+            check_leaving(policy_of(self._settings.node_config), content)
+        except PolicyError as refusal:
+            log.warning("a reply does not leave: policy, %s: %s", refusal.key, refusal)
+            reason = f"this node's policy ({refusal.key}) refuses: {refusal}"
+            return Answer(begin.id, error=(RAISED, reason))
         if session:
             content = self._sessions.take_over(begin.run_id, node_id, session) or content
         return Answer(begin.id, content)
@@ -187,6 +198,7 @@ class Trainee:
             "message_type": begin.message_type,
             "ttl": begin.ttl,
             "handover": self._sessions.wanted,
+            "spent": self._sessions.spent(begin.run_id),
         }
         if self._told != begin.run_config:
             header["run_config"] = begin.run_config.hex()

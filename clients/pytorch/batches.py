@@ -1,20 +1,22 @@
 """Batches of a node's examples: which rows make a step, and how rows become tensors.
 
 Arrays are indexed directly, without a `DataLoader`: one gather a batch. Inputs arrive at the
-model in the type it computes in: real numbers as its own floating type, integers as int64, and
-`uint8` as pixels, scaled from 0..255 to 0..1. (Token ids come in a wider integer type.)
+model in the type it computes in: real numbers as its own floating type, and `uint8` as pixels,
+scaled from 0..255 to 0..1. Other integers arrive as int64 where the model takes them so (token
+ids, categories), else as real numbers (16-bit images, counts), if those hold them exactly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
+from umbel.clients.data.arrays import plain_array
 from umbel.clients.data.examples import ArrayLike, Examples
+from umbel.clients.pytorch.rows import PAIR, RowReader, is_hugging_face
 from umbel.clients.pytorch.settings import TorchSettings
 from umbel.strategies.errors import ConfigError
 
@@ -68,12 +70,19 @@ class Source(Protocol):
         ...
 
 
-def open_source(examples: Any, device: torch.device) -> Source:
+def open_source(
+    examples: Any,
+    device: torch.device,
+    target: str = "",
+    names: tuple[str, ...] | None = None,
+) -> Source:
     """What a node's `data` function returned, as a source of batches.
 
     Args:
-        examples: `Examples`, a pair of arrays, or a Dataset of (input, target) pairs.
+        examples: `Examples`, a pair of arrays, or a Dataset; see `umbel.clients.pytorch.rows`.
         device: where the batches will be needed.
+        target: the key of the target in rows that are dicts.
+        names: of the model's arguments, for such rows; None if it takes any.
 
     Raises:
         ConfigError: it is none of these, or it is empty.
@@ -82,17 +91,39 @@ def open_source(examples: Any, device: torch.device) -> Source:
     if isinstance(examples, tuple) and len(examples) == 2:
         examples = Examples(*examples)
     if isinstance(examples, Examples):
-        source = ArraySource(_stored(examples.x, device), _stored(examples.y, device))
-    elif hasattr(examples, "__getitem__") and hasattr(examples, "__len__"):
-        source = DatasetSource(examples)
-    else:
-        raise ConfigError(
-            f"a node's examples are a {type(examples).__name__}; give Examples(x, y) or a "
-            "Dataset of (input, target) pairs that has a length"
+        source = ArraySource(
+            _stored(examples.x, device, "inputs"), _stored(examples.y, device, "targets")
         )
+    else:
+        _refuse_others(examples)
+        source = DatasetSource(RowReader.of(examples, target, names))
     if source.size == 0:
         raise ConfigError("a node has no examples; every node needs at least one")
     return source
+
+
+def _refuse_others(examples: Any) -> None:
+    kind, cure = type(examples).__name__, "give Examples(x, y) or a Dataset; " + PAIR
+    if isinstance(examples, str | bytes):
+        raise ConfigError(
+            f"a node's examples are the text {examples[:80]!r}; read what it names, and {cure}"
+        )
+    if isinstance(examples, Mapping):
+        keys = ", ".join(map(str, examples))
+        raise ConfigError(
+            f"a node's examples are a dict with the keys {keys}; give one data set of it, or "
+            "Examples(x, y) of two of its arrays"
+        )
+    frame = hasattr(examples, "columns") and not is_hugging_face(examples)
+    if frame:
+        raise ConfigError(
+            f"a node's examples are a {kind}; give Examples(frame[inputs].to_numpy(), "
+            "frame[target].to_numpy())"
+        )
+    if not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
+        raise ConfigError(
+            f"a node's examples are a {kind}, not a data set that has a length; {cure}"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,40 +143,111 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Any map-style Dataset of (input, target) pairs, collated as `DataLoader` does."""
+    """Any map-style Dataset, row by row."""
 
-    dataset: "Dataset[Any]"
+    rows: RowReader
 
     @property
     def size(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # open_source saw its length
+        return len(self.rows.dataset)
 
     def batch(self, rows: Tensor | None) -> tuple[Any, Any]:
-        wanted = range(self.size) if rows is None else rows.tolist()
-        x, y = default_collate([self.dataset[row] for row in wanted])
-        return x, y
+        return self.rows.batch(range(self.size) if rows is None else rows.tolist())
 
 
-def _stored(array: Any, device: torch.device) -> ArrayLike:
+@dataclass(frozen=True)
+class RealSource:
+    """A source whose integers (but pixels) the model takes as real numbers only.
+
+    Attributes:
+        stored: where the batches come from.
+        real: the floating type that the model computes in.
+    """
+
+    stored: Source
+    real: torch.dtype
+
+    @property
+    def size(self) -> int:
+        return self.stored.size
+
+    def batch(self, rows: Tensor | None) -> tuple[Any, Any]:
+        x, y = self.stored.batch(rows)
+        return as_real(x, self.real), y
+
+
+def holds_integers(value: Any) -> bool:
+    """Whether inputs have integers that are no pixels."""
+    if isinstance(value, Tensor):
+        return not (
+            value.is_floating_point()
+            or value.is_complex()
+            or value.dtype in (torch.bool, torch.uint8)
+        )
+    if isinstance(value, Mapping):
+        return any(map(holds_integers, value.values()))
+    return isinstance(value, list | tuple) and any(map(holds_integers, value))
+
+
+def as_real(value: Any, real: torch.dtype) -> Any:
+    """Inputs with their integers as real numbers; pixels (uint8) stay as they are.
+
+    Raises:
+        ConfigError: an integer that the type cannot hold exactly.
+    """
+    if isinstance(value, dict):
+        return {name: as_real(item, real) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_real(item, real) for item in value]
+    if not holds_integers(value):
+        return value
+    if value.dtype.itemsize > 2 or real.itemsize < 4:
+        largest = int(value.abs().max()) if value.numel() else 0
+        exact = int(2 / torch.finfo(real).eps)
+        if largest > exact:
+            raise ConfigError(
+                f"the inputs hold whole numbers up to {largest}, and the model computes in "
+                f"{str(real).removeprefix('torch.')}, which is exact up to {exact} only; scale "
+                "them, or make real numbers of them"
+            )
+    return value.to(real)
+
+
+def _stored(array: Any, device: torch.device, what: str) -> ArrayLike:
     """The array as a tensor that shares its memory where that is possible."""
-    if not isinstance(array, Tensor):
-        array = np.asarray(array) if not isinstance(array, np.ndarray) else array
-        if array.dtype.kind not in "biuf":
-            raise ConfigError(f"a node's examples hold values of type {array.dtype}; give numbers")
-        if not array.dtype.isnative or array.dtype.itemsize > 8:
+    array = plain_array(array, what)
+    if isinstance(array, np.ndarray):
+        if not array.dtype.isnative or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
             array = array.astype(array.dtype.kind + str(min(8, array.dtype.itemsize)))
-        if array.flags.writeable and all(step >= 0 for step in array.strides):
+        # torch can index few of the unsigned types; a batch of them is converted.
+        indexed = array.dtype.kind != "u" or array.dtype.itemsize == 1
+        if indexed and array.flags.writeable and all(step >= 0 for step in array.strides):
             array = torch.from_numpy(array)
+    else:
+        array = _signed(array)
     if device.type != "cpu" and array.nbytes <= RESIDENT_BYTES:
         return rows_of(array, None).to(device)
-    return array  # type: ignore[no-any-return]
+    result: ArrayLike = array
+    return result
 
 
 def rows_of(array: ArrayLike, rows: Tensor | None) -> Tensor:
     """Some rows of an array, or all of them, as a tensor; all of a tensor are not copied."""
     if isinstance(array, Tensor):
         return array if rows is None else array.index_select(0, rows.to(array.device))
-    return torch.from_numpy(np.array(array) if rows is None else array[rows.numpy()])
+    return _signed(torch.from_numpy(np.array(array) if rows is None else array[rows.numpy()]))
+
+
+def _signed(value: Tensor) -> Tensor:
+    """Unsigned numbers of 16 bits and more in the next signed type, which torch computes with."""
+    if value.dtype == torch.uint16:
+        return value.to(torch.int32)
+    if value.dtype == torch.uint64:
+        value = value.view(torch.int64)
+        if value.numel() and int(value.min()) < 0:
+            raise ConfigError("the examples hold whole numbers of 2^63 and more; scale them down")
+        return value
+    return value.to(torch.int64) if value.dtype == torch.uint32 else value
 
 
 def to_model(value: Any, device: torch.device, real: torch.dtype) -> Any:
@@ -161,10 +263,15 @@ def to_model(value: Any, device: torch.device, real: torch.dtype) -> Any:
     return value
 
 
+def real_type(dtype: torch.dtype) -> torch.dtype:
+    """The floating type of a model whose parameters are of this type, complex ones included."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
 def _compute_type(value: Tensor, real: torch.dtype) -> torch.dtype:
     if value.is_floating_point() or value.dtype == torch.bool:
         return real
-    return value.dtype if value.is_complex() else torch.int64
+    return real.to_complex() if value.is_complex() else torch.int64
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -16,27 +16,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from umbel.clients.data.examples import ArrayLike
 from umbel.clients.pytorch.batches import (
     ArraySource,
+    RealSource,
     Source,
-    open_source,
+    as_real,
     plan,
     rows_of,
     to_device,
     to_model,
 )
 from umbel.clients.pytorch.dense import Dense
+from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import autocast
 from umbel.clients.pytorch.losses import Objective
-from umbel.clients.pytorch.module import Workpiece
+from umbel.clients.pytorch.module import BATCH_NORM, Workpiece
 from umbel.clients.pytorch.settings import TorchSettings, mixed_precision
 from umbel.clients.trainer import Job, Trained, Tree, Weights
-from umbel.strategies.errors import UmbelError
+from umbel.strategies.errors import UmbelError, described
 
 LEAST_NODES = 8
 """Fewer nodes than this do not pay for the batching itself."""
@@ -59,11 +60,15 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Node:
-    """One node's part of the work: its examples and the rows of each of its steps."""
+    """One node's part of the work: its examples and the rows of each of its steps.
+
+    `real` says that the model computes with its integers.
+    """
 
     place: int
     source: ArraySource
     steps: list[Tensor | None]
+    real: bool = False
 
     def count(self, step: int) -> int:
         rows = self.steps[step]
@@ -77,6 +82,7 @@ def train_cohort(
     weights: Sequence[Weights],
     examples: Sequence[Any],
     jobs: Sequence[Job],
+    target: str = "",
 ) -> list[Trained] | None:
     """Train all nodes together, or say that it does not apply.
 
@@ -94,8 +100,8 @@ def train_cohort(
     if not worthwhile(piece, settings, len(jobs)) or not _same_start(weights):
         return None
     try:
-        sources = [open_source(e, piece.device) for e in examples]
-        nodes = _nodes(sources, settings, jobs)
+        sources = [opened(piece, e, target) for e in examples]
+        nodes = _nodes(piece, sources, settings, jobs)
         if nodes is None or (settings.batched != "on" and not _filled(piece, nodes)):
             return None
         piece.load(weights[0])
@@ -106,10 +112,11 @@ def train_cohort(
         return None
     except (RuntimeError, IndexError, ValueError, UserWarning) as error:
         # An operation or a random draw that vmap cannot do, unless a node's label is wrong.
-        piece.batchable = "out of bounds" in str(error)
+        if "out of bounds" not in str(error):
+            piece.unbatchable = f"torch.func cannot batch it ({described(error, '', 200)})"
         return None
     if piece.touched(weights[0]):
-        piece.batchable = False
+        piece.unbatchable = "training changes one of its buffers"
         return None
     if result is None:
         return None
@@ -119,21 +126,34 @@ def train_cohort(
     ]
 
 
+def refusal(piece: Workpiece, settings: TorchSettings) -> str:
+    """Why these models cannot be trained as one computation; empty where nothing is known."""
+    if piece.unbatchable:
+        return piece.unbatchable
+    for name, module in piece.module.named_modules():
+        what = f"the layer {name or 'itself'} ({type(module).__name__})"
+        if isinstance(module, BATCH_NORM):
+            return f"{what} mixes the examples of a batch and keeps statistics"
+        if isinstance(module, _RECURRENT):
+            return f"{what} has a fused kernel that cannot be batched over models"
+    if any(p.is_complex() for p in piece.parameters.values()):
+        return "it has complex parameters"
+    if mixed_precision(settings.precision, piece.device) == torch.float16:
+        return "precision=fp16 needs a scale of its own for each node"
+    return ""
+
+
 def worthwhile(piece: Workpiece, settings: TorchSettings, nodes: int) -> bool:
     """Whether batching is possible as far as one can see, and expected to be faster.
 
     On a CPU: at least 8 nodes, at most 2^17 parameters, and no convolution, which would become
     a slow grouped one. On an accelerator, where every call costs more: any model that fits.
     """
-    if settings.batched == "off" or not piece.batchable or piece.least > 1:
-        return False
-    if mixed_precision(settings.precision, piece.device) == torch.float16:
-        return False  # each node would need a scale of its own
-    modules = list(piece.module.modules())
-    if any(isinstance(m, _RECURRENT) for m in modules):
+    if settings.batched == "off" or refusal(piece, settings):
         return False
     if settings.batched == "on":
         return True
+    modules = list(piece.module.modules())
     size = sum(p.numel() for p in piece.parameters.values())
     if nodes < LEAST_NODES or size * nodes > MOST_FLOATS:
         return False
@@ -163,16 +183,20 @@ def _same(one: Tree, other: Tree) -> bool:
 
 
 def _nodes(
-    sources: Sequence[Source], settings: TorchSettings, jobs: Sequence[Job]
+    piece: Workpiece, sources: Sequence[Source], settings: TorchSettings, jobs: Sequence[Job]
 ) -> list[Node] | None:
     """The nodes, those with most steps first; None unless their examples can be stacked."""
     nodes = []
     shapes = set()
     for place, (source, job) in enumerate(zip(sources, jobs, strict=True)):
+        real = isinstance(source, RealSource)
+        source = source.stored if isinstance(source, RealSource) else source
         if not isinstance(source, ArraySource):
+            if settings.batched == "on":
+                piece.unbatchable = "a node's examples are no arrays, but read row by row"
             return None
         shapes.add((source.x.shape[1:], source.y.shape[1:], source.x.dtype, source.y.dtype))
-        nodes.append(Node(place, source, list(plan(source.size, settings, job.seed))))
+        nodes.append(Node(place, source, list(plan(source.size, settings, job.seed)), real))
     nodes.sort(key=lambda node: len(node.steps), reverse=True)
     return nodes if len(shapes) == 1 else None
 
@@ -216,18 +240,25 @@ class _Cohort:
     def _step(self, step: int, active: list[Node]) -> bool:
         counts = [node.count(step) for node in active]
         x, y = _stack([(n.source, n.steps[step]) for n in active], max(counts))
+        if active[0].real:
+            x = as_real(x, self.piece.real)
         inputs = to_model(x, self.device, self.piece.real)
         targets = _prepared(self.objective, to_device(y, self.device))
         sizes = torch.tensor(counts, device=self.device)
         mask = None
         if min(counts) != max(counts):
             if self.objective.each is None:
+                if self.settings.batched == "on":
+                    self.piece.unbatchable = (
+                        "the loss function gives only the mean of a batch, and nodes have "
+                        "batches of different sizes"
+                    )
                 return False
             mask = (torch.arange(max(counts), device=self.device) < sizes[:, None]).to(
                 self.piece.real
             )
         if step == 0 and not self._rows_are_independent(inputs):
-            self.piece.batchable = False
+            self.piece.unbatchable = "the output of an example depends on the others of its batch"
             return False
         with autocast(self.settings.precision, self.device):
             gradients, losses = self._gradients(step, inputs, targets, mask)
@@ -321,7 +352,7 @@ def _stack(parts: list[tuple[ArraySource, Tensor | None]], width: int) -> tuple[
 
 def _padded(parts: list[tuple[ArrayLike, Tensor | None]], width: int) -> Tensor:
     first = parts[0][0]
-    like = first if isinstance(first, Tensor) else torch.from_numpy(np.empty((), first.dtype))
+    like = first if isinstance(first, Tensor) else rows_of(first[:0], None)
     result = like.new_empty((len(parts), width, *first.shape[1:]))
     for place, (array, rows) in zip(result, parts, strict=True):
         count = (array if rows is None else rows).shape[0]

@@ -7,7 +7,7 @@ shared by several processes (`Share`), each with its part of every batch.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from umbel.clients.pytorch.batches import Source, plan, to_device, to_model
+from umbel.clients.data.arrays import not_a_number
+from umbel.clients.pytorch.batches import Source, plan, real_type, to_device, to_model
 from umbel.clients.pytorch.losses import Objective
+from umbel.clients.pytorch.rows import first_shape
 from umbel.clients.pytorch.settings import TorchSettings, mixed_precision
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.errors import ConfigError, RunError, UmbelError, described
 from umbel.strategies.options import dashed
 
 
@@ -177,32 +179,32 @@ def fit(task: Task, source: Source) -> float:
         ConfigError: the examples do not fit the model or its loss.
     """
     task.module.train()
-    real = task.parameters[0].dtype
+    real = real_type(task.parameters[0].dtype)
     anchor = [p.detach().clone() for p in task.parameters] if task.settings.proximal_mu else None
     lower = mixed_precision(task.settings.precision, task.device)
     scaler = torch.amp.GradScaler("cuda") if lower == torch.float16 else None
     losses = _Losses(task.settings.learning_rate)
     steps = plan(source.size, task.settings, task.seed, least=task.least)
-    with _explained():
-        for rows in steps:
-            task.optimizer.zero_grad()
-            count = source.size if rows is None else len(rows)
-            for part, factor in _parts(rows, source.size, task):
-                x, y = source.batch(part)
-                inputs = to_model(x, task.device, real)
-                targets = task.objective.prepare(to_device(y, task.device))
+    for rows in steps:
+        task.optimizer.zero_grad()
+        count = source.size if rows is None else len(rows)
+        for part, factor in _parts(rows, source.size, task):
+            x, y = source.batch(part)
+            inputs = to_model(x, task.device, real)
+            targets = task.objective.prepare(to_device(y, task.device))
+            with explained(inputs, targets):
                 with autocast(task.settings.precision, task.device):
                     loss = task.objective.loss(call(task.module, inputs), targets)
                 if factor != 1.0:
                     loss = loss * factor
                 (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-                losses.add(loss, count)
-                count = 0
-            if scaler is None:
-                _shape_gradient(task, anchor)
-                task.optimizer.step()
-            else:
-                _scaled_step(scaler, task, anchor)
+            losses.add(loss, count)
+            count = 0
+        if scaler is None:
+            _shape_gradient(task, anchor)
+            task.optimizer.step()
+        else:
+            _scaled_step(scaler, task, anchor)
     return losses.mean()
 
 
@@ -228,6 +230,11 @@ def _parts(rows: Tensor | None, size: int, task: Task) -> Iterator[tuple[Tensor 
 
 def _shape_gradient(task: Task, anchor: list[Tensor] | None) -> None:
     """Add the proximal term mu (w - w0), then limit the norm of the whole gradient."""
+    settings = task.settings
+    if anchor or settings.clip_gradient or settings.momentum or settings.weight_decay:
+        for parameter in task.parameters:  # sums with whole tensors, which a sparse one cannot be
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
     if anchor is not None:
         with torch.no_grad():
             for parameter, first in zip(task.parameters, anchor, strict=True):
@@ -277,22 +284,49 @@ class _Losses:
         return self.sum / self.count
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turns PyTorch's complaints about wrong examples into sentences with the cure."""
-    try:
-        yield
-    except IndexError as error:
-        if "out of bounds" not in str(error):
-            raise
-        raise ConfigError(
-            f"the targets do not fit the model's outputs ({str(error).rstrip('.')}); class "
-            "labels go from 0 to the number of outputs less 1"
-        ) from error
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ConfigError(
-            "a batch has a single example, and batch norm needs at least two; give every node "
-            "more examples, raise batch-size above 1, or use group norm"
-        ) from error
+class explained:  # noqa: N801 - a context manager, read as a word
+    """Turns complaints about wrong examples into sentences with the cure.
+
+    A class, because a generator's context costs as much as a small step.
+
+    Args:
+        inputs: of the batch.
+        targets: of the batch.
+    """
+
+    def __init__(self, inputs: Any, targets: Any) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UmbelError):
+            raise self._sentence(error) from error
+
+    def _sentence(self, error: Exception) -> UmbelError:
+        said = described(error)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            return RunError(f"{said}; lower batch-size, or raise accumulate")
+        if isinstance(error, IndexError) and "Target" in said and "out of bounds" in said:
+            return ConfigError(
+                f"the targets do not fit the model's outputs ({str(error).rstrip('.')}); class "
+                "labels go from 0 to the number of outputs less 1"
+            )
+        if "more than 1 value per channel" in said:
+            return ConfigError(
+                "a batch has a single example, and batch norm needs at least two; give every node "
+                "more examples, raise batch-size above 1, or use group norm"
+            )
+        return ConfigError(
+            f"the model or its loss fails on a batch with inputs {first_shape(self.inputs)} and "
+            f"targets {first_shape(self.targets)}: {said}"
+        )
+
+
+def diverged_on(examples: Any, error: RunError) -> UmbelError:
+    """What to say of a training that diverged: that, or that the data are to blame."""
+    found = not_a_number(examples)
+    if not found:
+        return error
+    return ConfigError(f"{found}; fill it or leave those examples out")

@@ -22,13 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from umbel.clients.pytorch.batches import real_type
+from umbel.clients.pytorch.rows import names_of
 from umbel.clients.seeding import seeded
 from umbel.clients.trainer import Options, Tree, Weights
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.records import same_bits
 
 BUILD_SEED = 0
 
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 Model = Callable[..., nn.Module]
 """`Net`, or a function of the run's options, that returns a module."""
@@ -82,7 +85,7 @@ def split(module: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]
 
 def smallest_batch(module: nn.Module) -> int:
     """Batch norm cannot be trained on a batch of one."""
-    return 2 if any(isinstance(m, _BATCH_NORM) for m in module.modules()) else 1
+    return 2 if any(isinstance(m, BATCH_NORM) for m in module.modules()) else 1
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
@@ -101,8 +104,11 @@ class Workpiece:
         least: the smallest batch it can be trained on.
         hidden: buffers outside of `state_dict`, each with its first value.
         frozen: the frozen values that were last filled in, to know them again.
-        batchable: False once the model turned out not to be trainable with others at once.
+        unbatchable: why the model cannot be trained with others at once, once that turned out.
         checked: whether that was looked into.
+        names: of the arguments of `forward`; None if it takes any by name.
+        integers: whether integer inputs are looked up ("index") or computed with ("real");
+            None until that was seen.
     """
 
     module: nn.Module
@@ -112,8 +118,10 @@ class Workpiece:
     least: int
     hidden: list[tuple[Tensor, Tensor]]
     frozen: dict[str, Tensor] = field(default_factory=dict)
-    batchable: bool = True
+    unbatchable: str = ""
     checked: bool = False
+    names: tuple[str, ...] | None = None
+    integers: str | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> "Workpiece":
@@ -130,12 +138,13 @@ class Workpiece:
             },
             least=smallest_batch(module),
             hidden=[(b, b.clone()) for b in module.buffers() if id(b) not in state],
+            names=names_of(module),
         )
 
     @property
     def real(self) -> torch.dtype:
         """The floating type that the model computes in."""
-        return next(iter(self.parameters.values())).dtype
+        return real_type(next(iter(self.parameters.values())).dtype)
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +174,7 @@ class Workpiece:
                 return
             self.frozen[name] = given
             if name not in self.built:
-                if torch.equal(buffer, given.to(buffer.device)):
+                if same_bits(buffer, given):
                     return
                 self.built[name] = buffer.detach().clone()
         if given is not None:
@@ -176,7 +185,7 @@ class Workpiece:
     def touched(self, given: Weights) -> bool:
         """Whether training changed a buffer that `given` was loaded into."""
         state = [(self.buffers[n], given.buffers.get(n, first)) for n, first in self.built.items()]
-        return any(not torch.equal(b.cpu(), first.cpu()) for b, first in state + self.hidden)
+        return any(not same_bits(b, first) for b, first in state + self.hidden)
 
     def weights(self, before: Weights) -> Weights:
         """The module's state as new CPU tensors; frozen values that were given are reused."""

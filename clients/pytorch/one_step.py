@@ -8,14 +8,16 @@ afterwards, as it would be alone.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from umbel.clients.data.examples import Examples, each_of
 from umbel.clients.data.features import Rows
-from umbel.clients.pytorch.batches import open_source, to_device, to_model
+from umbel.clients.pytorch.batches import to_device, to_model
+from umbel.clients.pytorch.intake import opened
+from umbel.clients.pytorch.loop import explained
 from umbel.clients.pytorch.settings import choose_device
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.seeding import seeded
@@ -41,6 +43,7 @@ class OneStep:
     """
 
     trainer: TorchTrainer
+    USE: ClassVar[str] = TorchTrainer.USE
     OPTIONS: Mapping[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +56,10 @@ class OneStep:
 
     def initial(self, options: Options, seed: int) -> Weights:
         return self.trainer.initial(options, seed)
+
+    def ready(self, weights: Weights, options: Options) -> torch.nn.Module:
+        """The trained module."""
+        return self.trainer.ready(weights, options)
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         return self.trainer.evaluate(weights, _read(examples), options)
@@ -86,6 +93,8 @@ class OneStep:
         settings = self.trainer.settings(job.options, job.learning_rate)
         device, objective = choose_device(settings.device), self.trainer.objective
         piece = self.trainer.bench.piece(job.options, device)
+        if len(examples):  # shows the model how they come, before the weights are filled in
+            opened(piece, _read(examples.take(slice(0, 2))))
         piece.load(weights)
         module = piece.module.train()
         try:
@@ -101,11 +110,13 @@ class OneStep:
             size = each * max(1, PIECE // each)
             for start in range(0, len(examples), size):
                 rows = _read(examples.take(slice(start, start + size)))
-                source = open_source(rows, device)
-                x, y = source.batch(None)
+                x, y = opened(piece, rows).batch(None)
                 targets = objective.prepare(to_device(y, device))
+                inputs = to_model(x, device, piece.real)
                 # In the order of the model's own vector, as both follow the module's.
-                yield gradients.each(to_model(x, device, piece.real), targets, losses).cpu()
+                with explained(inputs, targets):
+                    steps = gradients.each(inputs, targets, losses).cpu()
+                yield steps
 
 
 def _read(examples: Any) -> Any:

@@ -8,31 +8,43 @@ of threads): shuffles, dropout and augmentations are drawn from the job's seed, 
 generators are put back afterwards.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from umbel.clients.pytorch import cohort as torch_cohort
-from umbel.clients.pytorch.batches import open_source, to_device, to_model
+from umbel.clients.pytorch.batches import to_device, to_model
+from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import (
     MakeOptimizer,
     Share,
     Task,
     autocast,
     call,
+    diverged_on,
+    explained,
     fit,
     make_optimizer,
 )
 from umbel.clients.pytorch.losses import BatchMetrics, Loss, Objective, Tally, objective
-from umbel.clients.pytorch.module import Model, Workbench, build, split, to_cpu
+from umbel.clients.pytorch.module import (
+    BUILD_SEED,
+    Model,
+    Workbench,
+    Workpiece,
+    build,
+    split,
+    to_cpu,
+)
 from umbel.clients.pytorch.parallel import Team, rank_device, spread
 from umbel.clients.pytorch.settings import TorchSettings, choose_device
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
-from umbel.strategies.errors import ConfigError
+from umbel.strategies.errors import ConfigError, RunError
 
 EVALUATION_BATCH = 512
 
@@ -53,6 +65,10 @@ class TorchTrainer(TorchSettings):
         optimizer: a function of parameters and learning rate; SGD where it is left out.
         metrics: a function of outputs and targets that returns means over a batch. Left out:
             accuracy where targets are classes, rmse and r2 with "mse".
+        whole: whether `metrics` is given all outputs and targets at once, on the CPU, in place
+            of batches of 512: for metrics that are not means, such as an AUC or an F1.
+        target: the key of the target where a data set's rows are dicts; rows of Hugging Face
+            have `labels` or `label`.
         OPTIONS: every option that this trainer understands, with its default.
     """
 
@@ -60,6 +76,9 @@ class TorchTrainer(TorchSettings):
     loss: str | Loss = "cross-entropy"
     optimizer: MakeOptimizer | None = None
     metrics: BatchMetrics | None = None
+    whole: bool = False
+    target: str = ""
+    USE: ClassVar[str] = "model(x)"
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
     objective: Objective = field(init=False, repr=False, compare=False)
     defaults: TorchSettings = field(init=False, repr=False, compare=False)
@@ -72,6 +91,8 @@ class TorchTrainer(TorchSettings):
                 f"TorchTrainer was given a {type(self.model).__name__} that exists already; give "
                 "it the class, or a function that makes the model: TorchTrainer(lambda: ...)"
             )
+        for name in ("loss", "optimizer", "metrics"):
+            _check_given(name, getattr(self, name))
         object.__setattr__(self, "OPTIONS", options_of(self, TorchSettings))
         object.__setattr__(self, "objective", objective(self.loss))
         defaults = {name: getattr(self, name) for name in TorchSettings.__dataclass_fields__}
@@ -103,6 +124,17 @@ class TorchTrainer(TorchSettings):
         }
         return Weights({name: to_cpu(p) for name, p in parameters.items()}, buffers)
 
+    def ready(self, weights: Weights, options: Options) -> torch.nn.Module:
+        """A module of its own with these weights, in eval mode on the CPU."""
+        piece = Workpiece.of(build(self.model, options, BUILD_SEED))
+        piece.load(weights)
+        return piece.module.eval()
+
+    def statistics(self, options: Options) -> tuple[str, ...]:
+        """The buffers that training gathers from examples: real ones that are no parameters."""
+        built = self.bench.piece(options, choose_device("cpu")).built
+        return tuple(name for name, value in built.items() if value.is_floating_point())
+
     def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
         """Train on a node's examples; `weights` is not mutated.
 
@@ -112,6 +144,8 @@ class TorchTrainer(TorchSettings):
         """
         settings = self.settings(job.options, job.learning_rate)
         world = settings.processes()
+        if settings.batched == "on":
+            self._check_batched(settings, job.options)
         if world == 1:
             return self.train_share(weights, examples, job, Share())
         return self.team.train(
@@ -125,8 +159,8 @@ class TorchTrainer(TorchSettings):
             device = rank_device(share, settings.on_gpus())
         else:
             device = choose_device(settings.device)
-        source = open_source(examples, device)
         piece = self.bench.piece(job.options, device)
+        source = opened(piece, examples, self.target)
         piece.load(weights)
         parameters = list(piece.parameters.values())
         with seeded(job.seed + share.rank, device):
@@ -141,7 +175,10 @@ class TorchTrainer(TorchSettings):
                 seed=job.seed,
                 share=share,
             )
-            loss = fit(task, source)
+            try:
+                loss = fit(task, source)
+            except RunError as error:
+                raise diverged_on(examples, error) from error
         return Trained(piece.weights(weights), source.size, {"loss": loss})
 
     def train_cohort(
@@ -163,36 +200,69 @@ class TorchTrainer(TorchSettings):
         with seeded(first.seed, device):
             piece = self.bench.piece(first.options, device)
             return torch_cohort.train_cohort(
-                piece, self.objective, settings, weights, examples, jobs
+                piece, self.objective, settings, weights, examples, jobs, self.target
             )
 
     def group_size(self, options: Options) -> int:
         """How many nodes an engine should give to `train_cohort` at a time; 1 is no batching."""
         settings = self.settings(options)
+        if settings.batched == "on":
+            self._check_batched(settings, options)
         if self.optimizer is not None or settings.processes() > 1:
             return 1
         piece = self.bench.piece(options, choose_device(settings.device))
         return COHORT if torch_cohort.worthwhile(piece, settings, COHORT) else 1
 
+    def _check_batched(self, settings: TorchSettings, options: Options) -> None:
+        """Raises:
+        ConfigError: batched=on was asked for and cannot be had.
+        """
+        piece = self.bench.piece(options, choose_device(settings.device))
+        why = torch_cohort.refusal(piece, settings)
+        if self.optimizer is not None:
+            why = "the trainer has an optimizer of its own"
+        elif settings.processes() > 1:
+            why = "gpus or local-processes share each job among several processes"
+        if why:
+            raise ConfigError(f"batched=on cannot be had: {why}; use batched=auto")
+
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         """Loss and metrics on examples, in batches of 512; `weights` is not mutated."""
         settings = self.settings(options)
         device = choose_device(settings.device)
-        source = open_source(examples, device)
         piece = self.bench.piece(options, device)
+        source = opened(piece, examples, self.target)
         piece.load(weights)
         piece.module.eval()
-        tally = Tally(self.objective, self.metrics)
+        tally = Tally(self.objective, self.metrics, self.whole)
         # Not inference_mode: what a module caches here (a mask, rotations) is trained with later.
         with seeded(0, device), torch.no_grad():
             for start in range(0, source.size, EVALUATION_BATCH):
                 rows = torch.arange(start, min(start + EVALUATION_BATCH, source.size))
                 x, y = source.batch(None if len(rows) == source.size else rows)
                 targets = self.objective.prepare(to_device(y, device))
-                with autocast(settings.precision, device):
-                    outputs = call(piece.module, to_model(x, device, piece.real))
-                tally.add(_full(outputs), targets, len(rows))
-        return Evaluated(tally.examples, tally.result())
+                inputs = to_model(x, device, piece.real)
+                with explained(inputs, targets):
+                    with autocast(settings.precision, device):
+                        outputs = call(piece.module, inputs)
+                    tally.add(_full(outputs), targets, len(rows))
+        return Evaluated(tally.examples, *tally.result())
+
+
+def _check_given(name: str, given: Any) -> None:
+    """Raises:
+    ConfigError: a class in place of an object, or the other way round.
+    """
+    kind = getattr(given, "__name__", type(given).__name__)
+    if inspect.isclass(given) and issubclass(given, torch.nn.Module):
+        raise ConfigError(f"{name} is the class {kind}; give an object: {name}={kind}()")
+    if isinstance(given, torch.optim.Optimizer):
+        raise ConfigError(
+            f"{name} is a {kind} that exists already, of other parameters than a node's; give "
+            f"the class: {name}=torch.optim.{kind}, or a function of parameters and learning rate"
+        )
+    if given is not None and not isinstance(given, str) and not callable(given):
+        raise ConfigError(f"{name} is {given!r}, and it has to be a function")
 
 
 def _full(outputs: Any) -> Any:

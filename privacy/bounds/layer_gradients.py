@@ -13,11 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
-"""Layers that are understood; others are left to `torch.func`."""
+"""Layers that are understood; others are left to `umbel.privacy.bounds.formed`."""
+
+FOLDED = (nn.Linear, nn.LayerNorm, nn.Embedding)
+"""Those to which any axes between the example and the features are positions."""
 
 _CHUNK = 64
 """Examples of a convolution at a time: what their windows saw then stays in the cache."""
 
+
+_ROUNDING = 2.0**-20
+"""Of a product of two rows, relative to their lengths: sixteen float32 units in the last place."""
 
 Places = Mapping[Tensor, Tensor]
 """Parameters to where their gradients belong, shape (n, size), zero before."""
@@ -71,8 +77,7 @@ class Factored:
         if self.layer.weight.requires_grad and single:
             total += _squares(self.given) * _squares(self.back)
         elif self.layer.weight.requires_grad:
-            inner = self.given @ self.given.mT, self.back @ self.back.mT
-            total += (inner[0] * inner[1]).sum((1, 2)).clamp_min_(0)
+            total += _inner(self.given @ self.given.mT, self.back @ self.back.mT)
         if _trains_bias(self.layer):
             total += _squares(self.back if single else self.back.sum(1))
         return total
@@ -105,10 +110,10 @@ class Looked:
 
     def squares(self) -> Tensor:
         same = (self.given[:, :, None] == self.given[:, None, :]).to(self.back.dtype)
-        return (same * (self.back @ self.back.mT)).sum((1, 2)).clamp_min_(0)
+        return _inner(same, self.back @ self.back.mT)
 
     def weighted(self, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        total = torch.zeros_like(self.layer.weight)
+        total = torch.zeros_like(self.layer.weight, dtype=self.back.dtype)
         back = (self.back * scale[:, None, None]).flatten(0, 1)
         yield self.layer.weight, total.index_add_(0, self.given.flatten(), back)
 
@@ -219,6 +224,16 @@ def _formed(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> For
 
 def _trains_bias(layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> bool:
     return layer.bias is not None and layer.bias.requires_grad
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Squared norms <left, right> of sums over T positions, from two Gram matrices (n, T, T).
+
+    Positions may cancel each other, and then what rounding leaves is larger than the norm. It is
+    added, so that a norm is never taken for a smaller one.
+    """
+    lengths = (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
+    return (left * right).sum((1, 2)).clamp_min_(0) + _ROUNDING * lengths.square()
 
 
 def _squares(values: Tensor) -> Tensor:

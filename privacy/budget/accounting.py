@@ -201,7 +201,9 @@ def _common_relation(counts: Counter[Charge]) -> NeighboringRelation:
         return ZERO_OUT
     if REPLACE in relations:
         return REPLACE
-    return ZERO_OUT if relations == {ZERO_OUT} else ADD_OR_REMOVE
+    # A unit whose part of a sum is replaced by zero moves it as far as one that is taken out, so
+    # add-or-remove releases hold under zero-out as well; the other way round nothing is proven.
+    return ZERO_OUT if ZERO_OUT in relations else ADD_OR_REMOVE
 
 
 def _is_open(counts: Counter[Charge]) -> bool:

@@ -1,13 +1,14 @@
 """What all nodes of one secure sum agree on, before any of them shares a secret.
 
-    Terms   the round: run, number, nonce, model, parameters, modulus, size, mode, cohort floor
+    Terms   the round: run, number, nonce, model, parameters, modulus, size, mode, cohort floor,
+            and the contract: app, options, layers, layout (umbel.strategies.contract)
     ticket  SHA-256 of the terms; signed by every node with its fresh keys
     Roster  the members' keys and signatures
     sid     SHA-256 of ticket and roster; salts every key, is part of every signature
 
-Two nodes that were sent different models, parameters or rosters have different tickets or session
-ids, refuse each other's signatures and would not have cancelling masks (this is what stops the
-model-inconsistency attack of Pasquini et al. 2022).
+Two nodes that were sent different models, options, parameters or rosters, or that hold different
+apps, have different tickets or session ids, refuse each other's signatures and would not have
+cancelling masks (this is what stops the model-inconsistency attack of Pasquini et al. 2022).
 """
 
 import struct
@@ -41,6 +42,7 @@ class Terms:
         mode: which server the thresholds are made for.
         min_cohort: no sum is made of fewer.
         server: the server's X25519 key of this session; vectors are authenticated with it.
+        contract: digests of what the node acts on besides; empty before anybody has said them.
     """
 
     run: int
@@ -53,6 +55,7 @@ class Terms:
     mode: Mode
     min_cohort: int
     server: bytes
+    contract: bytes = b""
 
     @cached_property
     def ticket(self) -> bytes:
@@ -60,7 +63,7 @@ class Terms:
         return keys.digest(
             "terms",
             *(self.run, self.round, self.nonce, self.model, self.parameters),
-            *(self.bits, self.size, self.mode, self.min_cohort, self.server),
+            *(self.bits, self.size, self.mode, self.min_cohort, self.server, self.contract),
         )
 
 

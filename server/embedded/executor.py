@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from umbel.server.embedded.packing import unpack
 from umbel.strategies import streams
+from umbel.strategies.errors import described
 from umbel.transport.flower import RAISED, Envelope
 
 
@@ -105,9 +106,8 @@ class Executor:
             if not isinstance(reply, Message):
                 raise TypeError(f"the app returned a {type(reply).__name__} in place of a Message")
         except (Exception, SystemExit) as error:  # an app that calls exit() ends no other node
-            reason = f"{type(error).__name__}: {error}"
-            failure = "".join(traceback.format_exception(error))
-            return Done(task.envelope.error(RAISED, reason), task.state, failure)
+            failure = "".join(traceback.format_exception(error))[:LONGEST_TRACEBACK]
+            return Done(task.envelope.error(RAISED, described(error)), task.state, failure)
         return Done(reply, self._saved(context, task))
 
     def _message(self, task: Task) -> Message:
@@ -155,6 +155,9 @@ class Executor:
         """BLAS and OpenMP as the app has loaded them; looking for them takes a millisecond."""
         return list(ThreadpoolController().lib_controllers)
 
+
+LONGEST_TRACEBACK = 20_000
+"""Characters of a traceback that the log keeps."""
 
 FIRST_NODE = 1001
 """Id of the virtual node that holds partition 0; below are Flower's reserved ids."""

@@ -15,11 +15,11 @@ from typing import Any
 import grpc
 
 from umbel.server.link.hub import Hub, Instruction, Reply, Session, frames_of
+from umbel.strategies.text import plain
 from umbel.transport.frames import OFFERED_ABOVE, Assembly, FrameError, check_size, cut
 from umbel.transport.link_pb2 import Beat, Begin, Done, Frame
 
 log = logging.getLogger("umbel.link")
-_LONGEST_REASON = 2000
 _LONGEST_QUEUE = 1000
 
 
@@ -65,15 +65,19 @@ class Connection:
             item = await self.session.outgoing.get()
             if isinstance(item, Frame):
                 await self._put(item)
-                continue
-            await self._put(frames_of(item))
-            self.hub.traffic.bytes_down += item.begin.size
-            if item.begin.inline:
-                continue
-            for chunk in cut(item.parts, self.session.pace):
-                self.session.pace.begin()
-                await self._put(chunk)
-                self.session.pace.end()
+            else:
+                await self._instruct(item)
+            del item  # until there is more to say, a model that has been sent must not take room
+
+    async def _instruct(self, instruction: Instruction) -> None:
+        await self._put(frames_of(instruction))
+        self.hub.traffic.bytes_down += instruction.begin.size
+        if instruction.begin.inline:
+            return
+        for chunk in cut(instruction.parts, self.session.pace):
+            self.session.pace.begin()
+            await self._put(chunk)
+            self.session.pace.end()
 
     async def _put(self, frame: Any) -> None:
         self.session.sending_since = time.monotonic()
@@ -90,10 +94,7 @@ class Connection:
             if isinstance(frame, memoryview):
                 if arriving is None:
                     raise FrameError("a chunk came that belongs to nothing")
-                self.hub.traffic.bytes_up += len(frame)
-                if self.hub.wanted(self.session, arriving.begin.id) is not arriving.instruction:
-                    arriving.assembly.forget()
-                if arriving.assembly.add(frame):
+                if self._take(arriving, frame):
                     self._complete(arriving)
                     arriving = None
                 continue
@@ -103,8 +104,7 @@ class Connection:
             if arriving is not None and kind != "beat":
                 raise FrameError(f"a {kind} came in the middle of a content")
             if kind == "beat":
-                self.session.phase = frame.beat.phase[:40]
-                self.session.send(Frame(beat=Beat()))
+                self._beat(frame.beat)
             elif kind == "offer":
                 self._offer(frame.offer.id, frame.offer.size)
             elif kind == "begin":
@@ -112,11 +112,30 @@ class Connection:
             else:
                 raise FrameError(f"a node does not send a frame of kind {kind}")
 
+    def _beat(self, beat: Beat) -> None:
+        self.session.phase = plain(beat.phase, 40)
+        self.hub.beat(self.session, beat.id, beat.received, working=beat.working)
+        self.session.send(Frame(beat=Beat()))
+
+    def _take(self, arriving: Arriving, chunk: memoryview) -> bool:
+        """A chunk of a reply; whether the reply is complete."""
+        self.hub.traffic.bytes_up += len(chunk)
+        instruction = arriving.instruction
+        if instruction is None or instruction.over:
+            arriving.assembly.forget()
+        complete = arriving.assembly.add(chunk)
+        self.session.last_chunk = self.session.heard
+        if instruction is not None:
+            instruction.advance.arrived(arriving.assembly.received, self.session.heard)
+        return complete
+
     def _offer(self, message_id: str, size: int) -> None:
         check_size(size, self.largest)
         instruction = self.hub.wanted(self.session, message_id)
         if instruction is None:
             self.session.send(Frame(done=Done(id=message_id)))
+        elif self.session.granted is instruction:
+            raise FrameError("a reply was offered again while it was waited for")
         else:
             self.hub.offer(self.session, instruction, size)
 
@@ -145,8 +164,8 @@ class Connection:
             self.session.granted = None
             self.session.send(Frame(done=Done(id=begin.id)))
             return
-        error = (begin.error_code, begin.error_reason[:_LONGEST_REASON]) if begin.failed else None
-        parts = () if begin.failed else tuple(arriving.assembly.parts)
+        error = (begin.error_code, plain(begin.error_reason)) if begin.failed else None
+        parts: list[memoryview] = [] if begin.failed else arriving.assembly.parts
         self.hub.answered(self.session, instruction, Reply(instruction, parts, error))
 
     def _why(self, tasks: Sequence["asyncio.Task[None]"]) -> tuple[str, str]:

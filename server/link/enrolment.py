@@ -3,15 +3,20 @@
 The database lies in the coordinator's `--state` and is shared between the server process and
 `umbel nodes` and `umbel status` in other terminals; the server notices their changes within a
 second. Tokens are kept as hashes: whoever reads the database cannot enrol with it.
+
+What was written is moved out of the write-ahead log at once, so a plain copy of the one file is
+a copy of everything. The database knows its authority and has a number of its own: another's in
+its place, or none, is noticed before anybody is let in by it.
 """
 
 import hashlib
 import json
+import secrets
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +31,17 @@ from umbel.transport.certificates import (
     Authority,
     CertificateError,
     common_name,
+    fingerprint,
     load_certificate,
     make_ticket,
+    open_authority,
     requested_key,
     sign_request,
 )
 from umbel.transport.join import JoinFile, make_join_file
 
 FIRST_NODE_ID = 1001
+_MAKING = "being made"
 _SCHEMA = """
 create table if not exists nodes (
     node_id integer primary key, name text unique not null, created real not null,
@@ -85,6 +93,8 @@ class Enrolment:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "umbel.sqlite"
+        self._seen: tuple[int, ...] = ()
+        self._fault = ""
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -97,11 +107,84 @@ class Enrolment:
             raise ConfigError(_unusable(self.path, problem)) from problem
         if found != "ok":
             raise ConfigError(_unusable(self.path, found))
+        if self.fact("database") is None:
+            self.keep("database", secrets.token_hex(16))
+        self._number = self.fact("database")
+        self._seen = _state_of(self.path)
 
     def close(self) -> None:
         """Close the database."""
         with self._lock:
             self._database.close()
+
+    def authority(self) -> Authority:
+        """The authority that lies beside the database; both are made where neither is there.
+
+        Raises:
+            ConfigError: one of them is missing, or they are not of the same federation.
+            KeyFileError: the authority's key is open to others.
+            CertificateError: the authority is damaged.
+        """
+        file = self.path.parent / "authority.pem"
+        known = self.fact("authority")
+        if file.exists() and known is None and not self.nodes():
+            raise ConfigError(
+                f"{file} is there, and {self.path} beside it is new or empty: put back a copy of "
+                "the database (the nodes are in it), or move authority.pem away to begin a new "
+                "federation"
+            )
+        if known is not None and known != _MAKING and not file.exists():
+            raise ConfigError(
+                f"{self.path} belongs to the authority {str(known)[:16]}, and {file} is missing: "
+                "put back a copy of it, or move the database away to begin a new federation"
+            )
+        if not file.exists():
+            self.keep("authority", _MAKING)  # whoever is killed here begins again
+        authority = open_authority(self.path.parent)
+        print_ = fingerprint(authority.certificate)
+        if known in (None, _MAKING):
+            self.keep("authority", print_)
+        elif known != print_:
+            raise ConfigError(
+                f"{file} has the fingerprint {print_[:16]}, and {self.path} belongs to the "
+                f"authority {str(known)[:16]}: put back the copies that belong together"
+            )
+        return authority
+
+    def fault(self) -> str:
+        """What has happened to the file since it was opened; empty if it is sound.
+
+        Cheap where the file has not changed. Once a fault is found, nobody is let in any more:
+        the file that is there now may have forgotten who was shut out.
+        """
+        state = _state_of(self.path)
+        if state != self._seen and not self._fault:
+            self._fault = self._examine()
+        self._seen = state
+        return self._fault
+
+    def _examine(self) -> str:
+        cure = "stop the server, put back a copy, and start it again"
+        try:
+            fresh = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)
+        except sqlite3.Error:
+            return f"{self.path} is gone or cannot be opened; {cure}"
+        try:
+            found = fresh.execute("pragma quick_check").fetchone()[0]
+            row = fresh.execute("select value from facts where name='database'").fetchone()
+        except sqlite3.Error as problem:
+            if "locked" in str(problem):
+                return ""
+            return f"{self.path} was damaged while it was in use ({problem}); {cure}"
+        finally:
+            fresh.close()
+        if found != "ok":
+            return f"{self.path} was damaged while it was in use ({str(found)[:200]}); {cure}"
+        if row is None or json.loads(row[0]) != self._number:
+            return f"{self.path} was replaced by another database while it was in use; {cure}"
+        if _state_of(self.path)[:2] != self._seen[:2]:
+            return f"{self.path} was replaced by a copy while it was in use; {cure}"
+        return ""
 
     # ---- what an operator does
 
@@ -178,6 +261,7 @@ class Enrolment:
         Raises:
             RefusedError: the token is unknown, used, expired, or another node's.
         """
+        self._trust()
         row = self._read(
             "select name, expires, used, request from tokens where digest=?", (_digest(token),)
         )
@@ -214,6 +298,7 @@ class Enrolment:
         Raises:
             RefusedError: none, or one that was revoked.
         """
+        self._trust()
         try:
             certificate = load_certificate(peer)
         except CertificateError as problem:
@@ -307,11 +392,22 @@ class Enrolment:
             except sqlite3.Error as problem:
                 raise RunError(_unusable(self.path, problem)) from problem
 
+    def _checkpoint(self) -> None:
+        """Move what was written from the log into the file; a reader may put it off."""
+        with suppress(sqlite3.OperationalError):
+            self._database.execute("pragma wal_checkpoint(truncate)")
+
+    def _trust(self) -> None:
+        if self.fault():
+            raise RunError(self.fault())
+
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         try:
-            with self._lock, self._database:
-                yield self._database
+            with self._lock:
+                with self._database:
+                    yield self._database
+                self._checkpoint()
         except sqlite3.Error as problem:
             raise RunError(_unusable(self.path, problem)) from problem
 
@@ -336,6 +432,15 @@ def _key_digest(request: bytes) -> str:
         raise RefusedError(str(problem)) from problem
     data = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return hashlib.sha256(data).hexdigest()
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced (the first two) or written to."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _digest(token: str) -> str:

@@ -3,6 +3,7 @@
 import logging
 import math
 import queue
+import signal
 import time
 import zlib
 from collections import Counter
@@ -13,10 +14,12 @@ from typing import Any
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from umbel.server.link.hub import Hub, Instruction, Reply
+from umbel.server.link.room import MARGIN, largest_reply
 from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
+from umbel.transport.allocator import LARGE, give_back
 from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
 from umbel.transport.flower import (
     CRASHED,
@@ -38,7 +41,15 @@ _LOOK_UP_S = 0.5  # a waiting thread wakes up this often, so that a signal can i
 
 
 class StoppedError(KeyboardInterrupt):
-    """The server was told to end; like Ctrl-C, no app should take it for a failure."""
+    """The server was told to end; like Ctrl-C, no app should take it for a failure.
+
+    Attributes:
+        number: of the signal.
+        idle: it had no unfinished run.
+    """
+
+    number = int(signal.SIGTERM)
+    idle = False
 
 
 class LinkGrid(OwnGrid):
@@ -54,7 +65,9 @@ class LinkGrid(OwnGrid):
         run_config: the run's options, for the nodes' `Context.run_config`.
         enough: the share of a round's training replies that is waited for; the rest are
             stragglers, whose cohort was chosen larger for them.
-        largest: bytes of the largest reply that is taken.
+        largest: bytes of the largest reply that is taken; 0 is four times the largest content
+            that the run has sent, and `margin`.
+        margin: bytes; large where the first reply may bring a model that nobody has sent.
     """
 
     def __init__(
@@ -64,16 +77,19 @@ class LinkGrid(OwnGrid):
         run_id: int = 1,
         run_config: Mapping[str, Any] | None = None,
         enough: float = 1.0,
-        largest: int = LARGEST_CONTENT,
+        largest: int = 0,
+        margin: int = MARGIN,
     ) -> None:
         if not 0 < enough <= 1:
             raise ConfigError(f"enough is {enough}; it is a share of replies, above 0, at most 1")
         take_identity(run_id)
         self.hub = hub
-        super().__init__(run_id)
+        super().__init__(run_id, enough)
         self._config = b"".join(encode(RecordDict({"c": ConfigRecord(dict(run_config or {}))})))
-        self._enough = enough
-        self._limits = Limits(total=largest)
+        self._largest, self._margin = largest, margin
+        self._limits = Limits(total=largest or LARGEST_CONTENT)
+        self._sent = 0  # bytes of the largest content
+        self._late: set[int] = set()  # nodes that have let a round's time run out
         self._asked: Counter[str] = Counter()
         self._open: dict[str, Message] = {}
         self._pushed: set[str] = set()
@@ -177,13 +193,16 @@ class LinkGrid(OwnGrid):
             if message_id is None
         )
         waiting = {message_id for message_id in ids if message_id is not None}
-        may_miss = len(waiting) - ceil(self._enough * len(waiting)) if training else 0
+        patience = _Patience(self._late, waiting, self.hub.lost_after)
+        wanted = ceil(self.enough * len(waiting)) if training else len(waiting)
         soonest = time.monotonic() + min(map(seconds_left, messages), default=0.0)
         try:
-            while len(waiting) > may_miss:
-                reply = self._next(inbox, min(deadline, soonest))
+            while waiting and wanted > 0:
+                until = patience.until(waiting, deadline)
+                reply = self._next(inbox, min(until, soonest))
                 if reply is None:
-                    if time.monotonic() >= deadline:
+                    if time.monotonic() >= until:
+                        self._note_late(waiting)
                         break
                     over = [each for each in waiting if is_over(self._open[each])]
                     waiting.difference_update(over)
@@ -192,12 +211,19 @@ class LinkGrid(OwnGrid):
                     soonest = time.monotonic() + min(left, default=0.0)
                     continue
                 waiting.discard(reply.instruction.message_id)
+                patience.answered(reply.instruction.node_id)
                 message = self._message(reply)
                 del reply
                 if message is not None:
-                    yield in_time(message)
+                    message = in_time(message)
+                    # An error is no reply that one could do with: whoever fails at once must
+                    # not end the round for those who train.
+                    wanted -= not message.has_error()
+                    yield message
                 del message  # while the next is decoded, this one must not take room
         finally:
+            if self._sent > LARGE:
+                give_back()
             for message_id in waiting:
                 self._open.pop(message_id, None)
             if waiting:
@@ -242,20 +268,24 @@ class LinkGrid(OwnGrid):
         encoded: dict[int, tuple[RecordDict, list[Buffer], int]] = {}
         instructions = []
         ids: list[str | None] = []
+        messages = list(messages)
+        for message in messages:
+            check_ttl(message)
+            content = message.content
+            if id(content) not in encoded:  # one content for many nodes is encoded once
+                parts = encode(content)
+                encoded[id(content)] = (content, parts, zlib.crc32(parts[0]))
+                self._sent = max(self._sent, size_of(parts))
+        largest = self._largest or min(LARGEST_CONTENT, largest_reply(self._sent, self._margin))
         for message in messages:
             data = message.metadata
-            check_ttl(message)
             line = self.hub.lines.get(data.dst_node_id)
             if line is None or line.node.revoked is not None:
                 log.error("%s", not_here(data.dst_node_id))
                 self._identify(message)  # its error reply needs one
                 ids.append(None)
                 continue
-            content = message.content
-            if id(content) not in encoded:  # one content for many nodes is encoded once
-                parts = encode(content)
-                encoded[id(content)] = (content, parts, zlib.crc32(parts[0]))
-            _, parts, digest = encoded[id(content)]
+            _, parts, digest = encoded[id(message.content)]
             message_id = self._identify(message)
             begin = Begin(
                 id=message_id,
@@ -267,6 +297,7 @@ class LinkGrid(OwnGrid):
                 ttl=data.ttl,
                 run_config=self._config,
                 digest=digest,
+                largest=largest,
             )
             over = time.monotonic() + seconds_left(message)
             due = over if deadline is None else min(over, deadline)
@@ -294,7 +325,7 @@ class LinkGrid(OwnGrid):
             message = Message(Error(*reply.error), reply_to=asked)
         else:
             try:
-                content = decode(reply.parts, limits=self._limits, checksum=True)
+                content = decode(reply.parts, limits=self._limits, checksum=True, consume=True)
                 message = Message(content, reply_to=asked)
             except CodecError as problem:
                 reason = f"its reply cannot be read: {problem}"
@@ -304,14 +335,68 @@ class LinkGrid(OwnGrid):
         give_id(message, f"{reply.instruction.message_id}/reply")
         return message
 
+    def _note_late(self, message_ids: set[str]) -> None:
+        """The round's time has run out for these: the next is not held up by them as long."""
+        for node_id in map(_node_of, message_ids):
+            line = self.hub.lines.get(node_id)
+            if node_id not in self._late and line is not None and line.session is not None:
+                self._late.add(node_id)
+                log.warning(
+                    "node %s was there and let the time run out; until it answers in time, it is "
+                    "waited for at most %.0f s after the others",
+                    self.name_of(node_id),
+                    self.hub.lost_after,
+                )
+
     def _name_stragglers(self, message_ids: set[str]) -> None:
-        names = sorted(self.name_of(int(each.rsplit("/", 2)[1])) for each in message_ids)
+        names = sorted(self.name_of(_node_of(each)) for each in message_ids)
         log.warning("not waited for any longer: %s", ", ".join(names))
+
+    def gone(self) -> set[int]:
+        """Ids of the nodes that were revoked since the run began, or before."""
+        lines = list(self.hub.lines.values())
+        return {line.node.node_id for line in lines if line.node.revoked is not None}
 
     def name_of(self, node_id: int) -> str:
         """A node's name, for people."""
         line = self.hub.lines.get(node_id)
         return line.node.name if line is not None else str(node_id)
+
+
+class _Patience:
+    """How long late nodes are waited for, once all others have answered.
+
+    Args:
+        late: ids of the nodes that have let the time of their last instruction run out; one
+            that answers is taken out.
+        waiting: ids of the messages.
+        longest: seconds after the others' last reply, or four times as long as they took.
+    """
+
+    def __init__(self, late: set[int], waiting: set[str], longest: float) -> None:
+        self._late, self._longest = late, longest
+        self._began = self._last = time.monotonic()
+        nodes = set(map(_node_of, waiting))
+        self._others = nodes - late
+        self._matters = bool(self._others) and bool(nodes & late)
+
+    def answered(self, node_id: int) -> None:
+        """A reply has come."""
+        self._late.discard(node_id)
+        if node_id in self._others:
+            self._others.discard(node_id)
+            self._last = time.monotonic()
+
+    def until(self, waiting: set[str], deadline: float) -> float:
+        """When the wait ends, on the monotonic clock."""
+        if not self._matters or self._others or not waiting:
+            return deadline
+        mine = self._last + max(self._longest, 4 * (self._last - self._began))
+        return min(mine, deadline)
+
+
+def _node_of(message_id: str) -> int:
+    return int(message_id.rsplit("/", 2)[1])
 
 
 class ObservedLinkGrid(Notes, LinkGrid):

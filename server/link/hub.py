@@ -1,8 +1,8 @@
 """The coordinator's end of the link: one stream a node, no polling, no thread a node.
 
     instruct   an instruction waits in its node's line until the node is free and connected
-    offer      a large reply waits until there is room for it, so memory does not grow with nodes
-    tick       once a second: silent peers, lost nodes, revocations
+    offer      a large reply waits until there is room for it (`room.py`)
+    tick       once a second: silent peers, nodes that get nowhere (`advance.py`), revocations
 
 Everything here runs on one event loop in one thread; `Hub.submit`, `Hub.cancel` and
 `Hub.members` are the only doors for other threads. What a peer sends is never trusted: who it is
@@ -14,33 +14,39 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from umbel.server.link.advance import TRIES, Advance
 from umbel.server.link.enrolment import EnrolledNode
+from umbel.server.link.room import Room
 from umbel.transport.codec import Buffer
 from umbel.transport.frames import LARGEST_CHUNK, Pace
-from umbel.transport.link_pb2 import Begin, Cancel, Done, Frame, Grant, Hello
+from umbel.transport.link_pb2 import Begin, Cancel, Done, Frame, Hello
 
 log = logging.getLogger("umbel.link")
 
 BEAT_S = 12.0
-"""How often a node says that it is alive."""
+"""How often a node says that it is alive, at least."""
 SILENT_S = 45.0
-"""A peer that has said nothing for this long is gone."""
+"""A peer that has said nothing for this long is gone, at the latest."""
 STALLED_S = 60.0
 """A peer that takes or sends no chunk for this long is gone."""
+SHORT_PATIENCE_S = 15.0
+"""A node that got nowhere with one instruction is waited for less in the next, down to this."""
 _SHARED_CHUNKS = 8 << 20
-_ROOM = 64 << 20
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of an instruction: the bytes of a content, or why there is none."""
+    """What came of an instruction: the bytes of a content, or why there is none.
+
+    Whoever reads the content takes the list of its parts apart.
+    """
 
     instruction: "Instruction"
-    parts: Sequence[memoryview | bytes] = ()
+    parts: list[memoryview] = field(default_factory=list)
     error: tuple[int, str] | None = None
 
 
@@ -55,6 +61,10 @@ class Instruction:
         parts: its encoded content, shared among instructions.
         deadline: on the monotonic clock, or None.
         inbox: where the reply goes.
+        sent: it is on its way on the node's present connection, or the node holds it.
+        room: bytes that are kept for its reply.
+        over: it is answered, or nobody waits for the answer.
+        advance: how far the node has come with it.
     """
 
     message_id: str
@@ -65,6 +75,8 @@ class Instruction:
     inbox: "queue.SimpleQueue[Reply]"
     sent: bool = False
     room: int = 0
+    over: bool = False
+    advance: Advance = field(default_factory=Advance)
 
 
 class Session:
@@ -73,7 +85,7 @@ class Session:
     def __init__(self, node: EnrolledNode, hello: Hello) -> None:
         self.node = node
         self.hello = hello
-        self.began = self.heard = time.monotonic()
+        self.began = self.heard = self.last_chunk = time.monotonic()
         self.phase = "idle"
         self.outgoing: asyncio.Queue[Frame | Instruction] = asyncio.Queue()
         self.ended: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
@@ -104,6 +116,7 @@ class Line:
     seen: float = 0.0  # seconds since 1970
     left: float = 0.0  # monotonic
     lost: bool = False
+    idled: int = 0  # instructions in a row with which the node got nowhere
 
 
 @dataclass
@@ -123,7 +136,8 @@ class Hub:
 
     Args:
         lost_after: seconds after which a node that left is given up: its instructions are
-            answered with an error, and it is no member until it comes back.
+            answered with an error, and it is no member until it comes back. One that is there
+            and gets nowhere with an instruction for as long is given up for that instruction.
         lost_code: Flower's code for such errors.
         room: bytes of replies that may be on their way or unread at once; 0 chooses.
     """
@@ -135,10 +149,13 @@ class Hub:
         self.on_change: Callable[[], None] = lambda: None
         self._lost_code = lost_code
         self._by_id: dict[str, Instruction] = {}
-        self._room, self._fixed_room = room or _ROOM, bool(room)
-        self._used = 0
-        self._offers: deque[tuple[Session, Instruction, int]] = deque()
+        self.room = Room(room)
         self.loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def beat_s(self) -> float:
+        """How often nodes are asked to say that they are alive: four times in `lost_after`."""
+        return min(BEAT_S, max(0.25, self.lost_after / 4))
 
     # ---- doors for other threads
 
@@ -153,7 +170,7 @@ class Hub:
     def release(self, reply: Reply) -> None:
         """The bytes of a reply have been read."""
         if reply.instruction.room:
-            self._call(self._free, reply.instruction)
+            self._call(self.room.free, reply.instruction)
 
     def members(self) -> list[Line]:
         """The nodes that are here, or have left so lately that they are waited for."""
@@ -181,14 +198,17 @@ class Hub:
                 self._fail(instruction, "the node is not connected")
                 continue
             self._by_id[instruction.message_id] = instruction
+            self.room.expect(instruction.begin.size)
             line.waiting.append(instruction)
             self._advance(line)
 
     def _advance(self, line: Line) -> None:
         if line.current is None and line.waiting:
             line.current = line.waiting.popleft()
+            line.current.advance.step(time.monotonic())
         if line.current is not None and not line.current.sent and line.session is not None:
             line.current.sent = True
+            line.current.advance.sends += 1
             line.session.taken = ""  # what comes next says that the reply before has arrived
             line.session.send(line.current)
 
@@ -197,7 +217,7 @@ class Hub:
             instruction = self._by_id.pop(message_id, None)
             if instruction is None:
                 continue
-            self._free(instruction)
+            self._finish(instruction)
             line = self.lines[instruction.node_id]
             if line.current is instruction:
                 line.current = None
@@ -210,8 +230,12 @@ class Hub:
     def _fail(self, instruction: Instruction, reason: str) -> None:
         self.traffic.failures += 1
         self._by_id.pop(instruction.message_id, None)
-        self._free(instruction)
+        self._finish(instruction)
         instruction.inbox.put(Reply(instruction, error=(self._lost_code, reason)))
+
+    def _finish(self, instruction: Instruction) -> None:
+        instruction.over = True
+        self.room.free(instruction)
 
     def wanted(self, session: Session, message_id: str) -> Instruction | None:
         """The instruction that a reply of this node may answer, if it is still wanted."""
@@ -230,42 +254,37 @@ class Hub:
         """A whole reply is here."""
         session.granted = None
         self._by_id.pop(instruction.message_id, None)
+        instruction.over = True
+        self.room.arrived(instruction)
         self.traffic.replies += 1
         self.traffic.failures += reply.error is not None
         line = self.lines[instruction.node_id]
-        line.current = None
+        line.current, line.idled = None, 0
         session.taken = instruction.message_id
         instruction.inbox.put(reply)
         self._advance(line)
 
-    # ---- room for replies
+    # ---- what a node says on the way
 
     def offer(self, session: Session, instruction: Instruction, size: int) -> None:
-        """A node has a large reply; it is let in when there is room."""
-        if not self._fixed_room:
-            self._room = max(self._room, 2 * size)
-        self._offers.append((session, instruction, size))
-        self._grant()
+        """A node has a large reply; one that is larger than what is taken is an error."""
+        largest = instruction.begin.largest
+        if largest and size > largest:
+            reason = (
+                f"its reply of {size} bytes is larger than the {largest} that are taken; "
+                "--largest-reply allows more"
+            )
+            log.warning("node %s: %s", session.node.name, reason)
+            self.answered(session, instruction, Reply(instruction, error=(self._lost_code, reason)))
+        else:
+            self.room.offer(session, instruction, size)
 
-    def _grant(self) -> None:
-        while self._offers:
-            session, instruction, size = self._offers[0]
-            if session.ended.done() or self.wanted(session, instruction.message_id) is None:
-                self._offers.popleft()
-                continue
-            if self._used and self._used + size > self._room:
-                return
-            self._offers.popleft()
-            instruction.room = size
-            self._used += size
-            session.granted = instruction
-            session.heard = time.monotonic()
-            session.send(Frame(grant=Grant(id=instruction.message_id)))
-
-    def _free(self, instruction: Instruction) -> None:
-        self._used -= instruction.room
-        instruction.room = 0
-        self._grant()
+    def beat(self, session: Session, message_id: str, received: int, *, working: bool) -> None:
+        """A heartbeat, with what the node says of its instruction."""
+        instruction = self.wanted(session, message_id) if message_id else None
+        if instruction is not None:
+            received = min(received, instruction.begin.size)
+            instruction.advance.heard(received, working=working, now=time.monotonic())
 
     # ---- connections
 
@@ -282,6 +301,9 @@ class Hub:
         for message_id in held - self._by_id.keys():
             session.send(Frame(done=Done(id=message_id)))
         if line.current is not None and line.current.message_id not in held:
+            said = unanswered(line, held)
+            if said:
+                log.warning("%s", said)
             line.current.sent = False  # it never came, or the node was restarted: send it again
         self._share_chunks()
         self._advance(line)
@@ -293,14 +315,14 @@ class Hub:
         if line is not None and line.session is session:
             self._left(line, session)
             line.session = None
-            line.left = time.monotonic()
+            line.left = session.heard
             self._share_chunks()
             self.on_change()
 
     def _left(self, line: Line, session: Session) -> None:
         line.seen = time.time()
         if session.granted is not None:
-            self._free(session.granted)
+            self.room.free(session.granted)
             session.granted = None
 
     def _share_chunks(self) -> None:
@@ -320,20 +342,51 @@ class Hub:
                 line.node = node
                 if node.revoked is not None:
                     self._shut_out(line)
+        self.room.tick(now)
         for line in list(self.lines.values()):
-            session = line.session
-            if session is None:
-                if not line.lost and now - line.left > self.lost_after:
-                    self._lose(line, f"node {line.node.name} has been away for too long")
-                continue
+            self._look_after(line, now)
+
+    def _look_after(self, line: Line, now: float) -> None:
+        session = line.session
+        if session is None:
+            if not line.lost and now - line.left > self.lost_after:
+                self._lose(line, f"node {line.node.name} has been away for too long")
+        else:
             if session.taken:  # nothing followed
                 session.send(Frame(done=Done(id=session.taken)))
                 session.taken = ""
             stalled = session.sending_since is not None and now - session.sending_since > STALLED_S
-            if now - session.heard > SILENT_S or stalled:
+            if now - session.heard > min(SILENT_S, self.lost_after) or stalled:
                 what = "takes nothing" if stalled else "says nothing"
                 log.warning("node %s %s; its connection is closed", line.node.name, what)
                 session.end("DEADLINE_EXCEEDED", "nothing was heard for too long")
+        current = line.current
+        if current is None:
+            return
+        if self.room.waits(current):
+            current.advance.step(now)  # it waits for us
+        patience = self._patience(line)
+        if now - current.advance.since > patience:
+            self._pass_over(line, current, patience)
+
+    def _patience(self, line: Line) -> float:
+        """Seconds without a step forward that a node is given."""
+        shorter = self.lost_after * 0.5 ** min(line.idled, 10)
+        return max(shorter, min(self.lost_after, SHORT_PATIENCE_S))
+
+    def _pass_over(self, line: Line, instruction: Instruction, patience: float) -> None:
+        """The node is there, or comes and goes, and gets nowhere: the round goes on without it."""
+        how = instruction.advance.describe(instruction.begin.size)
+        reason = (
+            f"node {line.node.name} got nowhere with its instruction for {patience:.0f} s: {how}"
+        )
+        log.warning("%s", reason)
+        line.idled += 1
+        line.current = None
+        if instruction.sent and line.session is not None:
+            line.session.send(Frame(cancel=Cancel(id=instruction.message_id)))
+        self._fail(instruction, reason)
+        self._advance(line)
 
     def _shut_out(self, line: Line) -> None:
         if line.session is not None:
@@ -352,6 +405,24 @@ class Hub:
         self.on_change()
 
 
+def unanswered(line: Line, held: Collection[str]) -> str:
+    """What both sides say of an instruction that was sent again and again; empty if none was.
+
+    Args:
+        line: of the node, which connects again.
+        held: ids of the instructions that it says to have.
+    """
+    current = line.current
+    if current is None or current.advance.sends < TRIES or current.message_id in held:
+        return ""
+    how = current.advance.describe(current.begin.size)
+    return (
+        f"the {current.begin.message_type} instruction of {current.begin.size:,} bytes to node "
+        f"{line.node.name} is not answered: {how}; if the connection breaks each time, its path "
+        "may swallow large packets (try a smaller MTU), or the node's process may die"
+    )
+
+
 def frames_of(instruction: Instruction) -> Frame:
     """The head of an instruction as a frame, with the seconds that are left for it."""
     frame = Frame(begin=instruction.begin)
@@ -360,4 +431,4 @@ def frames_of(instruction: Instruction) -> Frame:
     return frame
 
 
-__all__ = ["BEAT_S", "Hub", "Instruction", "Line", "Reply", "Session"]
+__all__ = ["Hub", "Instruction", "Line", "Reply", "Session"]

@@ -23,9 +23,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from umbel.server.link.connection import Connection, next_frame
+from umbel.server.link.doorkeeper import Doorkeeper, most_connections
 from umbel.server.link.enrolment import Enrolment, RefusedError
-from umbel.server.link.hub import BEAT_S, Hub, Session
+from umbel.server.link.hub import Hub, Session, unanswered
 from umbel.strategies.errors import ConfigError, UmbelError
+from umbel.strategies.text import plain
 from umbel.transport import loop
 from umbel.transport.certificates import Authority, Identity, common_name
 from umbel.transport.frames import (
@@ -49,7 +51,7 @@ from umbel.transport.link_pb2 import (
 
 log = logging.getLogger("umbel.link")
 _HELLO_S = 20.0
-_LONGEST_REASON = 2000
+_SAY_EVERY_S = 60.0
 _READ = 512 << 10  # gRPC keeps a buffer of this size for every connection that was ever busy
 _OPTIONS = [
     *CHANNEL_OPTIONS,
@@ -90,7 +92,8 @@ class Listener:
     def __init__(self, hub: Hub, enrolment: Enrolment, doors: Doors) -> None:
         self.hub, self.enrolment, self.doors = hub, enrolment, doors
         self.port = 0
-        self._health = health.HealthServicer()
+        self.doorkeeper = Doorkeeper()
+        self._health = _Health(self.doorkeeper)
         self._stopping: asyncio.Event | None = None
         self._for_good = False
         self._thread: threading.Thread | None = None
@@ -141,7 +144,8 @@ class Listener:
         credentials = grpc.ssl_server_credentials(
             [(identity.key, identity.certificate)], identity.root, require_client_auth=True
         )
-        server = grpc.aio.server(options=_OPTIONS)
+        most = ("grpc.max_allowed_incoming_connections", most_connections())
+        server = grpc.aio.server(options=[*_OPTIONS, most])
         server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self.port = _bind(
@@ -172,17 +176,28 @@ class Listener:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def _tick(self) -> None:
-        version = self.enrolment.version()
+        version, said = self.enrolment.version(), -_SAY_EVERY_S
         while True:
-            await asyncio.sleep(1)
+            await self._watch_the_door()
             try:
+                if (fault := self.enrolment.fault()) and time.monotonic() > said + _SAY_EVERY_S:
+                    said = time.monotonic()
+                    log.error("%s; until then nobody is let in", fault)
                 now = self.enrolment.version()
-                nodes = self.enrolment.nodes() if now != version else None
+                nodes = self.enrolment.nodes() if now != version and not fault else None
                 version = now
             except UmbelError as problem:
-                log.warning("%s", problem)
+                if time.monotonic() > said + _SAY_EVERY_S:
+                    said = time.monotonic()
+                    log.error("%s", problem)
                 nodes = None
             self.hub.tick(nodes)
+
+    async def _watch_the_door(self) -> None:
+        """A second, and a look at the door every quarter of it."""
+        for _ in range(4):
+            await asyncio.sleep(0.25)
+            self.doorkeeper.look(self.port)
 
     async def _say_goodbye(self) -> None:
         for name in ("", SERVICE):
@@ -220,6 +235,7 @@ class Listener:
     async def _certificate(
         self, context: Any, make: Callable[[bytes, Authority], Any]
     ) -> Certificate:
+        self.doorkeeper.known(context.peer())
         authority = self.doors.authority
         if authority is None:
             await _refuse(
@@ -246,6 +262,7 @@ class Listener:
     # ---- a node's connection
 
     async def _connect(self, _: AsyncIterator[Any], context: Any) -> None:
+        self.doorkeeper.known(context.peer())
         try:
             session = await self._welcome(context)
         except RefusedError as problem:
@@ -254,8 +271,12 @@ class Listener:
         except FrameError as problem:
             await _refuse(context, "INVALID_ARGUMENT", str(problem))
             return
-        except (TimeoutError, EOFError, UmbelError) as problem:
-            log.warning("%s came to nothing: %s", context.peer(), problem)
+        except UmbelError as problem:
+            log.error("%s", problem)
+            await _refuse(context, "UNAVAILABLE", "the coordinator cannot admit nodes now")
+            return
+        except (TimeoutError, EOFError):
+            log.warning("%s said no hello in time", context.peer())
             await _refuse(context, "UNAVAILABLE", "no hello came in time")
             return
         if session is None:
@@ -279,9 +300,9 @@ class Listener:
         hello: Hello = frame.hello
         if hello.protocol != PROTOCOL:
             sentence = (
-                f"node {node.name} runs Umbel {hello.version[:40]} (protocol {hello.protocol}) "
-                f"and the coordinator Umbel {self.doors.version} (protocol {PROTOCOL}); "
-                "install the same version on both"
+                f"node {node.name} runs Umbel {plain(hello.version, 40)} "
+                f"(protocol {hello.protocol}) and the coordinator Umbel {self.doors.version} "
+                f"(protocol {PROTOCOL}); install the same version on both"
             )
             log.warning("%s", sentence)
             await _refuse(context, "FAILED_PRECONDITION", sentence)
@@ -303,12 +324,29 @@ class Listener:
             name=node.name,
             node_id=node.node_id,
             app_digest=self.doors.app_digest,
-            beat_s=BEAT_S,
+            beat_s=self.hub.beat_s,
             largest=self.doors.largest,
+            note=unanswered(line, hello.held) if line is not None else "",
         )
         await context.write(Frame(welcome=welcome))
         log.info("node %s is connected from %s", node.name, context.peer())
         return Session(node, hello)
+
+
+class _Health(health.HealthServicer):
+    """gRPC's health service, whose callers are known at the door like any others."""
+
+    def __init__(self, doorkeeper: Doorkeeper) -> None:
+        super().__init__()
+        self._doorkeeper = doorkeeper
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        self._doorkeeper.known(context.peer())
+        return await super().Check(request, context)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name
+        self._doorkeeper.known(context.peer())
+        await super().Watch(request, context)
 
 
 async def _refuse(context: Any, status: str, sentence: str) -> NoReturn:

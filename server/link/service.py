@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from umbel.server.link.doorkeeper import check_room_for, raise_file_limit
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub, Line
 from umbel.server.link.listener import Doors, Listener
 from umbel.server.lock import take_lock
 from umbel.server.output.progress import Progress
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.text import plain
 from umbel.transport.allocator import share_one_arena
 from umbel.transport.certificates import (
     Authority,
@@ -29,7 +32,6 @@ from umbel.transport.certificates import (
     load_certificate,
     load_identity,
     make_server_identity,
-    open_authority,
     read_identity,
     renewal_due,
     save_identity,
@@ -78,7 +80,7 @@ class Service:
         self.settings = settings
         self._lock = _lock(settings.state)
         self.enrolment = Enrolment(settings.state)
-        authority, identity = identities(settings)
+        authority, identity = identities(settings, self.enrolment)
         self.hub = Hub(lost_after=settings.lost_after, lost_code=UNAVAILABLE, room=settings.room)
         doors = Doors(settings.listen, identity, authority, version, app_digest, settings.health)
         self.listener = Listener(self.hub, self.enrolment, doors)
@@ -94,6 +96,8 @@ class Service:
         """Listen, and keep the status up to date."""
         share_one_arena()
         work_in_batches()
+        raise_file_limit()
+        check_room_for(self._enrolled())
         self.listener.start()
         if self.settings.metrics:
             self._metrics = _serve_metrics(self.settings.metrics, self)
@@ -101,7 +105,7 @@ class Service:
 
     def stop(self, *, for_good: bool) -> None:
         """Say goodbye to the nodes and close everything."""
-        self.position["phase"] = "ended"
+        self.position |= {"phase": "finished" if for_good else "stopped", "ended": True}
         self.listener.stop(for_good=for_good)
         self._stopped.set()
         if self._writer.is_alive():
@@ -111,6 +115,9 @@ class Service:
             self._metrics[0].server_close()
         self.enrolment.close()
         os.close(self._lock)
+
+    def _enrolled(self) -> int:
+        return sum(node.revoked is None for node in self.enrolment.nodes())
 
     def missing(self, needed: int) -> tuple[int, list[str]]:
         """How many nodes are needed (0 asks for all enrolled), and who of them is not here."""
@@ -130,6 +137,7 @@ class Service:
         while True:
             check()
             want, absent = self.missing(needed)
+            check_room_for(want)
             here = self.hub.connected()
             if here >= want:
                 say(f"{here} nodes are connected")
@@ -207,14 +215,19 @@ class WatchedProgress:
         self._shown.finish(text)
 
 
-def identities(settings: ServerSettings) -> tuple[Authority | None, Identity]:
+def identities(
+    settings: ServerSettings, opened: Enrolment | None = None
+) -> tuple[Authority | None, Identity]:
     """The authority (None with own certificates) and the server's identity, made if needed."""
+    if opened is None:
+        with closing(Enrolment(settings.state)) as enrolment:
+            return identities(settings, enrolment)
     try:
         if settings.own_certificate is not None:
             return None, load_identity(*settings.own_certificate)
-        authority = open_authority(settings.state)
+        authority = opened.authority()
         file = settings.state / "server.pem"
-        names = server_names(settings)
+        names = server_names(settings, opened)
         if file.exists():
             identity = read_identity(file)
             certificate = load_certificate(identity.certificate)
@@ -232,21 +245,20 @@ def identities(settings: ServerSettings) -> tuple[Authority | None, Identity]:
         ) from problem
 
 
-def server_names(settings: ServerSettings) -> list[str]:
+def server_names(settings: ServerSettings, opened: Enrolment | None = None) -> list[str]:
     """The names that the server's certificate must carry; remembered from earlier starts."""
+    if opened is None:
+        with closing(Enrolment(settings.state)) as enrolment:
+            return server_names(settings, enrolment)
     host = settings.listen.rpartition(":")[0].strip("[]")
-    enrolment = Enrolment(settings.state)
-    try:
-        names = list(enrolment.fact("names") or [])
-        wanted = [*settings.names, socket.gethostname(), "localhost", "127.0.0.1", "::1"]
-        if host not in ("", "0.0.0.0", "::"):
-            wanted.insert(0, host)
-        new = [name for name in dict.fromkeys(wanted) if name not in names]
-        if new:
-            names = [*dict.fromkeys([*settings.names, *names, *new])]
-            enrolment.keep("names", names)
-    finally:
-        enrolment.close()
+    names = list(opened.fact("names") or [])
+    wanted = [*settings.names, socket.gethostname(), "localhost", "127.0.0.1", "::1"]
+    if host not in ("", "0.0.0.0", "::"):
+        wanted.insert(0, host)
+    new = [name for name in dict.fromkeys(wanted) if name not in names]
+    if new:
+        names = [*dict.fromkeys([*settings.names, *names, *new])]
+        opened.keep("names", names)
     return names
 
 
@@ -273,9 +285,9 @@ def read_status(state: Path) -> dict[str, Any]:
         status |= json.loads((state / "status.json").read_text())
     except (OSError, ValueError):
         status["at"] = 0.0
-    running = time.time() - float(status["at"]) < STALE_S and status["phase"] != "ended"
-    if not running:
-        status["phase"] = "stopped"
+    running = time.time() - float(status["at"]) < STALE_S and not status.get("ended")
+    if not running and not status.get("ended"):
+        status["phase"] = "stopped"  # killed, before it could say so
     enrolment = Enrolment(state)
     try:
         seen = {node["name"]: node for node in status["nodes"]}
@@ -306,10 +318,10 @@ def _node_status(line: Line) -> dict[str, Any]:
         "state": "connected" if session is not None else "lost" if line.lost else "away",
         "last_seen": time.time() if session is not None else line.seen,
         "phase": session.phase if session is not None else None,
-        "version": line.hello.version,
-        "device": line.hello.device,
+        "version": plain(line.hello.version, 40),
+        "device": plain(line.hello.device, 80),
         "partition": line.hello.partition,
-        "app": line.hello.app_digest[:12],
+        "app": plain(line.hello.app_digest, 12),
     }
 
 
@@ -361,7 +373,7 @@ def _serve_metrics(address: str, service: Service) -> Any:
     registry = CollectorRegistry()
     registry.register(_HubCollector(service))
     try:
-        return start_http_server(int(port), host or "127.0.0.1", registry)
+        return start_http_server(int(port), host.strip("[]") or "127.0.0.1", registry)
     except (OSError, ValueError) as problem:
         raise ConfigError(
             f"metrics cannot be served on {address}: {problem}; choose another --metrics HOST:PORT"

@@ -262,7 +262,8 @@ def _epsilon(trained: Sequence[Round]) -> Plot | None:
     return draw_lines(
         "epsilon",
         "Epsilon",
-        "The differential privacy cost of all rounds so far; lower is more private.",
+        "What had been charged against whoever sees the models, after each round; the box above "
+        "says whom it protects, and when.",
         [_line("epsilon", BLUE, points, 1.0)],
         unit="epsilon spent",
         zero=True,

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichBar
 from rich.text import Text
 
+from umbel.strategies.text import plain
+
 _INTERVAL_S = 0.1  # a live bar is redrawn at most ten times a second
 _BAR_WIDTH, _SMALLEST_BAR = 24, 10
 _DROPPED = ("nodes", "seconds", "failed", "doing", "metric loss", "epsilon", "eta")  # in this order
@@ -77,7 +79,7 @@ class PlainProgress:
 
     def start(self, title: str, rounds: int, nodes: int) -> None:
         self._pace.start(rounds)
-        self._print(f"{_one_line(title)}: {count(rounds, 'round')}, {count(nodes, 'node')}")
+        self._print(f"{plain(title)}: {count(rounds, 'round')}, {count(nodes, 'node')}")
 
     def message_done(self, done: int, total: int) -> None:
         pass
@@ -87,7 +89,7 @@ class PlainProgress:
         self._print("  ".join(self._pace.parts(line).values()))
 
     def note(self, text: str) -> None:
-        self._print(f"note: {_one_line(text)}")
+        self._print(f"note: {plain(text)}")
 
     def finish(self, text: str) -> None:
         if text and not self._finished:
@@ -128,7 +130,7 @@ class RichProgress:
     def start(self, title: str, rounds: int, nodes: int) -> None:
         self._pace.start(rounds)
         self._console.print(
-            Text.assemble((_one_line(title), "bold"), f"  {count(rounds, 'round')}, "
+            Text.assemble((plain(title), "bold"), f"  {count(rounds, 'round')}, "
                           f"{count(nodes, 'node')}")
         )  # fmt: skip
         self._task = self._bar.add_task("round 0", total=max(rounds, 1), state="")
@@ -155,7 +157,7 @@ class RichProgress:
             self._draw(0.0, "")
 
     def note(self, text: str) -> None:
-        self._console.print(Text.assemble(("note: ", "yellow"), _one_line(text)))
+        self._console.print(Text.assemble(("note: ", "yellow"), plain(text)))
 
     def finish(self, text: str) -> None:
         if self._finished:
@@ -231,7 +233,7 @@ class Pace:
         first = headline(metrics)
         for name in [first, *(["loss"] if "loss" in metrics and first != "loss" else [])]:
             if name is not None:
-                parts[f"metric {name}"] = f"{_one_line(name)} {number(metrics[name])}"
+                parts[f"metric {name}"] = f"{plain(name)} {number(metrics[name])}"
         if line.get("epsilon") is not None:
             parts["epsilon"] = f"epsilon {number(line['epsilon'])}"
         if line.get("clients") is not None:
@@ -265,7 +267,7 @@ def headline(metrics: Mapping[str, Any]) -> str | None:
 def number(value: object) -> str:
     """A metric in three significant digits or so; words for what is not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return _one_line(str(value))
+        return plain(value)
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite" if value > 0 else "-infinite"
     if isinstance(value, float) and (value == 0 or 0.001 <= abs(value) < 1):
@@ -286,7 +288,3 @@ def duration(seconds: float) -> str:
 def count(amount: int, noun: str) -> str:
     """`1 node`, `1,000 nodes`."""
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
-
-
-def _one_line(text: str) -> str:
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())

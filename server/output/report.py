@@ -1,7 +1,8 @@
 """A run as one page that a person can look at, keep, mail and print.
 
 `report.html` needs nothing beside itself: no network, no script; its drawings are part of it.
-It says what the run directory holds and nothing else: what is missing is left out.
+It says what the run directory holds and nothing else: what is missing is left out. What it says of
+privacy stands in one box at its head (`umbel.server.private.promise`), and nowhere else.
 """
 
 import json
@@ -22,6 +23,7 @@ from umbel.server.output.figures import Round, metric_text, plots_of, size_text
 from umbel.server.output.plots import Plot
 from umbel.server.output.progress import count, duration, headline, number
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.private.promise import promise_of
 
 _STOPPED = {
     "rounds": "It ran all the rounds that were asked for.",
@@ -29,7 +31,7 @@ _STOPPED = {
     "budget": "It stopped because another round would have exceeded the privacy budget.",
     "interrupted": "It was interrupted and can be continued with --resume.",
 }
-_KNOWN = {"app", "options", "versions", "machine", "model", "command"}
+_KNOWN = {"app", "options", "versions", "machine", "model", "command", "provenance"}
 _FAILING_NODES = 20
 
 
@@ -87,6 +89,7 @@ def write_report(run: Path, sections: Sequence[Section] = ()) -> Path:
         .render(
             title=_title(config),
             lead=_lead(config, result, rounds),
+            promise=promise_of(directory),
             figures=_key_figures(config, result, rounds),
             summary=_summary(result.get("summary")),
             plots=plots,
@@ -98,7 +101,12 @@ def write_report(run: Path, sections: Sequence[Section] = ()) -> Path:
     )
     for plot in [*plots, *(plot for section in sections for plot in section.plots)]:
         directory.write_bytes(f"{plot.name}.png", plot.png)
-    return directory.write_bytes("report.html", page.encode("utf-8", "replace"))
+    written = directory.write_bytes("report.html", page.encode("utf-8", "replace"))
+    if directory.certificate_path.is_file():
+        from umbel.server.private.seal import seal  # certified runs only: it imports much
+
+        seal(directory)
+    return written
 
 
 def _environment() -> Environment:
@@ -133,7 +141,7 @@ def _lead(
         sentences.append(_STOPPED.get(str(stopped), f"It stopped: {stopped}."))
     elif done:
         sentences.append("It has not ended: this page shows the rounds so far.")
-    return [*sentences, _privacy(result, rounds)]
+    return [*sentences, *(f"Note: {warning}." for warning in result.get("warnings", ()))]
 
 
 def _outcome(result: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
@@ -149,7 +157,10 @@ def _outcome(result: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
     text = f"{text} {_phrase(name, final[name])}"
     if name != "loss" and "loss" in final:
         text += f" and {_phrase('loss', final['loss'])}"
-    text += ", measured by the coordinator on its own data."
+    if result.get("measured") == "nodes":
+        text += ", measured by the nodes on their own test examples (means over all of them)."
+    else:
+        text += ", measured by the coordinator on its own data."
     values = [(one.metrics[name], one.number) for one in rounds if one.has(name)]
     better = direction(name)
     if better and values:
@@ -159,16 +170,6 @@ def _outcome(result: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
         ):
             text += f" The best was {metric_text(name, best)}, after round {at:,}."
     return [text]
-
-
-def _privacy(result: Mapping[str, Any], rounds: Sequence[Round]) -> str:
-    epsilon, delta = _epsilon(result, rounds), result.get("delta")
-    if epsilon is None:
-        return "It was trained without differential privacy."
-    if not math.isfinite(epsilon):
-        return "Its epsilon is infinite: no privacy is claimed."
-    spent = f"Its differential privacy cost is epsilon = {number(epsilon)}"
-    return f"{spent} at delta = {delta:g}." if isinstance(delta, int | float) else f"{spent}."
 
 
 def _key_figures(
@@ -199,9 +200,6 @@ def _key_figures(
     model = config.get("model")
     if isinstance(model, Mapping) and isinstance(model.get("parameters"), int):
         figures.append(("model parameters", f"{model['parameters']:,}"))
-    epsilon = _epsilon(result, rounds)
-    if epsilon is not None:
-        figures.append(("epsilon", "infinite" if math.isinf(epsilon) else number(epsilon)))
     failed = sum(len(one.failed) for one in rounds)
     return [*figures, ("failed messages", f"{failed:,}")] if failed else figures
 
@@ -214,11 +212,6 @@ def _rounds_done(result: Mapping[str, Any], rounds: Sequence[Round]) -> int:
 def _final_metrics(result: Mapping[str, Any], rounds: Sequence[Round]) -> dict[str, float]:
     last = next((one.metrics for one in reversed(rounds) if one.metrics), {})
     return Round.of(result).metrics or last  # a result has a round's keys, of the whole run
-
-
-def _epsilon(result: Mapping[str, Any], rounds: Sequence[Round]) -> float | None:
-    spent = [one.epsilon for one in [*rounds, Round.of(result)] if one.epsilon is not None]
-    return spent[-1] if spent else None
 
 
 def _phrase(name: str, value: float) -> str:
@@ -286,10 +279,24 @@ def _about(config: Mapping[str, Any], directory: RunDirectory) -> list[tuple[str
         run["model size"] = size_text(model["bytes"])
     parts = [
         ("Run", _pairs(run)),
+        ("Use the model", _use(config, directory)),
         ("Machine", _pairs(_machine(config.get("machine")))),
         ("Versions", _pairs(config.get("versions"))),
     ]
     return [(title, table) for title, table in parts if table.rows]
+
+
+def _use(config: Mapping[str, Any], directory: RunDirectory) -> Table:
+    """Three lines of Python that load the model; none before there is one."""
+    model = config.get("model")
+    if not isinstance(model, Mapping) or "use" not in model or not directory.model_path.is_file():
+        return Table((), ())
+    code = (
+        "import umbel",
+        f"model = umbel.load({str(directory.path.resolve())!r})",
+        f"result = {model['use']}",
+    )
+    return Table((), [(str(at), line) for at, line in enumerate(code, start=1)])
 
 
 def _machine(value: object) -> dict[str, Any]:

@@ -6,12 +6,13 @@
         nodes.jsonl        per-node metrics of the last federated evaluation
         result.json        what `umbel run --json` prints
         model.safetensors  the trained model
-        checkpoint/ log.txt ledger.sqlite certificate.json report.html *.png
+        statements.jsonl   what nodes have signed of their own budgets
+        checkpoint/ log.txt ledger.sqlite certificate.json seal.json report.html *.png
 
 Whole files are replaced in one step, so a reader sees the old or the new one and never half of
 one. `metrics.jsonl` only grows; a line that a kill cut short is ignored by readers and removed
-by the next write. Numbers that JSON has no word for are written as Python writes them (`NaN`,
-`Infinity`), because an infinite epsilon must not turn into "no epsilon".
+by the next write. All of it is strict JSON; infinity is the text `"Infinity"` there
+(`umbel.server.output.strict`).
 """
 
 import json
@@ -31,10 +32,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from umbel.server.output import strict
 from umbel.strategies.errors import ConfigError, RunError, UmbelError
 
 _PACKAGES = ("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio")
@@ -176,6 +178,12 @@ class RunDirectory:
         """Replace `nodes.jsonl` with one line for each node."""
         _replace_lines(self.nodes_path, nodes)
 
+    def write_lines(self, name: str, values: Iterable[Mapping[str, Any]]) -> Path:
+        """Replace the file `name` in this directory with one JSON object a line."""
+        path = self.path / name
+        _replace_lines(path, values)
+        return path
+
     def write_json(self, name: str, value: Mapping[str, Any]) -> Path:
         """Replace the file `name` in this directory with one JSON object."""
         path = self.path / name
@@ -194,7 +202,7 @@ class RunDirectory:
         Raises:
             RunError: the line cannot be written.
         """
-        text = json.dumps(line, default=_plain).encode() + b"\n"
+        text = strict.dumps(line).encode() + b"\n"
         with _writing(self.metrics_path), self.metrics_path.open("ab+") as file:
             _repair(file.fileno())
             file.write(text)
@@ -225,7 +233,9 @@ class RunDirectory:
 
         def save(path: Path) -> None:
             try:
-                save_file(_separate(tensors), path, metadata=dict(description or {}))
+                plain, pairs = _storable(_separate(tensors))
+                about = {**(description or {}), **({PAIRS: json.dumps(pairs)} if pairs else {})}
+                save_file(plain, path, metadata=about)
             except SafetensorError as error:  # safetensors wraps the operating system's error
                 raise OSError(str(error)) from error
 
@@ -239,7 +249,10 @@ class RunDirectory:
             ConfigError: there is no model, or the file is damaged.
         """
         try:
-            return dict(load_file(self.model_path))
+            found = dict(load_file(self.model_path))
+            with safe_open(self.model_path, "pt") as file:
+                pairs = json.loads((file.metadata() or {}).get(PAIRS, "[]"))
+            return found | {name: torch.view_as_complex(found[name]) for name in pairs}
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{self.model_path} cannot be read as a model: {error}.") from error
 
@@ -315,12 +328,12 @@ def _replace(path: Path, write: Callable[[Path], None], error: type[UmbelError] 
 
 
 def _replace_json(path: Path, value: Mapping[str, Any], error: type[UmbelError] = RunError) -> None:
-    text = json.dumps(value, indent=2, default=_plain) + "\n"
+    text = strict.dumps(value, indent=2) + "\n"
     _replace(path, lambda fresh: _fill(fresh, text.encode()), error)
 
 
 def _replace_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(value, default=_plain) + "\n" for value in values)
+    text = "".join(strict.dumps(value) + "\n" for value in values)
     _replace(path, lambda fresh: _fill(fresh, text.encode()))
 
 
@@ -332,7 +345,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = strict.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -360,7 +373,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = strict.loads(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
@@ -392,12 +405,12 @@ def _separate(tensors: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str,
     return result
 
 
-def _plain(value: object) -> object:
-    """What JSON should hold for a value that it does not know."""
-    if isinstance(value, Path):
-        return str(value)
-    scalar = getattr(value, "item", None)
-    if callable(scalar) and getattr(value, "ndim", 0) == 0:
-        result: object = scalar()
-        return result
-    raise TypeError(f"{type(value).__name__} cannot be written to a run directory: {value!r}")
+PAIRS = "complex128"
+"""In the file's header: names of the tensors that are kept as pairs of real numbers."""
+
+
+def _storable(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of types that safetensors has; complex128 as pairs, and whose those are."""
+    pairs = [name for name, value in tensors.items() if value.dtype == torch.complex128]
+    views = {name: torch.view_as_real(tensors[name]) for name in pairs}
+    return {**tensors, **views}, pairs

@@ -18,6 +18,8 @@ from umbel.server.output.rundir import RunDirectory, machine, versions
 STATE = "UMBEL_STATE"
 """Environment variable: the coordinator's state folder, where Flower runs the app on its behalf.
 The run and the privacy budget of the nodes are kept there, the same as on the link."""
+UNPROTECTED = "UMBEL_UNPROTECTED"
+"""Environment variable: what `--unprotected` is to Umbel's engines, for Flower's own."""
 
 
 @dataclass
@@ -37,9 +39,10 @@ class Session:
     began: float = field(default_factory=time.monotonic)
     result: dict[str, Any] = field(default_factory=dict)
 
-    def describe(self, parameters: int, bytes_each: int) -> None:
-        """Write the model's size into the run's configuration."""
-        model = {"parameters": parameters, "bytes": parameters * bytes_each}
+    def describe(self, parameters: int, bytes_each: int, use: str = "") -> None:
+        """Write the model's size, and how it is used, into the run's configuration."""
+        model: dict[str, Any] = {"parameters": parameters, "bytes": parameters * bytes_each}
+        model |= {"use": use} if use else {}
         self.run.write_config({**self.run.config(), "model": model})
 
     def finish(self) -> dict[str, Any]:
@@ -53,6 +56,10 @@ class Session:
             **self.result,
         }
         self.run.write_result(result)
+        if self.run.certificate_path.is_file():
+            from umbel.server.private.seal import seal  # certified runs only: it imports much
+
+            seal(self.run)
         return self.run.result()  # plain values, whatever numbers an app has put into it
 
 
@@ -92,5 +99,7 @@ def current(name: str, options: dict[str, Any]) -> Session:
     if state:
         config["populations"] = str(Path(state) / "populations")
         parent = Path(state) / "runs"
+    if os.environ.get(UNPROTECTED):
+        config["unprotected"] = True
     run = RunDirectory.create(parent, name, config)
     return Session(run, progress.choose(sys.stderr), own=True)

@@ -8,8 +8,7 @@ What is decided here is said aloud before anything runs, and written into the le
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dp_accounting import (
@@ -25,8 +24,8 @@ from dp_accounting import (
 from umbel.privacy.budget.accounting import spent
 from umbel.privacy.budget.calibrate import calibrate
 from umbel.privacy.budget.events import REPLACE, Charge, relation_name
-from umbel.server.output.rundir import RunDirectory
 from umbel.server.private.ledger import Ledger
+from umbel.server.private.population import Scope
 from umbel.strategies.cohort import Cohort, FixedSize, Poisson, cohort_named
 from umbel.strategies.errors import ConfigError, StackError
 from umbel.strategies.layer import Claim, Facts
@@ -67,14 +66,22 @@ class Plan:
     noise_multiplier: float | None
     against: str
     questions: tuple[PrivateMean, ...] = ()
+    _claims: dict[int, list[Claim]] = field(default_factory=dict, repr=False, compare=False)
 
     def claims(self, number: int) -> list[Claim]:
-        """What round `number` costs, before sampling."""
-        return claims_of(self.stack, self.facts, number)
+        """What round `number` costs, before sampling; worked out once."""
+        if number not in self._claims:
+            self._claims[number] = claims_of(self.stack, self.facts, number)
+        return self._claims[number]
 
     def charge(self, claim: Claim, *, again: bool = False) -> Charge:
         """What a claim costs under this plan's cohorts."""
         return charge_for(claim, self.cohort, self.nodes, again=again)
+
+    @property
+    def insecure(self) -> bool:
+        """The noise can be repeated by whoever knows the seed."""
+        return self.privacy.seed is not None or self.stack.insecure
 
     def description(self) -> dict[str, Any]:
         """The mechanism's parameters, for the ledger and the certificate."""
@@ -95,7 +102,7 @@ class Plan:
             "target_epsilon": self.privacy.epsilon,
             "delta": self.privacy.delta,
             "against": self.against,
-            "insecure": self.privacy.seed is not None or _insecure(self.stack),
+            "insecure": self.insecure,
         }
 
 
@@ -108,6 +115,7 @@ def make_plan(
     size: int,
     ledger: Ledger,
     run: str,
+    scope: Scope = "population",
     questions: Sequence[PrivateMean] = (),
 ) -> Plan:
     """Decide noise and cohorts of a private run.
@@ -120,6 +128,7 @@ def make_plan(
         size: coordinates of an update.
         ledger: of the population.
         run: the run's name; a run that goes on keeps the noise that it began with.
+        scope: what the budget is of.
         questions: private means that the same budget pays for.
 
     Raises:
@@ -127,26 +136,24 @@ def make_plan(
         StackError: layers that do not fit together.
     """
     options = _without_leaks(options)
-    separation = max((getattr(layer, "separation", 1) for layer in stack.layers), default=1)
-    options = _cohort_options(options, privacy, nodes, separation)
+    options = _cohort_options(options, privacy, nodes, stack.separation)
     cohort = cohort_named(options.cohort, options.cohort_size, options.cohort_cap)
     facts = Facts(
         size=size,
         expected_replies=cohort.expected(nodes),
         max_replies=cohort.most(nodes),
     )
-    waiting = [layer for layer in stack.layers if getattr(layer, "noise_multiplier", 1.0) is None]
     multiplier: float | None = None
-    if waiting:
+    if stack.waiting:
         multiplier = _noise_of(ledger, run)
         if multiplier is None:
+            before = ledger.spent("model-user", run if scope == "run" else None)
             multiplier = _calibrated(
-                stack, options, privacy, cohort, nodes, facts, ledger, questions
+                stack, options, privacy, cohort, nodes, facts, before, questions
             )
-        stack = with_noise(stack, multiplier)
-    elif privacy.mechanism != "local":
-        found = [getattr(layer, "noise_multiplier", None) for layer in stack.layers]
-        multiplier = next((value for value in found if value is not None), None)
+        stack = stack.with_noise(multiplier)
+    else:
+        multiplier = stack.noise_multiplier
     claims = claims_of(stack, facts, 1)
     if not claims:
         raise StackError("the stack makes no privacy claim; put Gaussian or LocalGaussian into it")
@@ -163,15 +170,6 @@ def claims_of(stack: Stack, facts: Facts, number: int) -> list[Claim]:
         for state in stack.init(facts.size)
     ]
     return stack.claims(stack.check(facts.but(round=number), tuple(states)))
-
-
-def with_noise(stack: Stack, noise_multiplier: float) -> Stack:
-    """The stack with this noise in every layer that waits for its noise."""
-    layers: list[Any] = list(stack.layers)
-    for i, layer in enumerate(layers):
-        if getattr(layer, "noise_multiplier", 1.0) is None:
-            layers[i] = layer.with_noise(noise_multiplier)
-    return replace(stack, layers=tuple(layers))
 
 
 def charges_of(
@@ -218,26 +216,24 @@ def _calibrated(
     cohort: Cohort,
     nodes: int,
     facts: Facts,
-    ledger: Ledger,
+    before: Counter[Charge],
     questions: Sequence[PrivateMean],
 ) -> float:
     # A seeded run gets the noise that it would have if it were private.
-    sound = replace(stack, layers=tuple(_without_seed(layer) for layer in stack.layers))
+    sound = stack.without_seeds()
     asked = Counter(
-        charge_for(c, cohort, nodes) for q in questions for c in _without_seed(q).claims()
+        charge_for(c, cohort, nodes) for q in questions for c in q.without_seed().claims()
     )
 
     def planned(multiplier: float) -> Counter[Charge]:
-        noisy = with_noise(sound, multiplier)
+        noisy = sound.with_noise(multiplier)
         return charges_of(noisy, cohort, nodes, facts, options.rounds) + asked
 
-    before = ledger.spent("model-user")
     gone = spent(before, privacy.delta).epsilon
     if gone > privacy.epsilon * (1 - LEFT):
         raise ConfigError(
-            f"the budget is spent: releases about {ledger.population!r} have cost epsilon "
-            f"{gone:.4g} of {privacy.epsilon:g}; raise epsilon, or name another population for "
-            "other people"
+            f"the budget is spent: releases about this population have cost epsilon {gone:.4g} of "
+            f"{privacy.epsilon:g}; raise epsilon, or name another population for other people"
         )
     try:
         return calibrate(planned, privacy.epsilon * SAFETY, privacy.delta, before=before)
@@ -292,7 +288,7 @@ def _without_leaks(options: RunOptions) -> RunOptions:
 
 def _parameters(layer: Any) -> dict[str, Any]:
     fields = getattr(layer, "__dataclass_fields__", {})
-    values = {name: getattr(layer, name) for name in fields if name not in ("name", "private")}
+    values = {name: getattr(layer, name) for name in fields if name != "name"}
     plain = {
         name: dict(value) if isinstance(value, dict) else value
         for name, value in values.items()
@@ -309,48 +305,3 @@ def _question(question: PrivateMean) -> dict[str, Any]:
         "norm": question.norm,
         "noise_multiplier": question.noise_multiplier,
     }
-
-
-def _without_seed(part: Any) -> Any:
-    seeded = getattr(part, "insecure_seed", None) is not None
-    return replace(part, insecure_seed=None) if seeded else part
-
-
-def _insecure(stack: Stack) -> bool:
-    return any(getattr(layer, "insecure_seed", None) is not None for layer in stack.layers)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run's ledger is, and whose it is.
-
-    Attributes:
-        path: of the ledger.
-        population: its name.
-        alone: the population is that of this run only.
-    """
-
-    path: Path
-    population: str
-    alone: bool
-
-
-def place_of(privacy: PrivacyOptions, run: RunDirectory) -> Place:
-    """Where the ledger of this run's population is.
-
-    That of real nodes is kept in the coordinator's state folder, another engine's beside the run
-    directories, so the next run there continues it. Simulated nodes without a name are new people
-    in every run; real nodes are the same people.
-    """
-    simulated = run.config().get("engine") == "embedded"
-    name = privacy.population or ("" if simulated else "default")
-    if not name and not privacy.ledger:
-        return Place(run.ledger_path, f"the nodes of {run.path.name}", alone=True)
-    name = name or "default"
-    if not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
-        raise ConfigError(
-            f"population is {name!r}; use letters, digits, dots, dashes and underscores"
-        )
-    folder = run.config().get("populations") or run.path.parent / "populations"
-    default = Path(folder) / f"{name}.sqlite"
-    return Place(Path(privacy.ledger) if privacy.ledger else default, name, alone=False)

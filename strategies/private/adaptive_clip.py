@@ -30,7 +30,7 @@ from umbel.privacy.bounds.clipping import clip_to_grid
 from umbel.privacy.noise.lattice import grid_step, round_to_zero
 from umbel.privacy.validate import inside_unit, positive
 from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Config, Facts, Metrics, Round
+from umbel.strategies.layer import Config, Facts, Metrics, Round, Unclaimed
 from umbel.strategies.private.clip import bounded
 
 LEAST = 1e-6
@@ -44,7 +44,7 @@ class NormState(TypedDict):
 
 
 @dataclass(frozen=True)
-class AdaptiveClip:
+class AdaptiveClip(Unclaimed):
     """Clips updates to a norm that tracks a quantile of their lengths.
 
     Args:
@@ -106,9 +106,6 @@ class AdaptiveClip:
         after = norm * math.exp(-self.rate * (unclipped - self.quantile))
         kept: NormState = {"norm": max(after, LEAST * self.initial)}
         return total[:-1], kept, {"norm": norm, "unclipped": unclipped}
-
-    def claim(self, facts: Facts) -> Claim | None:  # noqa: ARG002
-        return None
 
     def _unit(self, norm: float) -> float:
         """The bit's coordinate: share x norm, on the grid."""

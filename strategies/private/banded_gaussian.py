@@ -29,10 +29,9 @@ from umbel.strategies.private.gaussian import (
     check_multiplier,
     deviation_of,
     entropy,
-    need_equal_weights,
     noised,
 )
-from umbel.strategies.private.tree_gaussian import SteppedNoise, correlated_claim
+from umbel.strategies.private.tree_gaussian import SteppedNoise, bound_of, correlated_claim
 
 State = dict[str, Any]
 """`step`, the fixed `bound`, the `diagonals` that the run began with, and for each of the last
@@ -65,7 +64,6 @@ class BandedGaussian(SteppedNoise):
     rounds: int = 0
     momentum: float = 0.0
     name: str = "banded-gaussian"
-    private: bool = True
 
     def __post_init__(self) -> None:
         check_multiplier(self.noise_multiplier)
@@ -82,6 +80,10 @@ class BandedGaussian(SteppedNoise):
     def with_noise(self, noise_multiplier: float) -> "BandedGaussian":
         """This layer with its noise decided."""
         return replace(self, noise_multiplier=noise_multiplier)
+
+    def without_seed(self) -> "BandedGaussian":
+        """This layer with real noise."""
+        return replace(self, insecure_seed=None)
 
     def init(self, size: int) -> State:
         # A resumed run may plan other rounds, but columns of two factors do not fit together.
@@ -113,13 +115,12 @@ class BandedGaussian(SteppedNoise):
             for key, value in state.items()
             if "." in key and int(key.partition(".")[2]) >= oldest
         }
-        after = {**kept, DIAGONALS: state[DIAGONALS], "step": step, "bound": rnd.facts.l2_bound}
+        after = {**kept, DIAGONALS: state[DIAGONALS], "step": step, "bound": bound_of(rnd)}
         if self.bands > 1:
             after |= {f"sum.{step}": total, f"out.{step}": update}
         return update, after, {"noise": deviation}
 
     def claim(self, facts: Facts) -> Claim | None:
         deviation_of(self.noise_multiplier, facts, self.name)
-        need_equal_weights(facts, self.name)
         growth = self.schedule.growth(facts.round)
-        return correlated_claim(self, growth, 1.0, facts)
+        return correlated_claim(self, growth, 1.0, facts, "banded")

@@ -2,6 +2,7 @@
 
     server -> node   norm
     node             update, scaled down to the norm, rounded toward zero to the norm's grid
+                     (or not rounded, where Quantize below makes a grid for the update's size)
     node -> server   the clipped update
     server           rejects, by name, an update that is longer or off the grid
 
@@ -18,7 +19,7 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.privacy.bounds.bundle import Bundle
-from umbel.privacy.bounds.clipping import clip_to_grid
+from umbel.privacy.bounds.clipping import clip, clip_to_grid
 from umbel.privacy.noise.lattice import grid_step
 from umbel.privacy.validate import positive
 from umbel.strategies.errors import StackError
@@ -31,6 +32,8 @@ class Clip(Stateless):
 
     Args:
         norm: the bound, in the update's own unit (model parameters).
+        grid: whether to round to the norm's grid. Of an update much shorter than the norm and of
+            many coordinates little is left on it, so above `Quantize` it is False.
 
     Raises:
         StackError: the norm is not a finite number above 0.
@@ -40,6 +43,7 @@ class Clip(Stateless):
 
     norm: float
     name: str = "clip"
+    grid: bool = True
 
     def __post_init__(self) -> None:
         try:
@@ -48,13 +52,15 @@ class Clip(Stateless):
             raise StackError(str(error)) from error
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
-        return bounded(facts, self.norm)
+        facts = bounded(facts, self.norm)
+        return facts if self.grid else facts.but(grid=None)
 
     def publish(self, state: None) -> Config:  # noqa: ARG002
         return {"norm": self.norm}
 
     def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        result = clip_to_grid(update, float(config["norm"]))
+        shorten = clip_to_grid if self.grid else clip
+        result = shorten(update, float(config["norm"]))
         return result.update, {"norm": result.length, "clipped": float(result.was_clipped)}
 
     def encode_many(self, bundle: Bundle, config: Config) -> Bundle:

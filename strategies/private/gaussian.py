@@ -45,7 +45,6 @@ class Gaussian(Stateless):
     noise_multiplier: float | None = None
     insecure_seed: int | None = None
     name: str = "gaussian"
-    private: bool = True
 
     def __post_init__(self) -> None:
         check_multiplier(self.noise_multiplier)
@@ -53,6 +52,10 @@ class Gaussian(Stateless):
     def with_noise(self, noise_multiplier: float) -> "Gaussian":
         """This layer with its noise decided."""
         return replace(self, noise_multiplier=noise_multiplier)
+
+    def without_seed(self) -> "Gaussian":
+        """This layer with real noise."""
+        return replace(self, insecure_seed=None)
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         need_bound(facts, self.name)
@@ -71,7 +74,6 @@ class Gaussian(Stateless):
 
     def claim(self, facts: Facts) -> Claim | None:
         deviation_of(self.noise_multiplier, facts, self.name)
-        need_equal_weights(facts, self.name)
         event = GaussianDpEvent(self.noise_multiplier)
         return Claim(
             NonPrivateDpEvent() if self.insecure_seed is not None else event,
@@ -79,6 +81,7 @@ class Gaussian(Stateless):
             relation=ADD_OR_REMOVE,
             against="model-user",
             slack=slack_of(facts),
+            mechanism="gaussian",
         )
 
 
@@ -96,17 +99,11 @@ def need_bound(facts: Facts, name: str) -> float:
     if facts.modulus is not None:
         raise StackError(f"{name} needs real numbers; put it before the layer that quantises")
     if facts.l2_bound is None:
-        raise StackError(f"{name} needs a bounded update; put Clip before it")
-    return facts.l2_bound
-
-
-def need_equal_weights(facts: Facts, name: str) -> None:
-    """Raises StackError where a node's influence on the result is not what the noise is for."""
-    if facts.weight_bound is None or facts.weight_bound > 1 or not facts.public_denominator:
         raise StackError(
-            f"{name} needs every update to count once and a denominator that does not depend on "
-            "who came; use PlainSum(weighting='fixed')"
+            f"{name} needs a bounded update; put Clip before it, and after every layer that "
+            "lengthens the update without saying its new bound"
         )
+    return facts.l2_bound
 
 
 def deviation_of(noise_multiplier: float | None, facts: Facts, name: str) -> float:

@@ -15,19 +15,20 @@ for, so a smaller or larger B changes usefulness, never the guarantee.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.privacy.bounds.clipping import clip
-from umbel.privacy.budget.events import REPLACE
+from umbel.privacy.budget.events import REPLACE, Charge
 from umbel.privacy.noise.gaussian import gaussian_noise
 from umbel.privacy.validate import count
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Claim, Config, Facts, Metrics, Stateless
 from umbel.strategies.private.gaussian import MARGIN, entropy, need_bound, noised, slack_of
+from umbel.strategies.release import Promise, Release
 
 _FOR_SLACK = 1e-3
 """Part of delta that is left for the lattice's own error."""
@@ -52,7 +53,6 @@ class LocalGaussian(Stateless):
     participations: int = 1
     insecure_seed: int | None = None
     name: str = "local-gaussian"
-    private: bool = True
 
     def __post_init__(self) -> None:
         try:
@@ -60,6 +60,10 @@ class LocalGaussian(Stateless):
             count(participations=self.participations)
         except ValueError as error:
             raise StackError(f"local {error}") from error
+
+    def without_seed(self) -> "LocalGaussian":
+        """This layer with real noise."""
+        return replace(self, insecure_seed=None)
 
     @property
     def noise_multiplier(self) -> float:
@@ -77,13 +81,32 @@ class LocalGaussian(Stateless):
         deviation = self.noise_multiplier * bound * MARGIN
         return noised(clipped, deviation, entropy(self.insecure_seed, 0)).to(update.dtype), {}
 
+    def released(self, config: Config, size: int, promise: Promise) -> Release:  # noqa: ARG002
+        """Node: one of the participations that the noise is planned for."""
+        seeded = self.insecure_seed is not None
+        return Release(
+            unit="node",
+            mechanism=self.name,
+            charge=Charge(self._event(), REPLACE, slack_of(Facts(size=size))),
+            count=1,
+            planned=self.participations,
+            promised=math.inf if seeded else self.epsilon,
+            delta=self.delta,
+            noise_multiplier=self.noise_multiplier,
+            norm=float(config["bound"]),
+        )
+
+    def _event(self) -> DpEvent:
+        seeded = self.insecure_seed is not None
+        return NonPrivateDpEvent() if seeded else GaussianDpEvent(self.noise_multiplier)
+
     def claim(self, facts: Facts) -> Claim | None:
-        event = GaussianDpEvent(self.noise_multiplier)
         return Claim(
-            NonPrivateDpEvent() if self.insecure_seed is not None else event,
+            self._event(),
             unit="client",
             relation=REPLACE,
             against="server",
             sampled=False,
             slack=slack_of(facts),
+            mechanism="local",
         )

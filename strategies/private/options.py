@@ -1,10 +1,11 @@
-"""The options of a private run; what they build is in `umbel.strategies.private.private_stack`.
+"""The options of a private run; what they build is in `umbel.strategies.recipe`.
 
 This module is imported by every run, that one by private runs alone: the mathematics behind it
 takes a second to import.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class PrivacyOptions(OptionGroup):
     """The options of a private run; the option names are these with dashes for underscores.
 
     Attributes:
-        epsilon: the budget of the whole run, and of all runs about the population before it;
+        epsilon: the budget of the whole run, and of all runs about a named population before it;
             infinity is no budget.
         delta: the probability that the guarantee may fail with; far below one over the number of
             nodes.
@@ -40,9 +41,10 @@ class PrivacyOptions(OptionGroup):
         release_metrics: metrics of the nodes that are released with noise, each with its limit,
             as "loss:5,accuracy:1"; others are dropped.
         population: a name for the people whose data this is; runs about one population share
-            its ledger and its budget. Left out: of the state folder, or of this run alone
-            where nodes are simulated.
-        ledger: the population's ledger file; left out, it is kept beside the runs.
+            its ledger and its budget. Left out: the nodes of the state folder, or the app's data,
+            where each run has a budget of its own and the ledger adds them up.
+        ledger: the population's ledger file; left out, it is kept in the state folder, or in
+            the user's data folder.
         insecure_noise_seed: for tests only: noise that can be repeated; -1 is real noise.
     """
 
@@ -112,3 +114,24 @@ class PrivacyOptions(OptionGroup):
                 f"epsilon is {given}; a budget is a finite number above 0, such as epsilon=3 "
                 "(leave it out for a run without privacy)"
             )
+
+
+def limits_of(text: str) -> dict[str, float]:
+    """`loss:5,accuracy:1` as a mapping.
+
+    Raises:
+        ConfigError: something else.
+    """
+    limits: dict[str, float] = {}
+    for part in filter(None, re.split(r"[,\s]+", text)):
+        name, colon, limit = part.partition(":")
+        try:
+            limits[name] = float(limit)
+        except ValueError:
+            colon = ""
+        if not (colon and name):
+            raise ConfigError(
+                f"release-metrics has {part!r}; write each metric with its largest value, such as "
+                "release-metrics='loss:5,accuracy:1'"
+            )
+    return limits

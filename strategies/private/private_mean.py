@@ -82,6 +82,10 @@ class PrivateMean:
             raise StackError(f"a symmetric answer is a square matrix, not of shape {self.shape}")
         self.stack  # noqa: B018 - raises where norm or noise cannot be
 
+    def without_seed(self) -> "PrivateMean":
+        """This question with real noise."""
+        return replace(self, insecure_seed=None)
+
     @property
     def size(self) -> int:
         """Coordinates of a vector."""

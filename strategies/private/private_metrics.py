@@ -59,6 +59,11 @@ class PrivateMetrics(Stateless):
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         bound = need_bound(facts, self.name)
+        if facts.grid is not None and facts.grid > grid_step(bound):
+            raise StackError(
+                f"{self.name} puts metrics on a finer grid than the update is on by now; put it "
+                "before the layer that quantises"
+            )
         joint = bound * math.sqrt(1 + self.share**2)
         return facts.but(size=facts.size + len(self.limits), l2_bound=joint)
 

@@ -20,19 +20,17 @@ from typing import Any
 
 import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, NoOpDpEvent
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.privacy.budget.events import ZERO_OUT
 from umbel.privacy.budget.trees import TreeSchedule, level
 from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Config, Facts, Metrics, Round
+from umbel.strategies.layer import Claim, Config, Facts, IdleNode, Metrics, Round
 from umbel.strategies.private.gaussian import (
     check_multiplier,
     deviation_of,
     entropy,
     need_bound,
-    need_equal_weights,
     noised,
     slack_of,
 )
@@ -41,7 +39,7 @@ State = dict[str, Any]
 """`step`, the fixed `bound`, and for each open level l the tensors `sum.l` and `out.l`."""
 
 
-class SteppedNoise:
+class SteppedNoise(IdleNode):
     """What layers of correlated noise share: they count their own steps, and nodes do nothing."""
 
     name: str
@@ -56,9 +54,6 @@ class SteppedNoise:
 
     def publish(self, state: State) -> Config:  # noqa: ARG002
         return {}
-
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        return update, {}
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,6 @@ class TreeGaussian(SteppedNoise):
     noise_multiplier: float | None = None
     insecure_seed: int | None = None
     name: str = "tree-gaussian"
-    private: bool = True
 
     def __post_init__(self) -> None:
         check_multiplier(self.noise_multiplier)
@@ -91,6 +85,10 @@ class TreeGaussian(SteppedNoise):
     def with_noise(self, noise_multiplier: float) -> "TreeGaussian":
         """This layer with its noise decided."""
         return replace(self, noise_multiplier=noise_multiplier)
+
+    def without_seed(self) -> "TreeGaussian":
+        """This layer with real noise."""
+        return replace(self, insecure_seed=None)
 
     def decode(
         self,
@@ -119,21 +117,22 @@ class TreeGaussian(SteppedNoise):
             f"sum.{here}": node,
             f"out.{here}": released,
             "step": step,
-            "bound": rnd.facts.l2_bound,
+            "bound": bound_of(rnd),
         }
         return change, after, {"noise": deviation}
 
     def claim(self, facts: Facts) -> Claim | None:
         deviation_of(self.noise_multiplier, facts, self.name)
-        need_equal_weights(facts, self.name)
         assert self.noise_multiplier is not None
         step = facts.round
         inside = -(-(2 ** level(step)) // self.separation)
         growth = TreeSchedule(self.separation).growth(step)
-        return correlated_claim(self, growth, inside, facts)
+        return correlated_claim(self, growth, inside, facts, "tree")
 
 
-def correlated_claim(layer: Any, growth: float, inside: float, facts: Facts) -> Claim:
+def correlated_claim(
+    layer: Any, growth: float, inside: float, facts: Facts, mechanism: str
+) -> Claim:
     """What one round of a mechanism over rounds costs: its growth; alone, when it is repeated.
 
     Args:
@@ -141,6 +140,7 @@ def correlated_claim(layer: Any, growth: float, inside: float, facts: Facts) -> 
         growth: of the squared sensitivity in this round.
         inside: how often a unit can be in what this round releases.
         facts: at the bottom of the stack.
+        mechanism: its name.
     """
     z = layer.noise_multiplier
     event: DpEvent = GaussianDpEvent(z / math.sqrt(growth)) if growth > 0 else NoOpDpEvent()
@@ -156,7 +156,16 @@ def correlated_claim(layer: Any, growth: float, inside: float, facts: Facts) -> 
         again=again,
         slack=slack_of(facts),
         separation=layer.separation,
+        mechanism=mechanism,
     )
+
+
+def bound_of(rnd: Round) -> float | None:
+    """The bound of the updates that enter the layer, which `check` compares in the next round.
+
+    The noise is for the bound at the bottom, which a layer that quantises may have widened.
+    """
+    return (rnd.entering or rnd.facts).l2_bound
 
 
 def need_fixed_bound(facts: Facts, state: State, name: str) -> None:

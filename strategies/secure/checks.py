@@ -4,9 +4,12 @@ The node's checks raise `RefusalError`, which ends its part in the session. The 
 sender by name and go on, until too few are left.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from umbel.privacy.masking import keys, shamir
 from umbel.privacy.masking.session import (
@@ -25,6 +28,9 @@ from umbel.privacy.masking.session import (
 from umbel.strategies.errors import RunError
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number, signable, text
 from umbel.strategies.secure.policy import RefusalError, Trust
+
+if TYPE_CHECKING:  # a node's connection, which imports this, holds no tensor
+    from umbel.strategies.contract import Contract
 
 HALF = shamir.SHARE_BYTES
 LOST = b"\xff" * HALF
@@ -64,7 +70,8 @@ def check_roster(roster: Roster) -> None:
         raise RefusalError(
             "roster",
             f"node {roster.impostors[0]} did not sign these keys for these terms: somebody "
-            "changed them, or that node was sent another model",
+            "changed them, or that node has another app, or was sent another model, other options "
+            "or other settings",
         )
 
 
@@ -162,10 +169,22 @@ def floor(terms: Terms) -> int:
     return max(terms.min_cohort, MALICIOUS_FROM if terms.mode == "malicious" else 2)
 
 
-def read_member(node: int, reply: Plain, terms: Terms, others: Collection[Member]) -> Member:
-    """A node's advertisement, signed for these terms and unlike anybody else's."""
+def read_offer(
+    node: int,
+    reply: Plain,
+    terms: Terms,
+    known: "Contract | None",
+    others: Collection[tuple[bytes, Member]],
+) -> tuple[bytes, Member]:
+    """A node's contract and its advertisement, signed for these terms and unlike anybody else's."""
+    own = blob(reply, "contract")
+    terms = under(terms, own)
     if blob(reply, "ticket") != terms.ticket:
         raise RefusalError("model", "the node has another model or other terms than this round's")
+    if known is not None:
+        differing = known.differs(known.read(own))
+        if differing:
+            raise RefusalError("contract", f"the node has {_other(differing)} than this run")
     member = Member(
         node=node,
         sealing=blob(reply, "sealing"),
@@ -177,9 +196,33 @@ def read_member(node: int, reply: Plain, terms: Terms, others: Collection[Member
     if not member.genuine(terms.ticket):
         raise RefusalError("identity", "the node's keys are not signed by its identity")
     new = {member.sealing, member.masking, member.identity}
-    if len(new) < 3 or any(new & {o.sealing, o.masking, o.identity} for o in others):
+    if len(new) < 3 or any(new & {o.sealing, o.masking, o.identity} for _, o in others):
         raise RefusalError("identity", "the node's keys or identity are another node's")
-    return member
+    return own, member
+
+
+@lru_cache(maxsize=64)
+def under(terms: Terms, contract: bytes) -> Terms:
+    """These terms with a contract."""
+    return replace(terms, contract=contract)
+
+
+def agreed(
+    terms: Terms, offers: Mapping[int, tuple[bytes, Member]], present: Attendance
+) -> tuple[Terms, dict[int, Member]]:
+    """The terms under the contract of most nodes, and the nodes that have it; others drop out."""
+    count = Counter(contract for contract, _ in offers.values())
+    if not count:
+        return terms, {}
+    chosen = max(count, key=lambda contract: (count[contract], contract))
+    members = {node: member for node, (own, member) in offers.items() if own == chosen}
+    others = [node for node in offers if node not in members]
+    present.remark(others, "contract: the node has another app, options or layers than most")
+    return under(terms, chosen), members
+
+
+def _other(parts: Sequence[str]) -> str:
+    return " and ".join(f"another {part}" if part == "app" else f"other {part}" for part in parts)
 
 
 def check_signed(

@@ -27,7 +27,7 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.privacy.bounds.clipping import is_within
-from umbel.privacy.budget.events import ZERO_OUT
+from umbel.privacy.budget.events import ZERO_OUT, Charge
 from umbel.privacy.noise.discrete_gaussian import (
     concentrated_rho,
     discrete_gaussian_slack,
@@ -39,9 +39,13 @@ from umbel.privacy.noise.skellam import sample_skellam, skellam_event, skellam_s
 from umbel.strategies.collect import LENIENCE
 from umbel.strategies.errors import RunError, StackError
 from umbel.strategies.layer import Claim, Config, Facts, Metrics, Stateless
-from umbel.strategies.private.gaussian import MARGIN, check_multiplier, need_equal_weights
+from umbel.strategies.private.gaussian import MARGIN, check_multiplier
+from umbel.strategies.release import Promise, Release
 
 Law = Literal["skellam", "discrete-gaussian"]
+
+LARGEST_SUM = 1 << 20
+"""So many updates a node supposes in a sum, whose number it is not told; it costs delta 1e-20."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,6 @@ class DistributedNoise(Stateless):
     colluders: int = 0
     insecure_seed: int | None = None
     name: str = "distributed-noise"
-    private: bool = True
 
     def __post_init__(self) -> None:
         check_multiplier(self.noise_multiplier)
@@ -79,6 +82,10 @@ class DistributedNoise(Stateless):
     def with_noise(self, noise_multiplier: float) -> "DistributedNoise":
         """This layer with its noise decided."""
         return replace(self, noise_multiplier=noise_multiplier)
+
+    def without_seed(self) -> "DistributedNoise":
+        """This layer with real noise."""
+        return replace(self, insecure_seed=None)
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         if facts.l2_bound is None:
@@ -139,13 +146,35 @@ class DistributedNoise(Stateless):
         noise = torch.from_numpy(draw).to(torch.float64) * step
         return update.to(torch.float64) + noise, {}
 
+    def released(self, config: Config, size: int, promise: Promise) -> Release:
+        """Node: the sum that its update will be part of, with the shares that it was told of.
+
+        That the others add theirs, a node takes on trust, as the claim does: down to the
+        smallest cohort that it lets pass, less the colluders.
+        """
+        multiplier, bound = float(config["noise-multiplier"]), float(config["bound"])
+        seeded = self.insecure_seed is not None
+        event, slack = self._cost(
+            multiplier, bound, float(config["step"]), int(config["shares"]), size, LARGEST_SUM
+        )
+        return Release(
+            unit="node",
+            mechanism=self.name,
+            charge=Charge(NonPrivateDpEvent() if seeded else event, ZERO_OUT, slack),
+            count=1,
+            planned=promise.rounds,
+            promised=math.inf if seeded else promise.epsilon,
+            delta=promise.delta,
+            noise_multiplier=multiplier,
+            norm=bound,
+        )
+
     def claim(self, facts: Facts) -> Claim | None:
         if facts.server_sees != "sum":
             raise StackError(
                 f"a share of the noise protects nobody whose update is seen alone; put {self.name} "
                 "over SecureSum, or take LocalGaussian"
             )
-        need_equal_weights(facts, self.name)
         if self.noise_multiplier is None or facts.l2_bound is None or facts.grid is None:
             raise StackError(f"{self.name} has no noise yet; give noise-multiplier or epsilon")
         event, slack = self._event(facts)
@@ -157,18 +186,27 @@ class DistributedNoise(Stateless):
             sampled=False,
             slack=slack,
             summed=True,
+            mechanism="gaussian",
         )
 
     def _event(self, facts: Facts) -> tuple[DpEvent, float]:
         assert facts.l2_bound is not None and facts.grid is not None
-        shares, l2 = self.shares(facts), facts.l2_bound / facts.grid
-        variance = share_variance(self.noise_multiplier or 0.0, facts.l2_bound, facts.grid, shares)
-        draws = facts.size * max(facts.max_replies, shares)
+        shares = self.shares(facts)
+        most = max(facts.max_replies, shares)
+        multiplier = self.noise_multiplier or 0.0
+        return self._cost(multiplier, facts.l2_bound, facts.grid, shares, facts.size, most)
+
+    def _cost(
+        self, multiplier: float, bound: float, step: float, shares: int, size: int, most: int
+    ) -> tuple[DpEvent, float]:
+        """The event and the slack of a sum of at most `most` vectors of `size` coordinates."""
+        variance, l2 = share_variance(multiplier, bound, step, shares), bound / step
+        draws = size * most
         if self.law == "skellam":
-            event: DpEvent = skellam_event(variance * shares, l2, facts.size)
+            event: DpEvent = skellam_event(variance * shares, l2, size)
             return event, draws * skellam_slack(variance)
         deviation = math.sqrt(variance)
-        rho = concentrated_rho(deviation, shares, l2, facts.size)
+        rho = concentrated_rho(deviation, shares, l2, size)
         return ZCDpEvent(rho), draws * discrete_gaussian_slack(deviation)
 
 

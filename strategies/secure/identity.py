@@ -24,9 +24,10 @@ from flwr.app import ConfigRecord, Context
 from umbel.privacy.masking import keys
 from umbel.strategies.contents import find_record
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.secure.message import Plain, blob
-from umbel.strategies.secure.node import HANDOVER, IDENTITY
-from umbel.strategies.secure.policy import POLICY, Policy
+from umbel.strategies.node_policy import policy_of
+from umbel.strategies.secure.message import Plain, blob, number
+from umbel.strategies.secure.node import HANDOVER, IDENTITY, SPENT
+from umbel.strategies.secure.policy import Policy, RefusalError
 from umbel.strategies.secure.protocol import Self
 from umbel.strategies.secure.wire import plain_of
 
@@ -52,7 +53,7 @@ def whoami(context: Context) -> Self:
         for at in range(0, len(pinned), _PIN):
             pins[int.from_bytes(pinned[at : at + 8])] = pinned[at + 8 : at + _PIN]
     own = keys.signing_key(_own_key(context))
-    return Self(context.node_id, own, b"", _policy(_policy_path(context.node_config), b""), pins)
+    return Self(context.node_id, own, b"", _policy(context.node_config, b""), pins)
 
 
 def enrolled(node: int, config: Mapping[str, Any]) -> Self:
@@ -63,7 +64,22 @@ def enrolled(node: int, config: Mapping[str, Any]) -> Self:
     """
     file = str(config[IDENTITY])
     key, certificate, authority = _identity(file, _stamps(file))
-    return Self(node, key, certificate, _policy(_policy_path(config), authority))
+    return Self(node, key, certificate, _policy(config, authority))
+
+
+def enrolled_key(file: str) -> keys.SigningKey:
+    """The key of an identity file.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    return _identity(file, _stamps(file))[0]
+
+
+def ticket_of(context: Context) -> bytes | None:
+    """The ticket of the session that is kept for the node's next message."""
+    found = plain_of(context.state, _SESSION).get("ticket")
+    return found if isinstance(found, bytes) else None
 
 
 def remember(me: Self, context: Context) -> None:
@@ -75,17 +91,63 @@ def remember(me: Self, context: Context) -> None:
 _PRIVATE = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.+?-----END [A-Z ]+-----", re.DOTALL)
 
 
-def is_new(ticket: bytes, context: Context) -> bool:
-    """Whether this node has not advertised for a ticket before; it is remembered."""
-    if HANDOVER in context.state:  # whoever takes sessions over looks at their tickets too
-        return True
-    seen = _kept(context).get("tickets", b"")
+def check_fresh(run: int, round_: int, ticket: bytes, context: Context) -> None:
+    """Before a session begins: its round is none of which this node has given a masked update.
+
+    A server that repeats a round, with and without one node, would have that node's update as the
+    difference of two sums. Where a node process takes sessions over, it decides once more, on what
+    it keeps on disk.
+
+    Args:
+        run: of the session; round_ likewise.
+        ticket: of the session, which is remembered; empty before it is known.
+        context: of the node.
+
+    Raises:
+        RefusalError: the round is spent, or the very same session was begun before.
+    """
+    taken = find_record(context.state, SPENT, ConfigRecord)
+    if taken is not None:
+        refuse_spent(run, round_, number(dict(taken), "round"))  # type: ignore[arg-type]
+    if HANDOVER in context.state:
+        return
+    kept = _kept(context)
+    refuse_spent(run, round_, _spent(kept).get(run, 0))
+    if not ticket:  # not yet known: the node has not looked at the model
+        return
+    seen = kept.get("tickets", b"")
     seen = seen if isinstance(seen, bytes) else b""
     if any(seen[at : at + 32] == ticket for at in range(0, len(seen), 32)):
-        return False
-    seen = (seen + ticket)[-32 * TICKETS :]
-    context.state[_KEPT] = ConfigRecord({**_kept(context), "tickets": seen})
-    return True
+        raise RefusalError("replay", "this node has been part of this session before")
+    context.state[_KEPT] = ConfigRecord({**kept, "tickets": (seen + ticket)[-32 * TICKETS :]})
+
+
+def refuse_spent(run: int, round_: int, spent: int) -> None:
+    """Raises RefusalError where a round does not come after the last one that was given."""
+    if round_ <= spent:
+        raise RefusalError(
+            "round",
+            f"this node has given its masked update of round {spent} of run {run:x}, and rounds "
+            f"only go up; the server asks for round {round_}",
+        )
+
+
+def spend(memory: Plain, context: Context) -> None:
+    """Before a masked update leaves: its round is spent."""
+    kept = _kept(context)
+    spent = _spent(kept) | {number(memory, "run"): number(memory, "round")}
+    flat = b"".join(run.to_bytes(8) + round_.to_bytes(8) for run, round_ in spent.items())
+    context.state[_KEPT] = ConfigRecord({**kept, "spent": flat})
+
+
+def _spent(kept: Plain) -> dict[int, int]:
+    """The last round that was given, by run."""
+    flat = kept.get("spent", b"")
+    flat = flat if isinstance(flat, bytes) else b""
+    return {
+        int.from_bytes(flat[at : at + 8]): int.from_bytes(flat[at + 8 : at + 16])
+        for at in range(0, len(flat), 16)
+    }
 
 
 def take_session(context: Context) -> Plain:
@@ -102,10 +164,6 @@ def keep_session(memory: Plain, context: Context) -> None:
         context.state[place] = ConfigRecord({**memory})
 
 
-def _policy_path(config: Mapping[str, Any]) -> str:
-    return str(config.get(POLICY, ""))
-
-
 def _kept(context: Context) -> Plain:
     record = find_record(context.state, _KEPT, ConfigRecord)
     return {} if record is None else {k: v for k, v in record.items() if isinstance(v, bytes)}
@@ -119,10 +177,9 @@ def _own_key(context: Context) -> bytes:
     return blob(kept, "key", 32)
 
 
-@lru_cache(maxsize=16)
-def _policy(path: str, authority: bytes) -> Policy:
-    """The policy of a file; `authority` where it names none."""
-    policy = Policy.load(Path(path)) if path else Policy()
+def _policy(config: Mapping[str, Any], authority: bytes) -> Policy:
+    """The node's limits on sums; `authority` where its policy names none."""
+    policy = policy_of(config).sums
     return policy if policy.authority or not authority else replace(policy, authority=authority)
 
 

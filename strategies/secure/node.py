@@ -7,3 +7,6 @@ files, separated as in PATH."""
 HANDOVER = "umbel.secure.handover"
 """Record that a node process lays into `Context.state` for a session: it keeps sessions itself,
 recognises replays of them, and writes them nowhere."""
+
+SPENT = "umbel.secure.spent"
+"""Record beside it: the last round of the run of which this node has given a masked update."""

@@ -1,4 +1,4 @@
-"""The options of a secure sum; what they build is in `umbel.strategies.secure.secure_stack`."""
+"""The options of a secure sum; what they build is in `umbel.strategies.recipe`."""
 
 from dataclasses import dataclass
 

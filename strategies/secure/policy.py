@@ -1,37 +1,21 @@
-"""What a node insists on in a secure sum, whatever the coordinator asks: its own policy file.
+"""What a node insists on in a secure sum, whatever the coordinator asks, and why it refuses.
 
-The file belongs to the node's operator and is TOML:
-
-    mode = "malicious"       # the weakest threshold that is good enough; or "semi-honest"
-    min-cohort = 5           # never be part of a sum of fewer nodes
-    min-neighbours = 20      # share masks with at least so many (or with everybody)
-    bits = [8, 62]           # smallest and largest modulus, as powers of two
-    max-norm = 10.0          # the largest clipping norm
-    min-noise = 1.0          # the smallest noise multiplier of the sum; leaves no round without
-    roster = "roster.txt"    # the only nodes to sum with: a line "NAME SHA256-OF-IDENTITY" each
-    authority = "ca.pem"     # every member must have a certificate of this authority
-
-Every key may be left out. Without roster and authority, identities are pinned on first use.
+The numbers come from the node's policy file; see `umbel.strategies.node_policy`, which has what a
+node allows besides. Without roster and authority, identities are pinned on first use.
 """
 
 import datetime
 import hashlib
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from umbel.privacy.masking.session import MALICIOUS_FROM, Member, Mode, Roster, Terms
-from umbel.strategies.errors import ConfigError
-
-POLICY = "secure-policy"
-"""Key of a node's configuration that names its policy file."""
 
 Trust = Literal["authority", "roster-file", "first-use"]
 
@@ -40,8 +24,8 @@ class RefusalError(ValueError):
     """A node will not go on, and says why.
 
     Attributes:
-        name: what was wrong in one word: cohort, graph, identity, included, message, mode,
-            model, modulus, noise, norm, replay, roster, shares, stage or quorum.
+        name: what was wrong in one word: cohort, contract, graph, identity, included, message,
+            mode, model, modulus, noise, replay, roster, round, shares, stage or quorum.
     """
 
     def __init__(self, name: str, sentence: str) -> None:
@@ -51,15 +35,13 @@ class RefusalError(ValueError):
 
 @dataclass(frozen=True)
 class Policy:
-    """The limits of one node; the defaults are for a simulation, not for a hospital.
+    """The limits of one node on its sums; the defaults are for a simulation, not for a hospital.
 
     Attributes:
         mode: the weakest mode that is accepted.
         min_cohort: no sum of fewer nodes.
         min_neighbours: no sparser graph, unless it is complete.
         bits: smallest and largest modulus.
-        max_norm: largest clipping norm; None takes any, and none at all.
-        min_noise: smallest noise multiplier; None takes sums without noise.
         roster: SHA-256 in hex of the identities that may take part; None is anybody's.
         authority: DER certificate of the authority that must have signed every identity.
     """
@@ -68,43 +50,15 @@ class Policy:
     min_cohort: int = 3
     min_neighbours: int = 2
     bits: tuple[int, int] = (8, 62)
-    max_norm: float | None = None
-    min_noise: float | None = None
     roster: frozenset[str] | None = None
     authority: bytes | None = None
 
-    @staticmethod
-    def load(path: Path) -> "Policy":
-        """Reads a policy file.
-
-        Raises:
-            ConfigError: it cannot be read, has an unknown key or a value of the wrong kind.
-        """
-        try:
-            found = {k.replace("-", "_"): v for k, v in tomllib.loads(path.read_text()).items()}
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"the policy file {path} cannot be read: {error}") from error
-        known = {field.name for field in fields(Policy)}
-        for name, value in found.items():
-            if name not in known or not _fits(name, value):
-                raise ConfigError(
-                    f"{path} says {name.replace('_', '-')} = {value!r}, which is no such setting; "
-                    f"known are {', '.join(sorted(k.replace('_', '-') for k in known))}"
-                )
-        if "roster" in found:
-            found["roster"] = _read_roster(path.parent / found["roster"])
-        if "authority" in found:
-            found["authority"] = _read_authority(path.parent / found["authority"])
-        if "bits" in found:
-            found["bits"] = tuple(found["bits"])
-        return Policy(**found)
-
-    def check_terms(self, terms: Terms, told: Mapping[str, Any]) -> None:
-        """Before anything else: the terms, and what the layers were told.
+    def check_terms(self, terms: Terms, shares: int = 0) -> None:
+        """Before anything else: the terms of a session.
 
         Args:
             terms: of the session.
-            told: the round's configuration, whose hash is in the terms.
+            shares: into how many shares this node's noise is cut; 0 is no such noise.
 
         Raises:
             RefusalError: something is outside this policy.
@@ -120,15 +74,9 @@ class Policy:
             raise RefusalError(
                 "cohort", f"sums of {terms.min_cohort} nodes; the policy wants {self.min_cohort}"
             )
-        norm, noise = _number(told.get(NORM)), _number(_first(told, NOISE))
-        if self.max_norm is not None and (norm is None or not norm <= self.max_norm):
-            raise RefusalError("norm", f"updates of norm {norm}; the policy allows {self.max_norm}")
-        if self.min_noise is not None and (noise is None or not noise >= self.min_noise):
-            raise RefusalError("noise", f"a noise multiplier of {noise}, below {self.min_noise}")
-        shares = _number(_first(told, SHARES))
-        if shares is not None and shares > terms.min_cohort:
+        if shares > terms.min_cohort:
             raise RefusalError(
-                "noise", f"{shares:g} shares of noise in sums of as few as {terms.min_cohort} nodes"
+                "noise", f"{shares} shares of noise in sums of as few as {terms.min_cohort} nodes"
             )
 
     def check_roster(self, roster: Roster, min_cohort: int) -> None:
@@ -174,65 +122,9 @@ class Policy:
         return trust
 
 
-NORM = "clip.norm"
-"""Key under which `Clip` tells nodes the clipping norm."""
-
-NOISE = ("skellam.noise-multiplier", "discrete-gaussian.noise-multiplier")
-"""Keys under which layers of distributed noise tell nodes the noise multiplier of the sum."""
-
-
-SHARES = ("skellam.shares", "discrete-gaussian.shares")
-"""Keys under which they tell nodes into how many shares the noise is cut."""
-
-
-def _first(told: Mapping[str, Any], names: Sequence[str]) -> object:
-    return next((told[name] for name in names if name in told), None)
-
-
 def fingerprint(identity: bytes) -> str:
     """SHA-256 of an identity in hex, as in a roster file."""
     return hashlib.sha256(identity).hexdigest()
-
-
-def _number(value: object) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _fits(name: str, value: object) -> bool:
-    if name in ("roster", "authority"):
-        return isinstance(value, str)
-    if name == "mode":
-        return value in ("malicious", "semi-honest")
-    if name == "bits":
-        return (
-            isinstance(value, list)
-            and len(value) == 2
-            and all(isinstance(bits, int) for bits in value)
-            and 1 <= value[0] <= value[1]
-        )
-    if name in ("max_norm", "min_noise"):
-        return (_number(value) or 0) > 0
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _read_roster(path: Path) -> frozenset[str]:
-    try:
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"the roster file {path} cannot be read: {error}") from error
-    lines = [line for line in lines if not line[0].startswith("#")]
-    for line in lines:
-        if len(line) != 2 or len(line[1]) != 64:
-            raise ConfigError(f"{path} has the line {' '.join(line)!r}; write NAME and a SHA-256")
-    return frozenset(line[1].lower() for line in lines)
-
-
-def _read_authority(path: Path) -> bytes:
-    try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the authority's certificate {path} cannot be read: {error}") from error
-    return certificate.public_bytes(serialization.Encoding.DER)
 
 
 @lru_cache(maxsize=1 << 14)

@@ -20,9 +20,9 @@ names what was wrong. The server drops it and goes on, down to the quorum.
 """
 
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from umbel.privacy.masking import keys, masks, packing, shamir
 from umbel.privacy.masking.session import (
@@ -46,6 +46,7 @@ from umbel.strategies.secure.checks import (
     LOST,
     Attendance,
     Deal,
+    agreed,
     check_agreed,
     check_left,
     check_roster,
@@ -55,7 +56,7 @@ from umbel.strategies.secure.checks import (
     digests,
     floor,
     own_place,
-    read_member,
+    read_offer,
     read_roster,
     reopen,
     weakest,
@@ -63,6 +64,9 @@ from umbel.strategies.secure.checks import (
 from umbel.strategies.secure.message import REFUSED, Plain, Value, blob, number, signable
 from umbel.strategies.secure.policy import Policy, RefusalError, Trust
 from umbel.strategies.secure.reveal import Reveal
+
+if TYPE_CHECKING:  # a node's connection, which imports this, holds no tensor
+    from umbel.strategies.contract import Contract
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,14 @@ class Self:
 # ── the node's half ───────────────────────────────────────────────────────────────────────────
 
 
-def advertise(
-    me: Self, terms: Terms, values: masks.Words, told: Mapping[str, Any]
-) -> tuple[Plain, Plain]:
-    """First: fresh keys. `values` are the integers to be summed, shape (terms.size,).
+def advertise(me: Self, terms: Terms, values: masks.Words, shares: int = 0) -> tuple[Plain, Plain]:
+    """First: fresh keys, signed for the terms, the contract among them.
+
+    Args:
+        me: this node.
+        terms: of the session, as this node reckons them.
+        values: the integers to be summed, shape (terms.size,).
+        shares: into how many shares the noise in them is cut; 0 is no such noise.
 
     Returns:
         What the node keeps, and its message.
@@ -103,7 +111,7 @@ def advertise(
     Raises:
         RefusalError: the terms are outside the node's policy.
     """
-    me.policy.check_terms(terms, told)
+    me.policy.check_terms(terms, shares)
     if len(values) != terms.size:
         raise RefusalError("message", f"{len(values)} integers for a sum of {terms.size}")
     sealing, masking = keys.KeyPair.generate(), keys.KeyPair.generate()
@@ -111,6 +119,8 @@ def advertise(
     memory: Plain = {
         "stage": "share",
         "ticket": terms.ticket,
+        "run": terms.run,
+        "round": terms.round,
         "mode": terms.mode,
         "min-cohort": terms.min_cohort,
         "bits": terms.bits,
@@ -123,6 +133,7 @@ def advertise(
     }
     return memory, {
         "ticket": terms.ticket,
+        "contract": terms.contract,
         "sealing": sealing.public,
         "masking": masking.public,
         "identity": keys.public_identity(me.key),
@@ -146,6 +157,11 @@ def respond(me: Self, stage: str, memory: Plain, message: Plain) -> tuple[Plain,
         return (memory if refusal.name in ("replay", "stage") else {}), {REFUSED: str(refusal)}
     except ValueError as error:
         return {}, {REFUSED: f"message: {error}"}
+
+
+def gives(stage: str, reply: Plain) -> bool:
+    """Whether a reply is the one that gives the masked update away; its round is then spent."""
+    return stage == "mask" and "vector" in reply
 
 
 def share(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
@@ -300,19 +316,27 @@ class Released:
 Trips = Generator[dict[int, Plain], Iterator[tuple[int, Plain]], Released]
 
 
-def serve(terms: Terms, nodes: Sequence[int], key: keys.KeyPair) -> Trips:
+def serve(
+    terms: Terms, nodes: Sequence[int], key: keys.KeyPair, known: "Contract | None" = None
+) -> Trips:
     """Yields requests by node, is sent the nodes' replies as they arrive, returns the sum.
 
-    `key` is the pair whose public half is in the terms.
+    Args:
+        terms: of the session; the contract in them is what the nodes say.
+        nodes: who is asked.
+        key: the pair whose public half is in the terms.
+        known: the contract as the server reckons it; nodes with another are left out. Without
+            it, as for the parts that only nodes know, that of most nodes holds.
 
     Raises:
         AbortedError: too few nodes are left at some stage; nothing was released.
     """
     present = Attendance()
-    members: dict[int, Member] = {}
+    offers: dict[int, tuple[bytes, Member]] = {}
     for node, reply in present.answers("advertise", nodes, (yield {node: {} for node in nodes})):
         with present.blaming(node):
-            members[node] = read_member(node, reply, terms, members.values())
+            offers[node] = read_offer(node, reply, terms, known, offers.values())
+    terms, members = agreed(terms, offers, present)
     present.enough("advertised", len(members), floor(terms))
     roster = Roster(terms.ticket, terms.mode, tuple(members[node] for node in sorted(members)))
     sid, count = roster.sid, len(members)

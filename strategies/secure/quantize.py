@@ -1,6 +1,6 @@
 """Quantize: updates become multiples of a power of two, which whole numbers stand for.
 
-    server -> node   step, bound
+    server -> node   bound
     node             update, rounded to multiples of the step
     node -> server   (what the next layer makes of it)
 
@@ -30,6 +30,8 @@ from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Config, Facts, Metrics, Stateless
 
 BETA = math.exp(-0.5)
+_SINGLE = 2.0**24
+"""Up to here float32 holds every whole number."""
 _ATTEMPTS = 100
 """One attempt succeeds with probability above 1 - BETA = 0.39: 100 fail with below 1e-21."""
 
@@ -63,9 +65,8 @@ class Quantize(Stateless):
         if facts.noise:
             raise StackError("quantize would round noise away; put it before the layer of noise")
         step = step_for(facts.l2_bound, facts.size, self.levels)
-        return facts.but(
-            grid=step, l2_bound=widened(facts.l2_bound, facts.size, step, self.rounding)
-        )
+        bound = widened(facts.l2_bound, facts.size, step, self.rounding)
+        return facts.but(grid=step, l2_bound=bound, wide=facts.wide or bound / step > _SINGLE)
 
     def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         bound = float(config["bound"])

@@ -142,7 +142,7 @@ class Rehearsal:
         if stage == "advertise":
             terms = self.terms_of.get(node, self.terms)
             try:
-                self.memory[node], reply = advertise(me, terms, self.values[node], {})
+                self.memory[node], reply = advertise(me, terms, self.values[node])
             except RefusalError as refusal:
                 return {REFUSED: str(refusal)}
             return reply

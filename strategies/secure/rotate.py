@@ -10,6 +10,7 @@ sum's coordinates small, so that the modulus can be.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flwr.app import RecordDict
 from torch import Tensor
@@ -30,6 +31,7 @@ class Rotate(Stateless):
     """
 
     name: str = "rotate"
+    isometry: ClassVar[bool] = True
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         if facts.l2_bound is None:

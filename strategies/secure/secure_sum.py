@@ -15,9 +15,10 @@
 `secure_protocol.py` has the steps; here they become messages. Training happens on the first trip,
 so that slow and failing nodes are out before anything depends on them.
 
-The model's and the configuration's hashes are in the session: nodes that were told different
-things do not sum. The sum is exact: integers modulo 2^B, with B large enough for the updates'
-bound and the noise. The page docs/security.md says what this protects, and what not.
+The hashes of the model, of the configuration and of the contract (app, options, layers) are in
+the session: nodes that would act on different things do not sum. A node gives a masked update once
+a round, and rounds only go up. The sum is exact: integers modulo 2^B, with B large enough for the
+updates' bound and the noise. The page docs/security.md says what this protects, and what not.
 """
 
 import math
@@ -39,24 +40,28 @@ from umbel.strategies.collect import (
     Gather,
     Gathering,
     Rejected,
+    Sealing,
     Sum,
 )
 from umbel.strategies.contents import find_record, take_record
+from umbel.strategies.contract import settings_digest
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL
+from umbel.strategies.node_policy import policy_of
 from umbel.strategies.records import from_array
 from umbel.strategies.secure.checks import AbortedError
 from umbel.strategies.secure.identity import (
-    is_new,
+    check_fresh,
     keep_session,
     remember,
+    spend,
     take_session,
     whoami,
 )
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number, text
 from umbel.strategies.secure.policy import RefusalError
-from umbel.strategies.secure.protocol import Released, advertise, respond, serve
+from umbel.strategies.secure.protocol import Released, advertise, gives, respond, serve
 from umbel.strategies.secure.wire import (
     SECURE,
     STAGES,
@@ -123,6 +128,8 @@ class SecureSum:
                 "come; take mode=semi-honest, which trusts the server to follow the protocol"
             )
         return facts.but(
+            kind="sum",
+            averages_buffers=False,
             server_sees="sum",
             weight_bound=1.0,
             public_denominator=self.weighting == "fixed",
@@ -157,7 +164,8 @@ class SecureSum:
         terms = self._terms(requests, round_, key.public)
         step = _grid(round_.facts)
         first = _with_terms(requests, terms, step)
-        trips = serve(terms, [message.metadata.dst_node_id for message in requests], key)
+        nodes = [message.metadata.dst_node_id for message in requests]
+        trips = serve(terms, nodes, key, round_.contract)
         try:
             next(trips)
             replies = yield first
@@ -224,50 +232,79 @@ class SecureSum:
 
     # ---- the node's half
 
-    def seal(self, content: RecordDict, request: Message, context: Context) -> RecordDict:
+    def consider(self, request: Message, context: Context, own: Sealing) -> RecordDict | None:
+        """Before training: the refusal of a session that could not be sealed; None is none."""
+        try:
+            asked = _asked(request, context)
+            terms = _terms_of(asked, b"", b"", own.contract)
+            check_fresh(terms.run, terms.round, b"", context)
+            policy_of(context.node_config).sums.check_terms(terms, own.shares)
+        except RefusalError as refusal:
+            return content_of({REFUSED: str(refusal)})
+        return None
+
+    def seal(
+        self, content: RecordDict, request: Message, context: Context, own: Sealing
+    ) -> RecordDict:
         """In place of the update: fresh keys. A request without terms gets no update at all."""
         take_session(context)  # whatever was left of an earlier session is gone
         try:
-            asked = plain_of(request.content)
-            if not asked:
-                raise RefusalError("message", "the server wants an update without a secure sum")
-            terms, step = self._offered(asked, request)
+            asked = _asked(request, context)
+            step = math.ldexp(1.0, number(asked, "step"))
+            model, parameters = model_digest(request.content), told_digest(request.content, step)
+            terms = _terms_of(asked, model, parameters, own.contract)
             me = whoami(context)
-            if not is_new(terms.ticket, context):
-                raise RefusalError("replay", "this node has been part of this session before")
+            check_fresh(terms.run, terms.round, terms.ticket, context)
             vector = from_array(take_record(content, UPDATE, ArrayRecord)[UPDATE])
             values = to_words(vector, step, terms.bits)
-            told = dict(take_record(request.content, CONFIG, ConfigRecord))
-            memory, reply = advertise(me, terms, values, told)
+            memory, reply = advertise(me, terms, values, own.shares)
         except RefusalError as refusal:
             return content_of({REFUSED: str(refusal)})
         keep_session(memory, context)
         return content_of(reply)
 
-    def _offered(self, asked: Plain, request: Message) -> tuple[Terms, float]:
-        """The terms, with the hashes of what this node itself received."""
-        mode: Mode = "malicious" if text(asked, "mode") == "malicious" else "semi-honest"
-        step = math.ldexp(1.0, number(asked, "step"))
-        terms = Terms(
-            run=number(asked, "run"),
-            round=number(asked, "round"),
-            nonce=blob(asked, "nonce", 16),
-            model=model_digest(request.content),
-            parameters=told_digest(request.content, step),
-            bits=number(asked, "bits"),
-            size=number(asked, "size"),
-            mode=mode,
-            min_cohort=number(asked, "min-cohort"),
-            server=blob(asked, "server", keys.PUBLIC_BYTES),
+
+def _asked(request: Message, context: Context) -> Plain:
+    """The terms that are offered; run and round are those that the node acts on."""
+    asked = plain_of(request.content)
+    if not asked:
+        raise RefusalError("message", "the server wants an update without a secure sum")
+    told: Mapping[str, Any] = find_record(request.content, CONFIG, ConfigRecord) or {}
+    if number(asked, "run") != context.run_id or number(asked, "round") != told.get("round"):
+        raise RefusalError(
+            "round",
+            f"the session is of run {number(asked, 'run'):x} and round {number(asked, 'round')}, "
+            f"and the message of run {context.run_id:x} and round {told.get('round')}",
         )
-        return terms, step
+    return asked
+
+
+def _terms_of(asked: Plain, model: bytes, parameters: bytes, contract: bytes) -> Terms:
+    """The terms, with the hashes of what this node itself received and holds."""
+    mode: Mode = "malicious" if text(asked, "mode") == "malicious" else "semi-honest"
+    return Terms(
+        run=number(asked, "run"),
+        round=number(asked, "round"),
+        nonce=blob(asked, "nonce", 16),
+        model=model,
+        parameters=parameters,
+        bits=number(asked, "bits"),
+        size=number(asked, "size"),
+        mode=mode,
+        min_cohort=number(asked, "min-cohort"),
+        server=blob(asked, "server", keys.PUBLIC_BYTES),
+        contract=contract,
+    )
 
 
 def _answer(stage: str, message: Message, context: Context) -> Message:
     """The node's half of a trip after the first."""
     me = whoami(context)
     known = len(me.pins)
-    memory, reply = respond(me, stage, take_session(context), plain_of(message.content))
+    session = take_session(context)
+    memory, reply = respond(me, stage, session, plain_of(message.content))
+    if gives(stage, reply):
+        spend(session, context)
     keep_session(memory, context)
     if len(me.pins) > known:
         remember(me, context)
@@ -324,11 +361,7 @@ def model_digest(content: RecordDict) -> bytes:
 def told_digest(content: RecordDict, step: float) -> bytes:
     """SHA-256 of everything else that a node was told: the layers' and the round's settings."""
     told: Mapping[str, Any] = find_record(content, CONFIG, ConfigRecord) or {}
-    fields: list[bytes | str | int] = [step.hex()]
-    for name, value in sorted(told.items()):
-        fields += [name, type(value).__name__]
-        fields.append(value if isinstance(value, bytes | str | int) else repr(value))
-    return keys.digest("told", *fields)
+    return keys.digest("told", step.hex(), settings_digest("settings", told))
 
 
 def _grid(facts: Facts) -> float:

@@ -6,8 +6,10 @@
     server           sum of the updates over the sum of the weights: the weighted mean
 
 The cap is the node's own limit on its influence: with fewer examples than the cap nodes count in
-proportion, with more all the same. Metrics travel in the same sum or not at all. Without privacy
-only: under a noise layer every update counts once.
+proportion, with more all the same. Metrics travel in the same sum or not at all.
+
+Over noise (a layer nearer to the sum) the weighted mean is made of a noised sum and a noised
+weight, which costs nothing more; the update, its weight and its metrics share the one bound.
 """
 
 import math
@@ -53,7 +55,7 @@ class Weigh(Stateless):
         more = 1 + len(self.limits)
         joint = facts.l2_bound * math.sqrt(1 + more)
         # A weighted update leaves the grid of its clipping; the next layer makes a new one.
-        return facts.but(size=facts.size + more, l2_bound=joint, grid=None)
+        return facts.but(size=facts.size + more, l2_bound=joint, grid=None, wide=True)
 
     def attach(self, update: Tensor, metrics: Metrics, config: Config) -> Tensor:
         """The update times its weight, the weight, and the metrics times the weight."""
@@ -90,5 +92,5 @@ class Weigh(Stateless):
             name: part * limit / weight
             for part, (name, limit) in zip(parts[1:], self.limits.items(), strict=True)
         }
-        # The stack divides by the number of replies afterwards.
-        return total[:-more] * (rnd.replies / weight), state, said
+        # The stack divides by its denominator afterwards.
+        return total[:-more] * (rnd.denominator / weight), state, said

@@ -15,6 +15,7 @@ from umbel.benchmarks.speed import suite as speed
 from umbel.benchmarks.speed.processes import proportional, tree, watch
 from umbel.benchmarks.speed.training import Case
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.transport.flower import take_identity
 
 FIGURES = [
     Figure("messages", "ten floats", 0.1, "ms", 0.3, {"Flower": 14.0}),
@@ -33,6 +34,13 @@ def test_a_target_is_met_missed_or_not_there() -> None:
 
 def test_a_plot_of_figures(tmp_path: Path) -> None:
     assert plot(FIGURES, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_policy_and_the_contract_take_time_for_each_message() -> None:
+    take_identity(1)
+    found = messages.gate(repeats=3)
+    assert found.keys() == {"plain sum", "secure sum"}
+    assert all(seconds > 0 for seconds in found.values())
 
 
 def test_messages_come_back_and_take_time(tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_the_bare_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_both_sides_train_the_same_model(tmp_path: Path) -> None:
     """Else the comparison would be of two different things."""
-    from umbel.run import example
+    from umbel.running import example
     from umbel.strategies.app import load
 
     server = load(example(), "server_app:app", object)

@@ -6,7 +6,8 @@ protocol drives them as a coordinator's connection would.
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from umbel.benchmarks.speed.apps import write_federation
 from umbel.clients.process.node_process import write_shared
 from umbel.clients.process.pipe import BESIDE
 from umbel.clients.process.sessions import SecureSessions
+from umbel.clients.process.spent import SpentRounds
 from umbel.clients.process.trainee import Answer, AppSettings, Trainee
 from umbel.strategies.collect import Gathering, Sum
+from umbel.strategies.errors import ConfigError
 from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.private.clip import Clip
@@ -75,7 +78,8 @@ class Nodes:
             identity = folder / f"{node}.pem"
             save_identity(identity, make_server_identity(authority, [f"node-{node}"]))
             config = {IDENTITY: str(identity), "partition-id": partition, "num-partitions": 3}
-            self.trainees[node] = Trainee(AppSettings(app, self.memory / str(node), config, 1))
+            settings = AppSettings(app, self.memory / str(node), config, 1)
+            self.trainees[node] = Trainee(replace(settings, spent=folder / f"{node}.rounds"))
 
     async def ask(self, message: Message) -> Answer:
         """Send a message to its node."""
@@ -94,19 +98,21 @@ class Nodes:
         )
         return await trainee.run(begin, message.metadata.dst_node_id, 120)
 
-    async def sum(self, before: Callable[[str, list[Message]], Any] = lambda *_: None) -> Sum:
+    async def sum(
+        self, before: Callable[[str, list[Message]], Any] = lambda *_: None, number: int = 1
+    ) -> Sum:
         """One round; `before` is told of each trip, and may do something to the nodes."""
         stack = Stack((Clip(2048), Quantize(levels=1 << 16)), SecureSum())
         facts = stack.check(Facts(size=self.size, max_replies=3), stack.init(self.size))
         manifest = Manifest.of({"w": torch.zeros(self.size)})
-        config = ConfigRecord({"round": 1, "manifest": manifest.digest})
+        config = ConfigRecord({"round": number, "manifest": manifest.digest})
         published = stack.publish(stack.init(self.size), Facts(size=self.size))
         for name, value in published.items():
             config[name] = value
         model = ArrayRecord({PARAMETERS: to_array(torch.zeros(self.size))})
         content = RecordDict({MODEL: model, CONFIG: config})
         requests: Any = [Message(content, node, "train") for node in NODES]
-        round_ = Gathering(1, self.size, torch.float32, 3.0, facts, run_id=1)
+        round_ = Gathering(number, self.size, torch.float32, 3.0, facts, run_id=1)
         gathering = stack.collect.gather(requests, round_)
         requests = next(gathering)
         try:
@@ -165,10 +171,14 @@ def test_apps_that_die_after_training_lose_no_sum_and_replays_find_nothing(tmp_p
         assert nodes.trainees[NODES[0]].pid not in (None, first[NODES[0]])
         # The app that was started anew cannot know the ticket; whoever held the session does.
         replay = await nodes.ask(seen["train"][0])
-        assert refusal(replay).startswith("replay")
+        assert refusal(replay).startswith("round")
         assert not nodes.memory.exists()
+        # Nor does a new session for that round: without one node, it would give its update away.
+        anew = await nodes.sum()
+        assert anew.aborted and not anew.replies
+        assert "rounds only go up" in str(anew.rejected)
         # And the next round is as good as the first.
-        assert (await nodes.sum()).replies == 3
+        assert (await nodes.sum(number=2)).replies == 3
 
     with_nodes(tmp_path, 10, use)
 
@@ -200,7 +210,8 @@ def test_a_session_is_of_one_run_and_ends_where_training_begins_again(tmp_path: 
     sessions = SecureSessions({IDENTITY: str(file)})
     assert sessions.wanted
     assert not SecureSessions({}).wanted
-    session = b"".join(encode_values(HANDOVER, {"ticket": bytes(32), "stage": "share"}))
+    kept = {"ticket": bytes(32), "stage": "share", "run": 7, "round": 1}
+    session = b"".join(encode_values(HANDOVER, kept))
     assert sessions.take_over(7, 1001, session) is None
     assert sessions.stage(7, query_of("mask")) == "mask"
     assert sessions.stage(8, query_of("mask")) is None
@@ -211,6 +222,99 @@ def test_a_session_is_of_one_run_and_ends_where_training_begins_again(tmp_path: 
     assert again is not None
     assert refusal(Answer("m", again)).startswith("replay")
     assert sessions.stage(7, query_of("mask")) is None
+
+
+EVIL = """
+from task import federation
+from flwr.app import Message
+from umbel.clients.node import FederationClientApp
+
+
+class Evil(FederationClientApp):
+    def unguarded(self, message, context):
+        from umbel.strategies.records import to_array
+        import torch
+        from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+        kind = message.content["umbel"]["how"]
+        bare = {
+            "array": RecordDict({"x": ArrayRecord({"w": to_array(torch.ones(2))})}),
+            "metric": RecordDict({"x": MetricRecord({"w": 0.5})}),
+            "numbers": RecordDict({"x": ConfigRecord({"w": [0.5, 1.5]})}),
+            "number": RecordDict({"x": ConfigRecord({"w": 0.5})}),
+            "long": RecordDict({"umbel.secure": ConfigRecord({"sealing": bytes(1 << 15)})}),
+        }
+        return Message(bare[kind], reply_to=message)
+
+
+app = Evil(federation.client_app().half)
+"""
+
+
+@pytest.mark.parametrize("how", ["array", "metric", "numbers", "number", "long"])
+def test_an_app_cannot_send_an_update_by_itself_where_only_sums_may_leave(
+    how: str, evil: tuple[asyncio.AbstractEventLoop, Trainee]
+) -> None:
+    loop, trainee = evil
+    told = ConfigRecord({"how": how})
+    data = b"".join(encode(RecordDict({CONFIG: told})))
+    begin = Begin(
+        id=how, size=len(data), inline=data, run_id=1, message_type="query.umbel_hello", ttl=60
+    )
+    answer = loop.run_until_complete(trainee.run(begin, 1001, 120))
+    assert not answer.parts
+    assert answer.error is not None
+    assert (
+        "policy (min-cohort) refuses: min-cohort asks for secure sums, and the app would"
+        in (answer.error[1])
+    )
+
+
+@pytest.fixture(scope="module")
+def evil(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[asyncio.AbstractEventLoop, Trainee]]:
+    """A node whose app goes around the gate in its own process."""
+    folder = tmp_path_factory.mktemp("evil")
+    app = write_federation(folder / "app", TASK.replace("SIZE", "3"), name="x", config="")
+    (app / "client_app.py").write_text(EVIL)
+    (folder / "policy.toml").write_text("min-cohort = 3")
+    config = {"policy": str(folder / "policy.toml")}
+    loop = asyncio.new_event_loop()
+    take_identity(1)
+    trainee = Trainee(AppSettings(app, folder / "memory", config, 1))
+    loop.run_until_complete(trainee.start())
+    yield loop, trainee
+    trainee.stop()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+def test_a_spent_round_stays_spent_whatever_happens_to_the_node(tmp_path: Path) -> None:
+    """A server may begin a round anew only before the node has given its masked update."""
+    authority = open_authority(tmp_path)
+    file = tmp_path / "identity.pem"
+    save_identity(file, make_server_identity(authority, ["node"]))
+
+    def begin(sessions: SecureSessions, ticket: bytes, round_: int, run: int = 7) -> str:
+        kept = {"ticket": ticket, "stage": "share", "run": run, "round": round_}
+        taken = sessions.take_over(7, 1001, b"".join(encode_values(HANDOVER, kept)))
+        return "" if taken is None else refusal(Answer("m", taken))
+
+    rounds = tmp_path / "rounds"
+    SpentRounds(rounds).spend(7, 4)
+    with rounds.open("a") as cut:
+        cut.write("7 5")  # killed in the middle of a line, so before that update left
+    again = SecureSessions({IDENTITY: str(file)}, SpentRounds(rounds))
+    assert again.spent(7) == 4
+    assert "rounds only go up; the server asks for round 4" in begin(again, b"a" * 32, 4)
+    assert "asks for round 3" in begin(again, b"b" * 32, 3)
+    assert begin(again, b"c" * 32, 5) == ""
+    assert begin(again, b"d" * 32, 5) == ""  # nothing had left in the session before
+    assert "another run" in begin(again, b"e" * 32, 9, run=8)
+    rounds.write_text("7 4\nseven 5\n")
+    with pytest.raises(ConfigError, match="is damaged"):
+        SpentRounds(rounds)
 
 
 def test_only_later_trips_are_stages() -> None:

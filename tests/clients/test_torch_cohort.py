@@ -234,8 +234,19 @@ class Counting(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("model", [batch_norm, dropout, Recurrent, Centred, Counting])
-def test_models_that_cannot_be_batched_are_left_to_train(model: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (batch_norm, r"the layer 1 \(BatchNorm1d\)"),
+        (dropout, "torch.func cannot batch it"),
+        (Recurrent, r"the layer rnn \(LSTM\)"),
+        (Centred, "depends on the others of its batch"),
+        (Counting, "torch.func cannot batch it"),
+    ],
+)
+def test_models_that_cannot_be_batched_are_left_to_train(
+    model: Callable[[], nn.Module], why: str
+) -> None:
     trainer = TorchTrainer(model)
     weights = trainer.initial({}, 1)
     state = torch.get_rng_state()
@@ -243,7 +254,10 @@ def test_models_that_cannot_be_batched_are_left_to_train(model: Callable[[], nn.
     assert trainer.train_cohort([weights] * 3, classes([5, 7, 6]), work) is None
     assert trainer.train_cohort([weights] * 3, classes([5, 7, 6]), work) is None
     assert torch.equal(torch.get_rng_state(), state)
-    assert trainer.train(weights, classes([5])[0], work[0]).examples == 5
+    assert trainer.train(weights, classes([5])[0], jobs(1)[0]).examples == 5
+    # What was asked for and cannot be had is said, by every node.
+    with pytest.raises(ConfigError, match=f"batched=on cannot be had: .*{why}"):
+        trainer.train(weights, classes([5])[0], work[0])
 
 
 def test_what_does_not_apply() -> None:
@@ -274,3 +288,18 @@ def test_one_bad_node_does_not_fail_the_others() -> None:
         trainer.train(weights, examples[3], jobs(1)[0])
     examples[3] = classes([4])[0]
     assert trainer.train_cohort([weights] * 8, examples, jobs(8)) is not None
+
+
+def test_batching_that_was_asked_for_is_refused_before_a_run_where_that_is_known() -> None:
+    with pytest.raises(ConfigError, match="an optimizer of its own"):
+        TorchTrainer(linear, optimizer=torch.optim.Adam).group_size({"batched": "on"})
+    with pytest.raises(ConfigError, match=r"the layer 1 \(BatchNorm1d\)"):
+        TorchTrainer(batch_norm).group_size({"batched": "on"})
+    assert TorchTrainer(batch_norm).group_size({"batched": "auto"}) == 1
+    assert TorchTrainer(linear).group_size({"batched": "on"}) > 1
+    pairs = [list(zip(torch.zeros(4, 5), [0] * 4, strict=True))] * 8
+    trainer = TorchTrainer(linear)
+    work = jobs(8, batched="on")
+    assert trainer.train_cohort([trainer.initial({}, 1)] * 8, pairs, work) is None
+    with pytest.raises(ConfigError, match="read row by row"):
+        trainer.train(trainer.initial({}, 1), pairs[0], work[0])

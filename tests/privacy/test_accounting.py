@@ -159,6 +159,18 @@ def test_releases_that_no_one_accountant_takes_share_delta_and_add_up() -> None:
     assert both.accountant in ("pld+rdp", "rdp+pld")
 
 
+def test_a_mixture_has_the_relation_that_all_of_it_has() -> None:
+    """What holds for adding or removing a unit holds for zeroing it; not the other way round."""
+    zero = Charge(GaussianDpEvent(4.0), ZERO_OUT)
+    sampled, plain = Charge(poisson(4.0, 0.1)), Charge(GaussianDpEvent(8.0))
+    assert spent([plain, sampled], 1e-5).relation is ADD_OR_REMOVE
+    mixed = spent([zero, plain, sampled], 1e-5)
+    assert mixed.relation is ZERO_OUT
+    one = [Charge(charge.event) for charge in (zero, plain, sampled)]
+    assert mixed.epsilon == pytest.approx(spent(one, 1e-5).epsilon)
+    assert spent([zero, Charge(GaussianDpEvent(4.0), REPLACE)], 1e-5).relation is REPLACE
+
+
 def test_one_release_under_replace_one_makes_it_everyones_relation() -> None:
     charges = [Charge(GaussianDpEvent(10.0)), Charge(GaussianDpEvent(10.0), REPLACE)]
     result = spent(charges, 1e-5)

@@ -1,7 +1,9 @@
 """The ledger only grows, shows edits, and is on disk before anything is released."""
 
 import contextlib
+import hashlib
 import json
+import random
 import signal
 import sqlite3
 import time
@@ -15,6 +17,8 @@ from dp_accounting import GaussianDpEvent, NoOpDpEvent
 
 from umbel.privacy.budget.accounting import poisson
 from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, Charge
+from umbel.server.guard import BudgetSpentError
+from umbel.server.private.coordinator_key import coordinator_key, public_text
 from umbel.server.private.ledger import Ledger, entries
 from umbel.strategies.errors import CheckError, ConfigError, RunError
 
@@ -63,7 +67,7 @@ def test_what_is_no_ledger_is_said(path: Path) -> None:
         "DELETE FROM entry WHERE number = 2",
         "UPDATE entry SET number = number + 10 WHERE number = 4",
         "UPDATE entry SET hash = 'abc' WHERE number = 3",
-        "INSERT INTO entry VALUES (5, '{\"kind\":\"note\"}', 'abc')",
+        "INSERT INTO entry VALUES (5, '{\"kind\":\"note\"}', 'abc', '')",
     ],
 )
 def test_edits_show(path: Path, edit: str) -> None:
@@ -96,6 +100,65 @@ def test_two_coordinators_see_each_others_charges(path: Path) -> None:
         one.charge("a", "round 2", "model-user", [ROUND])
         assert one.spent("model-user") == {ROUND: 3}
     assert len(entries(path)) == 4
+
+
+def test_two_coordinators_do_not_overshoot_together(path: Path) -> None:
+    """Both are told that there is room for one more release; only one of them makes it."""
+    with Ledger(path, "people") as one, Ledger(path, "people") as two:
+
+        def room(ledger: Ledger) -> bool:
+            return sum(ledger.spent("model-user").values()) < 1
+
+        assert room(one) and room(two)
+        one.charge("a", "round 1", "model-user", [ROUND], fits=lambda: room(one))
+        with pytest.raises(BudgetSpentError, match="round 1"):
+            two.charge("b", "round 1", "model-user", [ROUND], fits=lambda: room(two))
+        with pytest.raises(BudgetSpentError, match="participation"):
+            two.take_part("b", 1, ["n"], ROUND, "model-user", fits=lambda: room(two))
+        assert two.resting("b", 2, separation=2) == set()
+        assert two.spent("model-user") in ({}, {ROUND: 1})
+        two.charge("b", "a note", "server", [ROUND])
+        assert two.spent("model-user") == {ROUND: 1}
+    assert len(entries(path)) == 3
+
+
+def test_a_ledger_that_is_edited_while_it_is_open_shows(path: Path) -> None:
+    with Ledger(path, "people") as ledger:
+        ledger.charge("run", "round 1", "model-user", [ROUND])
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("DROP TRIGGER entry_kept")
+            database.execute("DELETE FROM entry WHERE number = 2")
+            database.commit()
+        with pytest.raises(CheckError, match="while it was in use"):
+            ledger.charge("run", "round 2", "model-user", [ROUND])
+
+
+def rewritten(path: Path, divide: float) -> None:
+    """Write a whole ledger anew: a right chain of hashes over other entries, signatures kept."""
+    before = "0" * 64
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TRIGGER entry_stays")
+        rows = database.execute("SELECT number, body FROM entry ORDER BY number").fetchall()
+        for number, text in rows:
+            body = json.loads(text)
+            if body["kind"] == "charge":
+                body["event"]["sampling_rate"] /= divide
+            text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+            before = hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
+            database.execute(
+                "UPDATE entry SET body = ?, hash = ? WHERE number = ?", (text, before, number)
+            )
+        database.commit()
+
+
+def test_a_ledger_that_was_written_anew_is_not_signed(path: Path) -> None:
+    fill(path)
+    public = public_text(coordinator_key())
+    assert all(entry.signed(public) for entry in entries(path))
+    rewritten(path, divide=10)
+    assert not any(entry.signed(public) for entry in entries(path) if entry.body["kind"] != "open")
+    with pytest.raises(ConfigError, match="not signed"):
+        Ledger(path, "people")
 
 
 def test_a_charge_that_cannot_be_written_is_an_error(path: Path) -> None:
@@ -138,9 +201,14 @@ def test_a_copy_is_a_whole_ledger(path: Path, tmp_path: Path) -> None:
 def charge_and_release(path: Path, out: Connection) -> None:
     """In a child process: charge, say so, and again, until killed."""
     ledger = Ledger(path, "people")
+    ledger.admit("run", ["a", "b"])
+    ledger.begin("run")
     while True:
-        ledger.charge("run", "a round", "model-user", [Charge(poisson(2.0, 0.1))])
+        ledger.charge(
+            "run", "a round", "model-user", [Charge(poisson(2.0, 0.1))], fits=lambda: True
+        )
         out.send("released")
+        ledger.end("run")
 
 
 def count_to_the_end(said: Connection) -> int:
@@ -155,23 +223,23 @@ def count_to_the_end(said: Connection) -> int:
 def test_killed_at_any_instant_it_has_charged_what_was_released(
     path: Path, fresh_processes: ForkServerContext
 ) -> None:
-    """Real processes, killed without warning after a millisecond more each time."""
-    released = 0
-    for kill in range(30):
+    """Real processes, killed without warning at fifty random instants around their charges."""
+    released, instants = 0, random.Random(14)
+    for _ in range(50):
         said, out = fresh_processes.Pipe(duplex=False)
         child = fresh_processes.Process(target=charge_and_release, args=(path, out))
         child.start()
         out.close()
         with said:
             assert said.recv() == "released"
-            time.sleep(kill / 1000)
+            time.sleep(instants.uniform(0, 0.02))
             child.kill()
             released += 1 + count_to_the_end(said)
         child.join()
         assert child.exitcode == -signal.SIGKILL
         with Ledger(path, "people") as ledger:
             assert sum(ledger.spent("model-user").values()) >= released
-    assert released >= 30
+    assert released >= 50
 
 
 def test_entries_are_plain_json(path: Path) -> None:

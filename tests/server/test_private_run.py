@@ -16,9 +16,11 @@ from tests.fakes import WarmCommand
 from tests.server.tiny_private_app import write_app
 from umbel.privacy.budget.accounting import epsilon, spent
 from umbel.privacy.budget.events import RELATIONS
-from umbel.run import run
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
+from umbel.server.output.report import write_report
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.private.coordinator_key import data_folder
 from umbel.server.private.ledger import entries
 from umbel.server.private.verify import charges_in, verify
 from umbel.strategies.errors import ConfigError
@@ -37,6 +39,11 @@ class Heard(SilentProgress):
         self.lines.append(f"round {line['round']}")
 
 
+def ledger_of(population: str = "people") -> Path:
+    """Where a population's ledger is."""
+    return data_folder() / "populations" / f"{population}.sqlite"
+
+
 class Lab:
     """The tiny app in a folder of its own."""
 
@@ -45,12 +52,15 @@ class Lab:
         self.app = write_app(folder / "app")
         self.heard = Heard()
 
-    def run(self, name: str = "run", **options: Any) -> dict[str, Any]:
+    def run(
+        self, name: str = "run", *, unprotected: bool = False, **options: Any
+    ) -> dict[str, Any]:
         changes = {key.replace("_", "-"): value for key, value in options.items()}
         self.heard = Heard()
         return run(
             self.app,
             options=changes,
+            unprotected=unprotected,
             workers=0,
             out=self.folder / "runs" / name,
             progress=self.heard,
@@ -140,7 +150,7 @@ def test_runs_about_one_population_share_a_budget(lab: Lab) -> None:
 
 def test_a_ledger_of_another_population_is_refused(lab: Lab) -> None:
     lab.run("one", epsilon=1.0, population="people")
-    ledger = str(lab.folder / "runs" / "populations" / "people.sqlite")
+    ledger = str(ledger_of())
     with pytest.raises(ConfigError, match="'people'"):
         lab.run("two", epsilon=2.0, population="other", ledger=ledger)
 
@@ -157,7 +167,7 @@ def test_a_killed_run_goes_on_and_pays_for_repeated_rounds(
         cwd=lab.folder, app=lab.app, options=options, workers=0, out=out, deaths=deaths
     )
     assert killed.status == -signal.SIGKILL, killed.err
-    ledger = lab.folder / "runs" / "populations" / "people.sqlite"
+    ledger = ledger_of()
     before = charges_in(entries(ledger))["model-user"]
     result = run(resume=out, workers=0, progress=Heard())
     assert result["rounds"] == 6
@@ -182,7 +192,7 @@ def test_separation_is_kept_and_charged(lab: Lab) -> None:
     assert result["epsilon"] <= 3
     z = result["noise_multiplier"]
     assert epsilon(z, 1.0, 3, 1e-5) == pytest.approx(result["epsilon"], rel=1e-3)
-    database = lab.folder / "runs" / "populations" / "people.sqlite"
+    database = ledger_of()
     with closing(sqlite3.connect(database)) as opened:
         rows = opened.execute("SELECT node, last, times FROM participation").fetchall()
     assert len(rows) == 20
@@ -216,6 +226,14 @@ def test_a_fixed_number_of_nodes_is_charged_as_that(lab: Lab) -> None:
     assert result["epsilon"] > epsilon(4.0, 0.25, 3, 1e-5)
 
 
+def test_cohorts_that_are_drawn_otherwise_than_the_options_say_are_said(lab: Lab) -> None:
+    lab.run(noise_multiplier=4.0, cohort="fixed", cohort_size=5.0, rounds=1)
+    assert any("cohort=fixed is what" in line and "poisson" in line for line in lab.heard.lines)
+    assert lab.directory().config()["cohorts"] == "poisson, 5"
+    assert "poisson, 5" in write_report(lab.directory().path).read_text(encoding="utf-8")
+    assert verify(lab.directory().path) == []
+
+
 def test_a_cap_is_charged_as_truncation(lab: Lab) -> None:
     lab.run(noise_multiplier=4.0, cohort_size=5.0, cohort_cap=8)
     (row,) = [r for r in certificate(lab)["events"] if r["against"] == "model-user"]
@@ -242,7 +260,7 @@ def test_noise_cannot_be_repeated_unless_somebody_says_insecure(lab: Lab) -> Non
     assert result["privacy"] == "off (seeded)"
     assert result["epsilon"] == math.inf
     assert any("privacy: off (seeded)" in line for line in lab.heard.lines)
-    assert "**None.**" in (lab.directory("d").path / "MODEL_CARD.md").read_text()
+    assert "Nobody: the noise was seeded" in (lab.directory("d").path / "MODEL_CARD.md").read_text()
     assert verify(lab.directory("d").path) == []
     seeded = lab.run("e", epsilon=3.0, insecure_noise_seed=1)
     assert seeded["epsilon"] == math.inf
@@ -334,7 +352,7 @@ def test_a_truncated_ledger_shows(lab: Lab) -> None:
     lab.run(noise_multiplier=4.0)
     with closing(sqlite3.connect(lab.directory().ledger_path)) as database:
         database.execute("DROP TRIGGER entry_kept")
-        database.execute("DELETE FROM entry WHERE number = (SELECT MAX(number) FROM entry)")
+        database.execute("DELETE FROM entry WHERE number > (SELECT MAX(number) FROM entry) - 2")
         database.commit()
     problems = "\n".join(verify(lab.directory().path))
     assert "the certificate was issued for" in problems

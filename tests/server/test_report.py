@@ -130,7 +130,7 @@ def test_a_finished_run_is_told_in_words_figures_and_plots(tmp_path: Path) -> No
     assert "trained for 5 rounds on 100 nodes" in page.text
     assert "81.2\u00a0% accuracy and loss 0.520" in page.text.replace("81.2 %", "81.2\u00a0%")
     assert "all the rounds that were asked for" in page.text
-    assert "without differential privacy" in page.text
+    assert "Nobody: this run made no promise of differential privacy" in page.text
     for shown in ("1 min 15 s", "7.5 MB", "lr", "0.05", "seed"):
         assert shown in page.text.replace("\u00a0", " ")
     assert pngs(tmp_path / "run") == {
@@ -164,7 +164,8 @@ def test_ten_thousand_rounds_stay_a_small_page(tmp_path: Path) -> None:
     page = write(tmp_path / "run", rounds, {"rounds": 10_000, "epsilon": 100.0, "delta": 1e-5})
     assert len(page.source) < 1_000_000
     assert "epsilon" in pngs(tmp_path / "run")
-    assert "epsilon = 100 at delta = 1e-05" in page.text
+    assert "Nobody yet: a private run promises something once it has ended" in page.text
+    assert "Charged against model users so far: epsilon 100." in page.text
     assert "Each bar is the mean of 100 rounds" in page.text
 
 
@@ -244,7 +245,7 @@ def test_metrics_of_other_tasks(tmp_path: Path) -> None:
 
 def test_an_infinite_epsilon_is_no_privacy(tmp_path: Path) -> None:
     page = write(tmp_path / "run", [short_line(1, epsilon=math.inf)], {"epsilon": math.inf})
-    assert "no privacy is claimed" in page.text
+    assert "Nobody yet" in page.text and "infinite (no protection)" in page.text
     assert "epsilon" not in pngs(tmp_path / "run")
 
 

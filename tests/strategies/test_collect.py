@@ -27,7 +27,8 @@ def updates(size: int = 6, count: int = 5) -> list[torch.Tensor]:
 def test_it_is_the_weighted_mean(weighting: Any) -> None:
     terms, weights = updates(), [1, 20, 3, 400, 5]
     replies = [reply(*row) for row in zip(NODES, terms, weights, strict=True)]
-    found = collected(PlainSum(weighting), replies, NODES, gathering(6, cohort=5.0))
+    collect = PlainSum(weighting, max_examples=1000)
+    found = collected(collect, replies, NODES, gathering(6, cohort=5.0))
     used = weights if weighting == "examples" else [1] * 5
     expected = weighted_mean([t.numpy() for t in terms], used)
     np.testing.assert_allclose(found.total / found.denominator, expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """A sum whose bits do not depend on arrival, in memory that does not depend on the cohort."""
 
+import math
 import random
 import tracemalloc
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from umbel.strategies.fold import BLOCK, Fold
+from tests.fakes import collected, gathering, reply
+from umbel.privacy.noise.lattice import on_grid
+from umbel.strategies.collect import PlainSum
+from umbel.strategies.fold import BLOCK, Fold, exact_block
+from umbel.strategies.layer import Facts
+from umbel.strategies.private.clip import Clip
 
 SIZE = 37
 
@@ -125,3 +131,27 @@ def test_memory_does_not_grow_with_the_number_of_replies(order: str) -> None:
         return held
 
     assert peak(120) < peak(20) + len(data)
+
+
+@pytest.mark.parametrize("norm", [1.0, 1.9, 0.7])
+@pytest.mark.parametrize("count", [BLOCK, 3000])
+def test_sums_of_equal_terms_on_a_grid_are_exact(norm: float, count: int) -> None:
+    """All of them along one coordinate, as long as the norm allows: 128 at a time would round."""
+    facts = Clip(norm).check(Facts(size=2), None)
+    step = facts.grid or 0
+    largest = math.floor(norm / step) * step
+    terms = [torch.tensor([largest - (i % 7) * step, -step]) for i in range(count)]
+    nodes = range(1, count + 1)
+    replies = [reply(node, one) for node, one in zip(nodes, terms, strict=True)]
+    round_ = gathering(2, facts=PlainSum("fixed").check(facts))
+    found = collected(PlainSum("fixed"), replies, nodes, round_)
+    exact = [math.fsum(float(one[k]) for one in terms) for k in (0, 1)]
+    assert found.total.double().tolist() == exact
+    assert on_grid(found.total.double(), step)
+
+
+def test_how_many_terms_are_added_in_single_precision() -> None:
+    assert exact_block(1.0, 2.0**-17) == BLOCK
+    assert exact_block(1.9, 2.0**-17) == 67
+    assert exact_block(1.0, 2.0**-25) == 0
+    assert exact_block(None, None) == BLOCK

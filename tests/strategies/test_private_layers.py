@@ -27,12 +27,19 @@ from umbel.strategies.private.gaussian import MARGIN, Gaussian
 from umbel.strategies.private.local_gaussian import LocalGaussian
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.private.private_metrics import PrivateMetrics
-from umbel.strategies.private.private_stack import private_stack
 from umbel.strategies.private.tree_gaussian import TreeGaussian
+from umbel.strategies.recipe import compose
+from umbel.strategies.run_options import RunOptions
+from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 
 SIZE = 6
 FIXED = PlainSum(weighting="fixed")
+
+
+def private_stack(app: Stack, options: PrivacyOptions) -> Stack:
+    return compose(app, RunOptions(rounds=5), options, SecureOptions())
+
 
 updates = st.lists(
     st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=SIZE, max_size=SIZE
@@ -348,7 +355,7 @@ def test_arguments_out_of_range_are_refused(make: Any) -> None:
     ],
 )
 def test_options_make_the_stack(options: dict[str, Any], text: str) -> None:
-    stack = private_stack(Stack(), PrivacyOptions.read(options), rounds=5)
+    stack = private_stack(Stack(), PrivacyOptions.read(options))
     assert str(stack) == text
     if options:
         assert isinstance(stack.collect, PlainSum)
@@ -357,11 +364,11 @@ def test_options_make_the_stack(options: dict[str, Any], text: str) -> None:
 
 def test_layers_of_the_app_stay() -> None:
     app = Stack((Clip(7.0),), PlainSum(longest=5.0))
-    stack = private_stack(app, PrivacyOptions(epsilon=1.0), rounds=5)
+    stack = private_stack(app, PrivacyOptions(epsilon=1.0))
     assert str(stack) == "clip -> gaussian -> plain-sum"
     assert stack.layers[0] == Clip(7.0)
     ready = Stack((Clip(7.0), Gaussian(3.0)), FIXED)
-    assert private_stack(ready, PrivacyOptions(epsilon=1.0), rounds=5) is ready
+    assert private_stack(ready, PrivacyOptions(epsilon=1.0)) is ready
 
 
 @pytest.mark.parametrize(
@@ -385,7 +392,7 @@ def test_layers_of_the_app_stay() -> None:
 )
 def test_options_that_cannot_be_used_are_named(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        private_stack(Stack(), PrivacyOptions.read(options), rounds=5)
+        private_stack(Stack(), PrivacyOptions.read(options))
 
 
 def test_a_budget_that_bounds_nothing_is_refused_where_it_is_written_down() -> None:

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from umbel.strategies.records import Manifest, from_array, to_array
+from umbel.strategies.records import (
+    Manifest,
+    from_array,
+    from_kept,
+    kept_array,
+    same_bits,
+    to_array,
+)
 
 DTYPES = [np.float32, np.float64, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint8]
 ARRAYS = st.sampled_from([*DTYPES, np.bool_]).flatmap(
@@ -176,3 +183,47 @@ def test_the_digest_tells_layouts_apart() -> None:
     }
     assert len(digests) == 5
     assert Manifest.of({k: v.clone() for k, v in tree.items()}).digest == Manifest.of(tree).digest
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.complex128])
+@given(st.integers(0, 3), st.integers(0, 3))
+def test_complex_numbers_keep_both_parts(kind: torch.dtype, before: int, size: int) -> None:
+    """Whatever lies before them in the vector: an odd place is no address of a complex number."""
+    generator = torch.Generator().manual_seed(size)
+    tree = {
+        "first": torch.randn(before, generator=generator),
+        "c": torch.randn(size, 2, dtype=kind, generator=generator),
+        "conjugate": torch.randn(2, dtype=kind, generator=generator).conj(),
+        "last": torch.randn(2, generator=generator),
+    }
+    manifest = Manifest.of(tree)
+    vector = manifest.flatten(tree)
+    assert vector.shape == (manifest.size,) == (before + 4 * size + 6,)
+    assert vector.dtype == kind.to_real()
+    back = manifest.unflatten(vector)
+    assert all(torch.equal(back[name], tree[name]) for name in tree)
+
+
+KEPT = [
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_a_node_keeps_comes_back_in_its_own_type(kind: torch.dtype) -> None:
+    value = torch.arange(6.0).reshape(2, 3).to(kind)
+    back = from_kept(kept_array(value), torch.zeros(2, 3).to(kind))
+    assert same_bits(back, value)
+    assert back.shape == value.shape
+    assert not same_bits(torch.ones(2, 3).to(kind), value)
+    assert not same_bits(value, torch.zeros(2, 3, dtype=torch.float32))
+    if kind.is_complex:
+        with pytest.raises(ValueError, match=r"bytes are no torch\.complex"):
+            from_kept(kept_array(value[:1]), value)

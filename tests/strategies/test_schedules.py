@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from umbel.strategies import schedules
 from umbel.strategies.errors import ConfigError
-from umbel.strategies.schedules import factor
+from umbel.strategies.run_options import RunOptions
+from umbel.strategies.schedules import checked_rate, factor
 
 NAMES = ("constant", "cosine", "linear", "step", "exponential")
 
@@ -59,3 +60,30 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 def test_the_examples_in_the_documentation_are_true() -> None:
     assert doctest.testmod(schedules).failed == 0
+
+
+@pytest.mark.parametrize(("name", "second"), [("step", 0.1), ("exponential", 0.95)])
+def test_a_factor_that_nobody_gave_does_not_end_the_training(name: str, second: float) -> None:
+    options = RunOptions(rounds=50, schedule=name, schedule_every=1)
+    assert options.learning_rate_factor(2) == second
+    assert all(options.learning_rate_factor(number) > 0 for number in range(1, 51))
+
+
+def test_a_warmup_that_never_ends_is_refused() -> None:
+    with pytest.raises(ConfigError, match="warmup-rounds is 4 of 4 rounds"):
+        RunOptions(rounds=4, warmup_rounds=4)
+    assert RunOptions(rounds=4, warmup_rounds=3).learning_rate_factor(4) == 1.0
+
+
+@pytest.mark.parametrize("rate", [-0.1, math.inf, math.nan, "fast", True])
+def test_a_learning_rate_that_is_none_is_refused(rate: object) -> None:
+    with pytest.raises(ConfigError, match=r"learning-rate is .*at least 0"):
+        checked_rate({"learning-rate": rate})
+
+
+def test_a_schedule_without_a_learning_rate_is_refused() -> None:
+    for options in ({"schedule": "cosine"}, {"warmup-rounds": 2}):
+        with pytest.raises(ConfigError, match="the option learning-rate, which this trainer"):
+            checked_rate(options)
+    assert checked_rate({"schedule": "constant"}) is None
+    assert checked_rate({"learning-rate": 1, "schedule": "cosine"}) == 1.0

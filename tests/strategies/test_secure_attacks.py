@@ -188,7 +188,7 @@ def test_a_server_that_hides_two_models_is_refused_by_the_nodes() -> None:
     """It runs the honest protocol for the five, and offers them the victim's signed keys."""
     session = cohort()
     other = replace(session.terms, model=bytes(31) + b"\1")
-    _, advert = advertise(session.nodes[VICTIM], other, session.values[VICTIM], {})
+    _, advert = advertise(session.nodes[VICTIM], other, session.values[VICTIM])
 
     def mix(stage: str, node: int, message: Plain) -> Plain | None:  # noqa: ARG001
         if stage != "share":

@@ -1,5 +1,6 @@
 """SecureSum in a federation: the same model as a plain sum, on the engine that everybody starts."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from umbel.strategies.collect import PlainSum
 from umbel.strategies.errors import StackError
 from umbel.strategies.layer import Facts
 from umbel.strategies.private.clip import Clip
-from umbel.strategies.secure.identity import is_new, keep_session, take_session
-from umbel.strategies.secure.node import HANDOVER
+from umbel.strategies.secure.identity import check_fresh, keep_session, spend, take_session
+from umbel.strategies.secure.node import HANDOVER, SPENT
+from umbel.strategies.secure.policy import RefusalError
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum, modulus_bits, to_words
@@ -125,7 +127,9 @@ def test_a_node_that_fails_in_training_is_out_before_anything_depends_on_it(
 ) -> None:
     _, grid, lines = federate(tmp_path, Stack(layers(), SecureSum()), 6, 1, broken=(2,))
     assert lines[-1]["clients"] == 5
-    assert "disk is on fire" in lines[-1]["failed"][0]["reason"]
+    reason = lines[-1]["failed"][0]["reason"]
+    assert re.search(r"AppError: RuntimeError in test_secure_sum.py, line \d+; its text", reason)
+    assert "disk is on fire" not in str(lines)
     assert len(grid.heard) == 6 + 5 * 4
 
 
@@ -194,12 +198,12 @@ def test_a_server_that_asks_for_the_update_in_the_clear_gets_none(tmp_path: Path
     assert "without a secure sum" in str(reply.content.config_records[SECURE]["refused"])
 
 
-def test_a_session_that_is_offered_twice_is_a_replay(tmp_path: Path) -> None:
+def test_a_session_that_is_offered_again_once_its_round_is_over_is_refused(tmp_path: Path) -> None:
     _, grid, _ = federate(tmp_path, Stack(layers(), SecureSum()), rounds=1)
     first = grid.sent[0]
     again = Message(first.content, first.metadata.dst_node_id, "train", group_id="9")
     reply = next(iter(grid.stream([again])))
-    assert str(reply.content.config_records[SECURE]["refused"]).startswith("replay")
+    assert str(reply.content.config_records[SECURE]["refused"]).startswith("round")
 
 
 def test_a_session_goes_where_its_node_keeps_sessions_and_leaves_nothing_else() -> None:
@@ -207,29 +211,50 @@ def test_a_session_goes_where_its_node_keeps_sessions_and_leaves_nothing_else() 
     state = RecordDict({HANDOVER: ConfigRecord()})
     context = Context(run_id=1, node_id=1, node_config={}, state=state, run_config={})
     ticket = bytes(32)
-    assert is_new(ticket, context)
+    check_fresh(1, 1, ticket, context)
     keep_session({"ticket": ticket}, context)
     assert dict(state[HANDOVER]) == {"ticket": ticket}
     assert take_session(context) == {}
     del state[HANDOVER]
     assert not state
     # Without such a place the node keeps both itself.
-    assert is_new(ticket, context)
-    assert not is_new(ticket, context)
+    check_fresh(1, 1, ticket, context)
+    with pytest.raises(RefusalError, match="replay"):
+        check_fresh(1, 1, ticket, context)
     keep_session({"ticket": ticket}, context)
     assert take_session(context) == {"ticket": ticket}
     assert take_session(context) == {}
+
+
+def test_a_round_is_given_once_and_rounds_only_go_up() -> None:
+    """Two sums of one round, with and without a node, differ by exactly its update."""
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    check_fresh(1, 5, b"a" * 32, context)
+    check_fresh(1, 5, b"b" * 32, context)  # of the first nothing left the node
+    spend({"run": 1, "round": 5}, context)
+    for round_ in (5, 4, 1):
+        with pytest.raises(RefusalError, match="given its masked update of round 5"):
+            check_fresh(1, round_, b"c" * 32, context)
+    check_fresh(1, 6, b"c" * 32, context)
+    check_fresh(2, 1, b"d" * 32, context)
+    # What a node process keeps on its disk counts too, whatever the app remembers.
+    state = RecordDict({HANDOVER: ConfigRecord(), SPENT: ConfigRecord({"round": 7})})
+    fresh = Context(run_id=1, node_id=1, node_config={}, state=state, run_config={})
+    with pytest.raises(RefusalError, match="of round 7"):
+        check_fresh(1, 7, b"e" * 32, fresh)
+    check_fresh(1, 8, b"e" * 32, fresh)
 
 
 def test_another_model_or_setting_changes_the_session(tmp_path: Path) -> None:
     """The node hashes what it received, not what it is told that it received."""
     _, grid, _ = federate(tmp_path, Stack(layers(), SecureSum()), rounds=1)
     first = grid.sent[0].content
-    offer = ConfigRecord({**first.config_records[SECURE], "nonce": b"0123456789abcdef"})
+    new = {"nonce": b"0123456789abcdef", "round": 2}
+    offer = ConfigRecord({**first.config_records[SECURE], **new})
     tickets = set()
     for record in ("same", "model", "setting"):
         arrays = first.array_records["model"]
-        config = ConfigRecord({**first.config_records["umbel"]})
+        config = ConfigRecord({**first.config_records["umbel"], "round": 2})
         if record == "model":
             arrays = ArrayRecord(
                 {name: Array(array.numpy() + 1e-6) for name, array in arrays.items()}

@@ -131,13 +131,16 @@ def test_two_layers_of_one_name_are_refused() -> None:
 
 @dataclass(frozen=True)
 class Witness(Stateless):
-    """Takes what a node measured into the update; a private layer."""
+    """Takes what a node measured into the update, and claims to hide it."""
 
     name: str = "witness"
-    private: bool = True
 
     def attach(self, update: torch.Tensor, metrics: Any, config: Any) -> torch.Tensor:  # noqa: ARG002
         return torch.cat([update, torch.tensor([metrics["loss"]])])
+
+    def claim(self, facts: Facts) -> Claim:  # noqa: ARG002
+        event = GaussianDpEvent(1.0)
+        return Claim(event, "client", NeighboringRelation.ADD_OR_REMOVE_ONE, "model-user")
 
 
 def test_under_a_private_stack_metrics_leave_a_node_in_the_update_only() -> None:

@@ -43,6 +43,13 @@ dtypes = (
     | hnp.floating_dtypes(endianness="?", sizes=(16, 32, 64))
     | hnp.boolean_dtypes()
     | hnp.complex_number_dtypes(endianness="?", sizes=(64, 128))
+    | st.sampled_from(
+        [
+            np.dtype([("a", "<f4"), ("b", "<i4", (2,))]),
+            np.dtype([("a", "u1"), ("b", [("c", ">f8")])], align=True),
+            np.dtype({"names": ["a"], "formats": ["<i2"], "offsets": [2], "itemsize": 8}),
+        ]
+    )
 )
 arrays = hnp.arrays(dtypes, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
 metrics = st.dictionaries(names, numbers | st.lists(integers) | st.lists(reals), max_size=4)
@@ -246,6 +253,31 @@ def test_random_bytes_are_refused(data: bytes) -> None:
         decode(data)
     with pytest.raises(CodecError):
         decode_message(data)
+
+
+def unannounced(data: bytes) -> RecordDict:
+    """An array as Flower's older interface sends it: without dtype, without shape."""
+    return RecordDict({"r": ArrayRecord({"0": Array("", (), "numpy.ndarray", data)})})
+
+
+@given(arrays)
+def test_arrays_of_flowers_older_interface_come_back(array: np.ndarray[Any, Any]) -> None:
+    content = unannounced(Array(array).data)
+    back = decode(b"".join(encode(content)))
+    assert back == content
+    np.testing.assert_array_equal(back.array_records["r"]["0"].numpy(), array)
+
+
+@pytest.mark.parametrize("items", [0, 2, 4, 1 << 61])
+def test_an_unannounced_array_is_held_to_the_bytes_behind_its_header(items: int) -> None:
+    data = Array(np.arange(3.0)).data.replace(b"(3,), }", b"(%d,), }" % items)
+    with pytest.raises(CodecError, match=r"are there|no memory"):
+        decode(b"".join(encode(unannounced(data))))
+    with pytest.raises(CodecError, match="NumPy header"):
+        decode(b"".join(encode(unannounced(b"no array"))))
+    objects = Array(np.arange(3.0)).data.replace(b"<f8", b"|O8")
+    with pytest.raises(CodecError, match=r"do not travel|NumPy header"):
+        decode(b"".join(encode(unannounced(objects))))
 
 
 def test_a_huge_claim_allocates_nothing() -> None:

@@ -1,0 +1,277 @@
+"""What options ask for, read off the finished stack: one place, whoever built the stack.
+
+    app's stack + options -> recipe -> finished stack -> its facts and claims -> held, or refused
+
+The same function stands at every door: a run on one machine, a server, Flower's engine (all of
+which take their stack from `Federation`), and a node's own process. So an app whose collect or
+layers are its own gets what was asked for, or a sentence before the first message.
+
+    secure=true        the server sees a sum, by Umbel's own collect
+    epsilon, noise     some layer claims; with secure=true against the server as well
+    mechanism          a claim that is made that way
+    buffers=mean       the collect averages running statistics, and nothing is private or secure
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from umbel.strategies.collect import PlainSum, Sum, is_own
+from umbel.strategies.errors import ConfigError, StackError
+from umbel.strategies.layer import Claim, Facts, Round
+from umbel.strategies.options import Options, dashed
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.run_options import RunOptions
+from umbel.strategies.secure.options import SecureOptions
+from umbel.strategies.secure.quantize import Quantize
+from umbel.strategies.stack import Stack
+
+SIZE = 64
+"""Coordinates for which a stack is asked what it does, where its layers take any number."""
+MANY = float(1 << 20)
+"""Nodes of a round that is so large that no stack is too small for it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options of a run ask of its stack."""
+
+    run: RunOptions
+    privacy: PrivacyOptions
+    secure: SecureOptions
+
+    @classmethod
+    def read(cls, options: Options) -> "Asked":
+        """From complete options.
+
+        Raises:
+            ConfigError: a value that cannot be used.
+        """
+        return cls(
+            RunOptions.read(options), PrivacyOptions.read(options), SecureOptions.read(options)
+        )
+
+    @property
+    def protection(self) -> bool:
+        """Whether anything is asked that needs other layers than the app's."""
+        return self.secure.secure or self.privacy.on
+
+
+def compose(stack: Stack, options: Options, size: Callable[[], int]) -> Stack:
+    """The stack that an app and the options make together, known to hold what is asked.
+
+    Args:
+        stack: the app's own.
+        options: complete ones.
+        size: coordinates of an update, asked for where an app's own layer takes no other.
+
+    Raises:
+        ConfigError: what the options ask for is not in the stack, or they contradict each other.
+        StackError: layers that do not fit together.
+    """
+    asked = Asked.read(options)
+    try:
+        return _composed(stack, asked, SIZE)
+    except Exception:
+        if all(type(layer).__module__.startswith("umbel.") for layer in stack.layers):
+            raise
+        return _composed(stack, asked, size())  # an app's layer may be made for one model
+
+
+def _composed(stack: Stack, asked: Asked, size: int) -> Stack:
+    made = stack
+    if asked.protection or stack.private:
+        # What it builds with takes a second to import, which other runs need not wait.
+        from umbel.strategies.recipe import compose as build
+
+        made = build(stack, asked.run, asked.privacy, asked.secure, size)
+    made = _limited(_rounded_once(made), asked.run.max_examples)
+    check_asked(made, asked, size)
+    return made
+
+
+def _rounded_once(stack: Stack) -> Stack:
+    """Above a layer that quantises, clipping leaves rounding to it.
+
+    Its grid follows from the number of coordinates; the grid of clipping alone would take all of
+    an update that is much shorter than the norm, a little in each of very many coordinates.
+    """
+    quantised = [i for i, layer in enumerate(stack.layers) if isinstance(layer, Quantize)]
+    if not quantised:
+        return stack
+    layers = [
+        replace(layer, grid=False) if isinstance(layer, Clip) and i < quantised[-1] else layer
+        for i, layer in enumerate(stack.layers)
+    ]
+    return replace(stack, layers=tuple(layers))
+
+
+def _limited(stack: Stack, most: int) -> Stack:
+    """The stack with the limit `max-examples`; 0 leaves it to the collect."""
+    collect = stack.collect
+    if not most:
+        return stack
+    if not (isinstance(collect, PlainSum) and collect.weighting == "examples"):
+        raise ConfigError(
+            f"max-examples is {most}, but {stack} does not weigh nodes by their examples (a "
+            "secure sum has secure-weight-cap); leave max-examples out"
+        )
+    return replace(stack, collect=replace(collect, max_examples=most))
+
+
+def check_asked(stack: Stack, asked: Asked, size: int = SIZE) -> None:
+    """Refuse a stack that does not hold what is asked of it.
+
+    Args:
+        stack: finished, its noise perhaps undecided.
+        asked: by the options.
+        size: coordinates of an update.
+
+    Raises:
+        ConfigError: names the option and what the stack has in its place.
+        StackError: layers that do not fit together.
+    """
+    decided = stack.with_noise(1.0)
+    before = Facts(size=size, round=1, expected_replies=MANY)
+    bottom = decided.check(before, decided.init(size))
+    claims = decided.claims(bottom)
+    if asked.secure.secure:
+        _check_secret(stack, bottom, asked.secure)
+    if stack.waiting and not asked.privacy.on:
+        raise ConfigError(
+            f"a layer of {stack} waits for its noise, and nothing decides it; give a budget such "
+            "as epsilon=3, or noise-multiplier"
+        )
+    if asked.privacy.on:
+        _check_noise(stack, claims, asked)
+    _check_buffers(stack, bottom, asked.run.buffers)
+    _check_idle(stack, bottom, asked)
+
+
+def _check_secret(stack: Stack, bottom: Facts, secure: SecureOptions) -> None:
+    if bottom.server_sees != "sum" or not is_own(stack.collect):
+        raise ConfigError(
+            f"secure=true lets the server see a sum only, but in the app's stack {stack} it would "
+            "see each update; leave out secure=true, or collect with PlainSum or SecureSum"
+        )
+    if bottom.min_replies < secure.secure_min_cohort:
+        raise ConfigError(
+            f"secure-min-cohort is {secure.secure_min_cohort}, but the app's own collect makes "
+            f"sums of {bottom.min_replies}; leave it out, or raise the app's min_cohort"
+        )
+    from umbel.strategies.secure.secure_sum import SecureSum
+
+    mode = stack.collect.mode if isinstance(stack.collect, SecureSum) else ""
+    if secure.secure_mode not in ("auto", mode):
+        raise ConfigError(
+            f"secure-mode is {secure.secure_mode}, but the app's own collect is {mode}; leave it "
+            "out, or set the app's mode"
+        )
+
+
+def _check_noise(stack: Stack, claims: Sequence[Claim], asked: Asked) -> None:
+    privacy = asked.privacy
+    wanted = f"epsilon={privacy.epsilon:g}"
+    if math.isinf(privacy.epsilon):
+        wanted = f"noise-multiplier={privacy.noise_multiplier:g}"
+    if not claims:
+        raise ConfigError(f"{wanted} asks for noise, but {stack} promises nothing; leave it out")
+    if asked.secure.secure and not any(claim.against == "server" for claim in claims):
+        raise ConfigError(
+            f"secure=true {wanted} asks for noise that the server cannot take off, but {stack} "
+            "adds it at the server; leave out secure=true, or the app's own layer of noise"
+        )
+    made = {claim.mechanism for claim in claims}
+    if privacy.mechanism not in ("gaussian", *made):
+        raise ConfigError(
+            f"mechanism={privacy.mechanism} asks for other noise than the app's own stack {stack} "
+            "makes; leave it out, or leave the noise to the options"
+        )
+    given, own = privacy.noise_multiplier, stack.noise_multiplier
+    if given and own is not None and own != given:
+        raise ConfigError(
+            f"noise-multiplier is {given:g}, but the app's own stack has {own:g}; leave it out, or "
+            "give the app's layer none, so that the option decides"
+        )
+
+
+def _check_buffers(stack: Stack, bottom: Facts, buffers: str) -> None:
+    if buffers == "local":
+        return
+    if stack.private:
+        raise ConfigError(
+            f"buffers={buffers} would send running statistics without noise; use "
+            "buffers=local, or a model with group normalisation"
+        )
+    if bottom.server_sees == "sum":
+        raise ConfigError(
+            f"buffers={buffers} sends running statistics in the clear beside a secure sum; use "
+            "buffers=local, or group normalisation"
+        )
+    if not bottom.averages_buffers:
+        raise ConfigError(
+            f"buffers={buffers} asks for averages of running statistics, which "
+            f"{stack.collect.name} does not say that it makes (averages_buffers among its facts); "
+            "use buffers=local"
+        )
+
+
+def _check_idle(stack: Stack, bottom: Facts, asked: Asked) -> None:
+    """Refuse options of a protection that nobody has asked for, and that would do nothing."""
+    if not asked.privacy.on and not stack.private:
+        for name in ("mechanism", "clipping", "release_metrics"):
+            value = getattr(asked.privacy, name)
+            if value != getattr(PrivacyOptions, name):
+                raise ConfigError(
+                    f"{dashed(name)} is {value}, but nothing asks for noise, so nothing would be "
+                    f"private; give a budget such as epsilon=3, or leave {dashed(name)} out"
+                )
+    if not asked.secure.secure and bottom.server_sees != "sum":
+        for name in ("secure_mode", "secure_min_cohort", "secure_colluders"):
+            value = getattr(asked.secure, name)
+            if value != getattr(SecureOptions, name):
+                raise ConfigError(
+                    f"{dashed(name)} is {value}, but the run has no secure sum; give secure=true, "
+                    f"or leave {dashed(name)} out"
+                )
+
+
+def check_rounds(stack: Stack, facts: Facts, rounds: int = 2) -> None:
+    """Refuse a stack that would not last: the facts of its first rounds, as its layers make them.
+
+    A layer may ask of a round what only the one before can show, such as a bound that does not
+    move. So the server's half is played on a few coordinates, with a sum of ones and no node.
+
+    Args:
+        stack: with all noise decided.
+        facts: of an update before the stack, in the real run.
+        rounds: to play.
+
+    Raises:
+        StackError: what a layer says, and in which round it would have said it.
+    """
+    stack.check(facts.but(round=1), stack.init(facts.size))
+    try:
+        _play(stack, facts.but(size=SIZE), rounds)
+    except StackError:
+        raise
+    except Exception:
+        _play(stack, facts, rounds)  # a layer may be made for one number of coordinates
+
+
+def _play(stack: Stack, facts: Facts, rounds: int) -> None:
+    states = stack.init(facts.size)
+    for number in range(1, rounds + 1):
+        before = facts.but(round=number)
+        try:
+            bottom = stack.check(before, states)
+        except StackError as error:
+            raise StackError(f"{error} (in round {number})") from error
+        cohort = max(1.0, facts.expected_replies)
+        sum_ = Sum(torch.ones(bottom.size, dtype=torch.float64), cohort, round(cohort), cohort)
+        generator = torch.Generator().manual_seed(number)
+        rnd = Round(number, cohort, round(cohort), cohort, bottom, generator)
+        _, states, _ = stack.decode(sum_, states, rnd, before)

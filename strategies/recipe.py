@@ -1,0 +1,295 @@
+"""From options to a stack: one order for the layers of an app, of privacy and of secure sums.
+
+    the app's own layers
+    Clip, AdaptiveClip            where nothing bounds the update yet
+    PrivateMetrics, Weigh         what travels inside the update
+    Rotate -> Quantize            what a secure sum needs
+    noise                         at the bottom: it covers everything that is made above it
+    PlainSum, SecureSum           (or the app's own collect)
+
+epsilon=3                                   Clip -> Gaussian             Poisson cohorts
+epsilon=3 clipping=adaptive                 AdaptiveClip -> Gaussian
+epsilon=3 mechanism=local                   Clip -> LocalGaussian        noise on every node
+epsilon=3 mechanism=tree separation=20      Clip -> TreeGaussian         no sampling needed
+epsilon=3 mechanism=banded separation=20    Clip -> BandedGaussian       no sampling needed
+secure=true                                 Clip -> Weigh -> Rotate -> Quantize -> SecureSum
+secure=true epsilon=3                       Clip -> Rotate -> Quantize -> DistributedSkellam
+                                            -> SecureSum
+
+Both sides build the stack from the same options; how much central noise meets the budget is
+decided by the coordinator alone, which knows the population (`umbel.server.private.plan`).
+Whether the finished stack holds what the options ask for is not this module's word: it is read
+off the stack (`umbel.strategies.composition`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from umbel.strategies.collect import Collect, PlainSum
+from umbel.strategies.errors import ConfigError, StackError
+from umbel.strategies.layer import Facts, Layer
+from umbel.strategies.private.adaptive_clip import AdaptiveClip
+from umbel.strategies.private.banded_gaussian import BandedGaussian
+from umbel.strategies.private.clip import Clip
+from umbel.strategies.private.gaussian import Gaussian
+from umbel.strategies.private.local_gaussian import LocalGaussian
+from umbel.strategies.private.options import PrivacyOptions, limits_of
+from umbel.strategies.private.private_metrics import PrivateMetrics
+from umbel.strategies.private.tree_gaussian import TreeGaussian
+from umbel.strategies.run_options import RunOptions
+from umbel.strategies.secure.distributed_noise import DistributedNoise
+from umbel.strategies.secure.distributed_skellam import (
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
+)
+from umbel.strategies.secure.options import SecureOptions
+from umbel.strategies.secure.quantize import Quantize
+from umbel.strategies.secure.rotate import Rotate
+from umbel.strategies.secure.secure_sum import SecureSum
+from umbel.strategies.secure.weigh import Weigh
+from umbel.strategies.stack import Stack
+
+Layers = list[Layer[Any]]
+
+FINE_LEVELS = 1 << 20
+"""Steps of a coordinate of typical size in a secure sum without noise."""
+NOISED_LEVELS = 64
+"""With noise, which a finer grid would not make less of, and bits on the wire would."""
+
+
+def compose(
+    stack: Stack, run: RunOptions, privacy: PrivacyOptions, secure: SecureOptions, size: int = 64
+) -> Stack:
+    """The app's stack with the layers that the options ask for.
+
+    Layers of the app stay where they are. A stack that is private already gets no more noise.
+
+    Args:
+        stack: the app's own.
+        run: how many rounds are planned, and the server's momentum: local noise is divided
+            among rounds, banded noise is best for them.
+        privacy: what is asked of noise.
+        secure: what is asked of a secure sum.
+        size: coordinates of an update for which the app's layers are asked what they do.
+
+    Raises:
+        ConfigError: options that do not go together, or not with the app's layers.
+        StackError: layers that do not fit together.
+    """
+    if stack.private:
+        return _private_already(stack, privacy, secure, size)
+    if privacy.on:
+        return _with_privacy(stack, run, privacy, secure, size)
+    if secure.secure:
+        return _summed_in_secret(stack, secure, size)
+    return stack
+
+
+def _private_already(
+    stack: Stack, privacy: PrivacyOptions, secure: SecureOptions, size: int
+) -> Stack:
+    """The app's own noise, decided where the options decide it."""
+    if secure.secure and not isinstance(stack.collect, SecureSum):
+        raise ConfigError(
+            "the app's stack adds its own noise; leave out secure=true, or let the options make "
+            "the private layers"
+        )
+    _own_bound(stack.layers, privacy, size)
+    inside = [layer for layer in stack.layers if isinstance(layer, PrivateMetrics)]
+    missing = limits_of(privacy.release_metrics).keys() - {k for m in inside for k in m.limits}
+    if missing:
+        raise ConfigError(
+            f"release-metrics asks for {min(missing)}, but the app's own private stack does not "
+            "release it; put PrivateMetrics into it, before its noise"
+        )
+    if stack.waiting and privacy.noise_multiplier:
+        return stack.with_noise(privacy.noise_multiplier)
+    return stack
+
+
+def _with_privacy(
+    stack: Stack, run: RunOptions, privacy: PrivacyOptions, secure: SecureOptions, size: int
+) -> Stack:
+    secret = secure.secure
+    _go_together(stack, privacy, secret)
+    above, below = _parts(stack.layers)
+    _own_bound(above, privacy, size)
+    above = _with_bound(above, _clip(privacy, above), size)
+    limits = limits_of(privacy.release_metrics)
+    if limits and not _has(above, PrivateMetrics):
+        above.append(PrivateMetrics(limits))
+    if secret:
+        below = _for_secure_sums(below, secure.secure_levels or NOISED_LEVELS, "stochastic")
+        noise: Layer[Any] = _shares(privacy, secure)
+    else:
+        noise = _noise(privacy, run)
+    return Stack((*above, *below, noise), _counting_once(stack.collect, secure))
+
+
+def _summed_in_secret(stack: Stack, secure: SecureOptions, size: int) -> Stack:
+    if isinstance(stack.collect, SecureSum):
+        return stack  # the app's own layers; what they hold is read off the finished stack
+    collect = _secret(stack.collect, secure, "equal")
+    above, below = _parts(stack.layers)
+    above = _with_bound(above, Clip(secure.secure_norm, name=_named("clip", above)), size)
+    limits = limits_of(secure.secure_metrics)
+    by_examples = secure.secure_weighting == "examples"
+    if (by_examples or limits) and not _has(above, Weigh):
+        above.append(Weigh(secure.secure_weight_cap if by_examples else 0.0, limits))
+    below = _for_secure_sums(below, secure.secure_levels or FINE_LEVELS, "nearest")
+    return Stack((*above, *below), collect)
+
+
+# ---- the parts
+
+
+def _parts(layers: Sequence[Layer[Any]]) -> tuple[Layers, Layers]:
+    """The layers above the first that rotates or quantises, and the rest."""
+    place = next(
+        (i for i, layer in enumerate(layers) if isinstance(layer, Rotate | Quantize)), len(layers)
+    )
+    return list(layers[:place]), list(layers[place:])
+
+
+def _has(layers: Sequence[Layer[Any]], kind: type[Any]) -> bool:
+    return any(isinstance(layer, kind) for layer in layers)
+
+
+def _through(layers: Sequence[Layer[Any]], size: int) -> Facts:
+    stack = Stack(tuple(layers))
+    before = Facts(size=size, round=1, expected_replies=1024.0)
+    return stack.places(before, stack.init(size))[-1]
+
+
+def _with_bound(layers: Layers, clip: Layer[Any], size: int) -> Layers:
+    """The layers, with `clip` where the first of them needs a bound, or else at their end."""
+    for place in range(len(layers)):
+        try:
+            _through(layers[: place + 1], size)
+        except StackError:
+            if _through(layers[:place], size).l2_bound is not None:
+                raise
+            return [*layers[:place], clip, *layers[place:]]
+    return layers if _through(layers, size).l2_bound is not None else [*layers, clip]
+
+
+def _own_bound(layers: Sequence[Layer[Any]], privacy: PrivacyOptions, size: int) -> None:
+    """Refuse options of clipping that the app's own layers would not follow."""
+    try:
+        bounded = _through(layers, size).l2_bound is not None
+    except StackError:
+        return  # it is said where the finished stack is checked
+    if not bounded:
+        return
+    adaptive = _has(layers, AdaptiveClip)
+    if privacy.clipping == "adaptive" and not adaptive:
+        raise ConfigError(
+            "clipping=adaptive asks for another clipping than the app's stack has; leave it out, "
+            "or put AdaptiveClip into the stack"
+        )
+    norms = [layer.norm for layer in layers if isinstance(layer, Clip)]
+    norms += [layer.initial for layer in layers if isinstance(layer, AdaptiveClip)]
+    given = privacy.clipping_norm != PrivacyOptions.clipping_norm
+    if given and norms and privacy.clipping_norm not in norms:
+        raise ConfigError(
+            f"clipping-norm is {privacy.clipping_norm:g}, but the app's own stack clips to "
+            f"{norms[-1]:g}; leave the option out, or read it in the app's stack"
+        )
+
+
+def _named(name: str, layers: Sequence[Layer[Any]]) -> str:
+    """The usual name for one more layer, or another where that is taken."""
+    taken = {layer.name for layer in layers}
+    return f"{name}-below" if name in taken else name
+
+
+def _clip(privacy: PrivacyOptions, layers: Sequence[Layer[Any]]) -> Layer[Any]:
+    if privacy.clipping == "adaptive":
+        return AdaptiveClip(
+            privacy.clipping_norm,
+            privacy.clipping_quantile,
+            name=_named("adaptive-clip", layers),
+        )
+    return Clip(privacy.clipping_norm, name=_named("clip", layers))
+
+
+def _noise(privacy: PrivacyOptions, run: RunOptions) -> Layer[Any]:
+    given = privacy.noise_multiplier or None
+    match privacy.mechanism:
+        case "local":
+            return LocalGaussian(privacy.epsilon, privacy.delta, run.rounds, privacy.seed)
+        case "tree":
+            return TreeGaussian(privacy.separation, given, privacy.seed)
+        case "banded":
+            bands = privacy.bands or min(16, privacy.separation)
+            momentum = run.server_momentum if run.optimizer == "fedavgm" else 0.0
+            return BandedGaussian(
+                bands,
+                privacy.separation,
+                given,
+                privacy.seed,
+                rounds=run.rounds,
+                momentum=momentum,
+            )
+    return Gaussian(given, privacy.seed)
+
+
+def _shares(privacy: PrivacyOptions, secure: SecureOptions) -> DistributedNoise:
+    make = DistributedSkellam
+    if secure.secure_noise == "discrete-gaussian":
+        make = DistributedDiscreteGaussian
+    return make(
+        privacy.noise_multiplier or None,
+        secure.secure_min_cohort,
+        secure.secure_colluders,
+        privacy.seed,
+    )
+
+
+def _for_secure_sums(below: Layers, levels: int, rounding: str) -> Layers:
+    if _has(below, Quantize):
+        return below
+    return [*(below or [Rotate()]), Quantize(levels, cast(Any, rounding))]
+
+
+def _counting_once(collect: Collect, secure: SecureOptions) -> Collect:
+    """The collect under noise: every update counts once, over a public denominator."""
+    if secure.secure:
+        return _secret(collect, secure, "fixed")
+    if type(collect) is PlainSum or type(collect) is SecureSum:
+        return replace(collect, weighting="fixed")
+    return collect
+
+
+def _secret(collect: Collect, secure: SecureOptions, weighting: str) -> SecureSum:
+    if isinstance(collect, SecureSum):
+        return replace(collect, weighting=cast(Any, weighting))
+    if type(collect) is not PlainSum:
+        raise ConfigError(
+            f"secure=true lets the server see a sum only, but the app collects with "
+            f"{collect.name}, which is none; leave out secure=true, or collect with PlainSum"
+        )
+    return SecureSum(
+        mode=cast(Any, secure.secure_mode),  # its three values are checked by the options
+        min_cohort=secure.secure_min_cohort or 3,
+        weighting=cast(Any, weighting),
+    )
+
+
+def _go_together(stack: Stack, privacy: PrivacyOptions, secret: bool) -> None:
+    if privacy.mechanism == "local" and isinstance(stack.collect, SecureSum) and not secret:
+        raise ConfigError(
+            "mechanism=local makes updates of any length, which the app's SecureSum cannot sum; "
+            "leave out one of them"
+        )
+    refused = {
+        f"mechanism={privacy.mechanism}": privacy.mechanism != "gaussian",
+        "clipping=adaptive": privacy.clipping == "adaptive" or _has(stack.layers, AdaptiveClip),
+    }
+    for what, is_so in refused.items():
+        if secret and is_so:
+            raise ConfigError(
+                f"secure=true makes its noise on the nodes, which {what} does not fit; leave out "
+                "one of them"
+            )

@@ -1,0 +1,84 @@
+"""The policy file of a node: what it may say, what is in force, and what it says by itself."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from umbel.strategies.errors import ConfigError
+from umbel.strategies.node_policy import KEYS, NodePolicy, default_file, policy_of, policy_path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "answer = 'train'",
+        'answer = ["training"]',
+        'apps = ["abc"]',
+        "apps = 3",
+        "unprotected = 1",
+        "max-norm = 0",
+        "max-norm = inf",
+        "min-noise = -1.0",
+        "min-noise = nan",
+        "participations = 0",
+        "participations = true",
+        "epsilon = 'eight'",
+        "record-epsilon = 0.0",
+        'metrics = "some"',
+        "counts = true",
+        'errors = "all"',
+        'other-options = "none"',
+        "options = 3",
+        "[options]\nrounds = {least = 3}",
+        "[options]\nrounds = {}",
+        "[options]\nrounds = {min = 'a'}",
+        "[options]\nrounds = {min = nan}",
+        "[options]\nrounds = []",
+        "[options]\nrounds = [[1]]",
+        "min-nose = 1.0",
+        "[min-noise]\nvalue = 1.0",
+        "unprotected = true\nepsilon = 8.0",
+    ],
+)
+def test_what_cannot_be_meant_stops_the_node(tmp_path: Path, text: str) -> None:
+    """A typing error must never mean a weaker policy."""
+    file = tmp_path / "policy.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"policy\.toml says"):
+        NodePolicy.load(file)
+
+
+def test_the_file_that_a_node_writes_itself_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(default_file())
+    assert NodePolicy.load(file) == NodePolicy()
+    for key in KEYS:
+        assert f"\n#{key.name} = " in default_file() or key.name == "options"
+        if key.example and key.name not in ("apps", "roster", "authority"):
+            assert key.fits(tomllib.loads(f"v = {key.example}")["v"]), key.name
+
+
+def test_every_line_of_that_file_can_be_used(tmp_path: Path) -> None:
+    lines = default_file().splitlines()
+    used = [line[1:] for line in lines if line.startswith("#") and not line.startswith("# ")]
+    skipped = ("apps", "roster", "authority", "unprotected")  # of this owner's own; or it conflicts
+    file = tmp_path / "policy.toml"
+    file.write_text("\n".join(line for line in used if not line.startswith(skipped)))
+    policy = NodePolicy.load(file)
+    assert {*policy.given, *skipped} == {key.name for key in KEYS}
+    assert not policy.unprotected
+    assert policy.in_force().keys() == {key.name for key in KEYS}
+    assert policy.in_force()["options"] == {
+        "local-epochs": {"min": 1, "max": 5},
+        "optimizer": ["fedavg"],
+    }
+
+
+def test_one_file_is_named_once() -> None:
+    assert policy_path({}) == ""
+    assert policy_path({"policy": "a"}) == policy_path({"secure-policy": "a"}) == "a"
+    assert policy_path({"policy": "a", "secure-policy": "a"}) == "a"
+    with pytest.raises(ConfigError, match="a and b; name one file"):
+        policy_path({"policy": "a", "secure-policy": "b"})
+    assert policy_of({}) == NodePolicy()
