@@ -7,6 +7,7 @@ replies does the work or sleeps until a worker speaks. For messages that were pu
 nobody waits for, a thread beside the app does so (the attendant).
 """
 
+import contextlib
 import itertools
 import logging
 import math
@@ -248,10 +249,12 @@ class EmbeddedGrid(OwnGrid):
         """The replies, in the order of the messages they answer."""
         messages = list(messages)
         ids = self._push(messages)
-        replies = {
-            reply.metadata.reply_to_message_id: reply
-            for reply in self._beside_workers(self._replies(_known(ids), timeout))
-        }
+        # The app does nothing between the replies, so its generators are kept once for all.
+        with streams.kept() if self._executor is not None else contextlib.nullcontext():
+            replies = {
+                reply.metadata.reply_to_message_id: reply
+                for reply in self._beside_workers(self._replies(_known(ids), timeout))
+            }
         answers = [
             self._nobody(message) if message_id is None else replies.get(message_id)
             for message, message_id in zip(messages, ids, strict=True)
