@@ -50,10 +50,11 @@ def admit(
     elif kind == "evaluate" and not known.quiet:  # beside others nothing is told anyway
         policy.check_level("metrics", "clear")
         policy.check_level("counts", "clear")
-    elif kind in ("private-mean", "query") and not policy.unprotected:
+    elif kind in ("private-mean", "statistics", "query") and not policy.unprotected:
         raise PolicyError(
             "unprotected",
-            f"no bare update leaves, and a reply to a {kind} is no better; ask for less",
+            f"no bare update leaves, and what a node answers to a message of the kind {kind} is no "
+            "better; ask for less",
         )
     if message.metadata.message_type == f"query.{STATISTICS}":
         policy.check_level("counts", "clear")  # they weigh the statistics

@@ -22,6 +22,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from umbel.clients.ledger_names import COORDINATOR, DATA, IDENTITY_FILE, LEDGER, STATE
 from umbel.strategies.contents import find_record
+from umbel.strategies.errors import StackError
+from umbel.strategies.layer import Facts, Stateless
 from umbel.strategies.layout import CONFIG
 from umbel.strategies.node_policy import policy_of
 from umbel.strategies.private.options import PrivacyOptions
@@ -233,14 +235,23 @@ class Charging:
 
 
 def charging_layers(stack: Stack) -> tuple[Any, ...]:
-    """The layers of a stack whose noise hides the node."""
-    return tuple(layer for layer in stack.layers if isinstance(layer, ChargesNode))
+    """The layers of a stack whose noise hides the node: Umbel's, and an app's own that claim it."""
+    return tuple(
+        layer
+        for layer in stack.layers
+        if isinstance(layer, ChargesNode)
+        or (not _is_ours(layer) and getattr(type(layer), "claim", None) is not Stateless.claim)
+    )
 
 
 def releases_of(
-    layers: Sequence[Any], config: Mapping[str, Any], size: int, options: Mapping[str, Any]
+    stack: Stack,
+    layers: Sequence[Any],
+    config: Mapping[str, Any],
+    size: int,
+    options: Mapping[str, Any],
 ) -> list[Release]:
-    """What such layers charge the node for an encoded vector of `size` coordinates."""
+    """What `layers` of a stack charge the node for an encoded vector of `size` coordinates."""
     if not layers:
         return []
     privacy = PrivacyOptions.read(options)
@@ -248,10 +259,47 @@ def releases_of(
     promise = Promise(budget, privacy.delta, int(options["rounds"]))
     found = []
     for layer in layers:
-        prefix = f"{layer.name}."
+        if not isinstance(layer, ChargesNode):
+            found += _claimed(stack, layer, size, promise)
+            continue
+        prefix = f"{layer.name}."  # type: ignore[attr-defined]  # layers have names
         own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
         found.append(layer.released(own, size, promise))
     return found
+
+
+def _is_ours(layer: object) -> bool:
+    return type(layer).__module__.startswith("umbel.strategies.")
+
+
+def _claimed(stack: Stack, layer: Any, size: int, promise: Promise) -> list[Release]:
+    """What an app's own layer claims against the server costs what it claims."""
+    from dp_accounting import NonPrivateDpEvent
+
+    from umbel.privacy.budget.events import Charge
+
+    try:
+        facts = stack.check(Facts(size=size, round=1), stack.init(size))
+        claim = layer.claim(facts)
+    except StackError:  # its noise is the coordinator's to decide, and to add
+        return []
+    if claim is None or claim.against != "server":
+        return []
+    multiplier = getattr(claim.event, "noise_multiplier", 0.0)
+    open_ = isinstance(claim.event, NonPrivateDpEvent)
+    return [
+        Release(
+            unit="record" if claim.unit == "example" else "node",
+            mechanism=layer.name,
+            charge=Charge(claim.event, claim.relation, claim.slack),
+            count=1,
+            planned=promise.rounds,
+            promised=math.inf if open_ else promise.epsilon,
+            delta=promise.delta,
+            noise_multiplier=float(multiplier),
+            norm=facts.l2_bound or 0.0,
+        )
+    ]
 
 
 def leaves(context: Context) -> None:

@@ -122,6 +122,13 @@ def _tensor(name: str, value: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
+def _viewed(name: str, value: Any) -> Tensor:
+    """What a function returned, without a copy where that is an array that torch can hold."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" and value.flags.carray:
+        return torch.from_numpy(value)
+    return _tensor(name, value)
+
+
 def _split(tensors: dict[str, Tensor]) -> Weights:
     real = {
         n: value
@@ -150,7 +157,7 @@ def _like(before: Mapping[str, Tensor], arrays: Any) -> dict[str, Tensor]:
         )
     after = {}
     for name, old in before.items():
-        new = _tensor(name, arrays[name])
+        new = _viewed(name, arrays[name])
         if new.shape != old.shape:
             raise ConfigError(
                 f"the function `train` returned {name} with shape {tuple(new.shape)}, but the "

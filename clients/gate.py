@@ -37,7 +37,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("umbel.node")
 
-_QUERIES = {"umbel_hello": "hello", "umbel_ask": "private-mean", "umbel_pool": "pool"}
+_QUERIES = {
+    "umbel_hello": "hello",
+    "umbel_ask": "private-mean",
+    "umbel_pool": "pool",
+    "umbel_statistics": "statistics",
+}
 
 _HERE = Path(__file__).resolve().parent
 _PROTOCOL = (

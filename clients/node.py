@@ -86,6 +86,7 @@ from umbel.strategies.records import (
     from_array,
     from_kept,
     kept_array,
+    record_of,
     same_bits,
     to_array,
 )
@@ -243,7 +244,7 @@ class NodeHalf:
             self._plans[key] = Plan(
                 options,
                 self.stack(options),
-                self.trainer.initial(options, int(options["seed"])),
+                _without_values(self.trainer.initial(options, int(options["seed"]))),
                 promising(self.trainer, options),
                 self.app_digest,
             )
@@ -281,7 +282,7 @@ class Plan:
     Attributes:
         options: complete ones.
         stack: as they build it.
-        first: the first model.
+        first: the first model, its parameters without values.
         promise: the trainer, where it promises privacy for single records.
         app_digest: of the app's files.
     """
@@ -407,20 +408,24 @@ class Plan:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
         config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
         measured = {**trained.metrics, EXAMPLES: trained.examples}
+        buffers, examples = trained.weights.buffers, trained.examples
+        del trained  # a model; from here on only its difference is needed
         encoded, said = self.stack.encode(update, config, task.context.state, measured)
-        record = ArrayRecord({UPDATE: to_array(encoded)})
+        del update
+        record, size = record_of({UPDATE: to_array(encoded)}), encoded.numel()
+        del encoded
         if self.travelling.size:
-            sent = averaged_buffers(trained.weights.buffers, str(self.options["buffers"]))
+            sent = averaged_buffers(buffers, str(self.options["buffers"]))
             record[BUFFERS] = to_array(self.travelling.flatten(sent))
         public = public_of(task.message)
-        own = {k: v for k, v in trained.weights.buffers.items() if k not in public}
-        self._keep(task.context, own, trained.examples)
+        own = {k: v for k, v in buffers.items() if k not in public}
+        self._keep(task.context, own, examples)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
         if self._seals is not None:
             mine = self._sealing(task.message)
             content = self._seals.seal(content, task.message, task.context, mine)
-        releases = releases_of(self.charging, config, encoded.numel(), self.options)
+        releases = releases_of(self.stack, self.charging, config, size, self.options)
         content = task.account.finish(content, releases, sealed=self._seals is not None)
         return Message(content, reply_to=task.message)
 
@@ -432,7 +437,7 @@ class Plan:
             if not same_bits(tensor, self.first.buffers[name])
         }
         if changed:
-            context.state[LOCAL] = ArrayRecord({k: kept_array(v) for k, v in changed.items()})
+            context.state[LOCAL] = record_of({k: kept_array(v) for k, v in changed.items()})
             context.state[TRAINED] = MetricRecord({EXAMPLES: examples})
 
     def kept(self, context: Context) -> Tree:
@@ -448,7 +453,10 @@ class FederationClientApp(ClientApp):
 
     Attributes:
         half: answers messages.
+        takes_mapped: arrays that it gets need not hold bytes; mapped memory will do.
     """
+
+    takes_mapped = True
 
     def __init__(self, half: NodeHalf) -> None:
         super().__init__()
@@ -496,6 +504,12 @@ class FederationClientApp(ClientApp):
     ) -> list[Message] | None:
         """See `NodeHalf.train_many`."""
         return self.half.train_many(messages, contexts)
+
+
+def _without_values(first: Weights) -> Weights:
+    """The first model's layout: its parameters come with every message, its buffers may not."""
+    layout = {name: tensor.to("meta") for name, tensor in first.parameters.items()}
+    return Weights(layout, first.buffers)
 
 
 def _options_key(context: Context) -> OptionsKey:

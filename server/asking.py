@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from umbel.strategies.errors import RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL
 from umbel.strategies.private.pooled import ASK, MEMBERS, POOL, PUBLIC, QUESTION, gather_pools
-from umbel.strategies.records import to_array
+from umbel.strategies.records import record_of, to_array
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def pool_requests(
         part = cohort[i * len(cohort) // processes : (i + 1) * len(cohort) // processes]
         if part:
             members = torch.tensor([node.partition for node in part])
-            record = ArrayRecord({**model, MEMBERS: to_array(members)})
+            record = record_of({**model, MEMBERS: to_array(members)})
             content = RecordDict({MODEL: record, CONFIG: config})
             group = str(config.get("round", 0))
             first, kind = part[0].node_id, f"query.{POOL}"
@@ -140,5 +140,5 @@ class Asker:
         model = public_arrays(public)
         if self.processes:
             return pool_requests(model, config, self.nodes, self.processes)
-        content = RecordDict({MODEL: ArrayRecord(model), CONFIG: config})
+        content = RecordDict({MODEL: record_of(model), CONFIG: config})
         return [Message(content, node.node_id, f"query.{ASK}") for node in self.nodes]

@@ -2,11 +2,13 @@
 
 from abc import abstractmethod
 
-from flwr.app import Message, RecordDict
+from flwr.app import Array, Message, RecordDict
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.records import to_array
 from umbel.transport.flower import NodeInfo, Run, empty_run, expired, is_over, take_identity
 
 
@@ -15,10 +17,12 @@ class OwnGrid(Grid):
 
     Args:
         run_id: of the run, for messages and contexts.
+        enough: the share of a round's training replies that is waited for.
     """
 
-    def __init__(self, run_id: int) -> None:
+    def __init__(self, run_id: int, enough: float = 1.0) -> None:
         self._run = empty_run(run_id)
+        self.enough = enough
 
     @abstractmethod
     def roster(self) -> list[NodeRef]:
@@ -27,6 +31,10 @@ class OwnGrid(Grid):
     def gone(self) -> set[int]:
         """Ids of nodes that were shut out for good and are asked no more."""
         return set()
+
+    def array(self, vector: Tensor) -> Array:
+        """A vector as it is sent to many nodes."""
+        return to_array(vector)
 
     def set_run(self, run: Run) -> None:
         self._run = run

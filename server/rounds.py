@@ -9,10 +9,11 @@ One loop for every engine: all it needs is a Flower `Grid`.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.own_grid import OwnGrid
 from umbel.server.private.statements import Statements
 from umbel.server.roster import NodeRef, newcomers
+from umbel.server.shortfall import Shortfall
 from umbel.server.statistics import ask_statistics
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
@@ -39,7 +41,7 @@ from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.records import Manifest, Tree, to_array
+from umbel.strategies.records import Manifest, Tree, from_array, record_of, to_array
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -84,6 +86,9 @@ class Rounds:
         self.facts = self._population(nodes)
         check_rounds(self.job.stack, self.facts)
         self.processes = processes_of(grid) if job.pooled else 0
+        self._first: Tree = job.parameters
+        self.job = replace(job, parameters={})  # the position holds the model from the start on
+        self._packed: tuple[Tensor, Array] | None = None
         self._saved_at = self._saving_took = 0.0
         self._next_time: set[int] = set()
         self.statistics = Manifest.of({name: job.buffers[name] for name in job.statistics})
@@ -157,6 +162,13 @@ class Rounds:
         wanted = self.job.options.federated_every >= 0 and not self.job.quiet
         if stopped != "rounds" and wanted and position.round:
             self._federated(position)  # the last round would have done it
+        missed = Shortfall.of(self.run.rounds())
+        if stopped == "rounds" and missed.nothing:
+            raise RunError(
+                f"none of the {missed.rounds} rounds changed the model: "
+                f"{missed.reason or 'no node could train'}; the nodes' errors are in "
+                f"{self.run.log_path}"
+            )
         return self._end(position, stopped)
 
     def _ask(self, position: Position) -> tuple[Position, bool]:
@@ -190,18 +202,23 @@ class Rounds:
                 checkpoint.begin(self.run.checkpoint_path, number)
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
+            bytes_down = self._bytes(requests)
         facts = self.job.stack.check(self.facts.but(round=number), position.layers)
+        gathering = trips(self.job.stack, requests, self._gathering(number, facts))
+        del requests  # with them goes the model that was sent, once all have answered
         with phases("train"):
-            sum_ = drive(
-                trips(self.job.stack, requests, self._gathering(number, facts)),
-                lambda messages: self._replies(messages, phases),
-            )
+            sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
+        del gathering
         if not self.job.guard.seeded:
             position = self._count_failures(position, number, sum_)
         if sum_.revealed:
             self.job.guard.charge(number, facts, sum_.replies)
+        before = position.parameters
         with phases("aggregate"):
-            position, train_metrics = self._apply(position, number, facts, sum_)
+            position, train_metrics = self._apply(position, number, facts, sum_, len(cohort))
+        used = position.parameters is not before
+        del before  # a model
+        sum_ = replace(sum_, total=torch.empty(0), buffers=None)  # it is in the model now
         with phases("evaluate"):
             position = self._with_statistics(position, cohort)
             position, metrics = self._evaluate(position)
@@ -211,9 +228,10 @@ class Rounds:
             "round": number,
             "seconds": phases.total(),
             "phases": phases.seconds,
-            "bytes_down": self._bytes(requests),
+            "bytes_down": bytes_down,
             "bytes_up": sum_.bytes_up,
             "clients": sum_.replies,
+            "used": used,
             "failed": self.failures.of([*sum_.rejected, *(federated.failed if federated else ())]),
             "metrics": metrics,
             "train": train_metrics,
@@ -261,16 +279,34 @@ class Rounds:
         vector = position.parameters
         if kind == "evaluate" and position.average is not None:
             vector = position.average  # what the run would end with
-        model = {PARAMETERS: to_array(vector)} | public_arrays(position.public)
+        model = {PARAMETERS: self._pack(vector)} | public_arrays(position.public)
         if self.travelling.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
             return pool_requests(model, config, cohort, self.processes)
-        content = RecordDict({MODEL: ArrayRecord(model), CONFIG: config})
+        content = RecordDict({MODEL: record_of(model), CONFIG: config})
         group = str(number)
         return [
             Message(content, node.node_id, kind, ttl=ROUND_TTL, group_id=group) for node in cohort
         ]
+
+    def _share(self, vector: Tensor) -> Tensor:
+        """The vector over the bytes that are sent of it, so that they do not take room twice."""
+        array = self._array(vector)
+        shared = from_array(array)
+        if shared.dtype != vector.dtype:  # it travels as another type
+            return vector
+        self._packed = (shared, array)
+        return shared
+
+    def _pack(self, vector: Tensor) -> Array:
+        if self._packed is not None and self._packed[0] is vector:
+            return self._packed[1]
+        return self._array(vector)
+
+    def _array(self, vector: Tensor) -> Array:
+        """The vector as it is sent; an engine of Umbel's may lay it where its nodes can map it."""
+        return self.grid.array(vector) if isinstance(self.grid, OwnGrid) else to_array(vector)
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate
@@ -291,19 +327,22 @@ class Rounds:
     def _replies(self, messages: Sequence[Message], phases: "Phases") -> Iterator[Message]:
         """The grid's replies; the time that the collect spends between them is aggregation."""
         timeout = self.job.options.round_timeout or None
-        for done, reply in enumerate(stream(self.grid, messages, timeout), start=1):
+        done = 0
+        for reply in stream(self.grid, messages, timeout):  # `enumerate` would hold each reply
+            done += 1  # noqa: SIM113
             self.progress.message_done(done, len(messages))
             self.statements.hear(reply)
             with phases("aggregate", within="train"):
                 yield reply
+            del reply  # while the next is awaited, this one must not take room
 
     def _apply(
-        self, position: Position, number: int, facts: Facts, sum_: Sum
+        self, position: Position, number: int, facts: Facts, sum_: Sum, asked: int
     ) -> tuple[Position, dict[str, float]]:
         """The next model: decode the sum, step the optimiser, mix in the buffers."""
-        too_few = sum_.replies < self.job.options.min_replies and self.job.guard.seeded
-        if too_few or sum_.aborted:
-            return self._abandon(position, number, sum_), {}
+        need = self.job.options.min_replies or self._half_of(asked)
+        if (sum_.replies < need and self.job.guard.seeded) or sum_.aborted:
+            return self._abandon(position, number, sum_, need), {}
         rnd = Round(
             number=number,
             cohort=self.expected,
@@ -320,13 +359,14 @@ class Rounds:
         if average is None:
             return after, metrics
         parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
+        del average
         # A sum that is finite has no term that is not; it costs a tenth of looking at each.
         if not (math.isfinite(parameters.sum()) or bool(torch.isfinite(parameters).all())):
             raise RunError(
                 f"the model stopped being finite in round {number}; lower learning-rate or "
                 "server-learning-rate"
             )
-        after = after.but(parameters=parameters, slots=slots)
+        after = after.but(parameters=self._share(parameters), slots=slots)
         if sum_.buffers is not None:
             after = after.but(buffers=sum_.buffers.to(position.buffers.dtype))
         return self._averaged(after), metrics
@@ -353,14 +393,18 @@ class Rounds:
             )
         return after
 
-    def _abandon(self, position: Position, number: int, sum_: Sum) -> Position:
+    def _half_of(self, asked: int) -> int:
+        """The fewest replies that stand for a round: half of those that are waited for."""
+        share = self.grid.enough if isinstance(self.grid, OwnGrid) else 1.0
+        return max(1, math.ceil(share * asked / 2))
+
+    def _abandon(self, position: Position, number: int, sum_: Sum, need: int) -> Position:
         """A round without enough replies leaves the model as it was."""
         if not sum_.replies and not sum_.rejected and not sum_.aborted:
             self.progress.note(f"round {number}: the draw chose no node; the model stays as it was")
             return position.but(round=number)
         first = self.failures.first(sum_.rejected)
         after = position.but(round=number, abandoned=position.abandoned + 1)
-        need = self.job.options.min_replies
         said = f"round {number}: {sum_.replies} of {need} needed replies could be used{first}"
         if sum_.aborted:
             said = f"round {number}: {sum_.aborted}{first}"
@@ -477,7 +521,8 @@ class Rounds:
                 position = position.but(buffers=self._first_statistics())
             return self._after_a_stop(position)
         self.run.truncate_rounds(-1)
-        parameters = self.manifest.flatten(self.job.parameters)
+        parameters = self._share(self.manifest.flatten(self._first))
+        self._first = {}
         buffers = checkpoint.no_buffers()
         if self.travelling.size:
             buffers = self.travelling.flatten(

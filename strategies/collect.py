@@ -270,6 +270,7 @@ class PlainSum:
             fold.offer(where, update, weight)
             metrics[where] = numbers(reply)
             bytes_up += size
+            del reply, update  # while the next is awaited, this one must not take room
         rejected += [Rejected(node, NO_REPLY) for node in position]
         sum_ = fold.finish()
         weights, limited = self._counted(fold, sorted(metrics), nodes)

@@ -140,6 +140,11 @@ def check_asked(stack: Stack, asked: Asked, size: int = SIZE) -> None:
     claims = decided.claims(bottom)
     if asked.secure.secure:
         _check_secret(stack, bottom, asked.secure)
+    if stack.waiting and not asked.privacy.on:
+        raise ConfigError(
+            f"a layer of {stack} waits for its noise, and nothing decides it; give a budget such "
+            "as epsilon=3, or noise-multiplier"
+        )
     if asked.privacy.on:
         _check_noise(stack, claims, asked)
     _check_buffers(stack, bottom, asked.run.buffers)

@@ -33,7 +33,7 @@ POLICY = "policy"
 FORMER = "secure-policy"
 """Its former name, which is read too."""
 
-ANSWERS = ("train", "evaluate", "private-mean", "query")
+ANSWERS = ("train", "evaluate", "statistics", "private-mean", "query")
 LEVELS = ("none", "noised", "summed", "clear")
 """How metrics and counts may leave: what stands later in the list tells more."""
 
@@ -124,10 +124,11 @@ def _rule(value: Any) -> bool:
 KEYS = (
     Key(
         "answer",
-        '["train", "evaluate", "private-mean", "query"]',
+        '["train", "evaluate", "statistics", "private-mean", "query"]',
         (
-            "Kinds of message that this node answers. `query` are an app's own queries.",
-            "Which partition it holds, a node always says.",
+            "Kinds of message that this node answers: `statistics` asks for running statistics of",
+            "normalisation layers, `query` are an app's own queries. Which partition it holds, a",
+            "node always says.",
         ),
         lambda value: _texts(value, ANSWERS),
     ),

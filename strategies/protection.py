@@ -102,11 +102,10 @@ class Outlook:
         last = self.stack.layers[-1] if self.stack.layers else None
         return last if _is(last, _NOISE) or _is(last, _LOCAL) else None
 
-    @cached_property
+    @property
     def seeded(self) -> bool:
         """Whether some noise of the stack is made of a seed that the run knows."""
-        seeds = (getattr(layer, "insecure_seed", None) for layer in self.stack.layers)
-        return any(seed is not None for seed in seeds)
+        return self.stack.insecure
 
     @cached_property
     def quiet(self) -> bool:

@@ -7,7 +7,7 @@ what Flower's `Array` stores; they are written with one copy and read with none.
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 from torch import Tensor
 
@@ -99,13 +99,30 @@ class Manifest:
         return tree
 
 
-def to_array(vector: Tensor) -> Array:
-    """A tensor as a Flower `Array`; its bytes are copied once. bfloat16 travels as float32."""
+def to_array(vector: Tensor, join: Callable[[Iterable[Any]], Any] = b"".join) -> Array:
+    """A tensor as a Flower `Array`; its bytes are copied once. bfloat16 travels as float32.
+
+    Args:
+        vector: the tensor.
+        join: makes what the array holds, of its header and its values.
+    """
     if vector.dtype == torch.bfloat16:  # numpy has no such type
         vector = vector.float()
     values = vector.detach().cpu().contiguous().numpy()
-    data = b"".join((_header(values.dtype.str, values.shape), values.reshape(-1).data.cast("B")))
-    return Array(str(values.dtype), values.shape, _STYPE, data)
+    data = join((_header(values.dtype.str, values.shape), values.reshape(-1).data.cast("B")))
+    if isinstance(data, bytes):
+        return Array(str(values.dtype), values.shape, _STYPE, data)
+    array = Array(str(values.dtype), values.shape, _STYPE, b"")
+    array.data = data  # Flower asks for bytes when an array is made
+    return array
+
+
+def record_of(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """A record of these very arrays; Flower's own way to make one makes each array anew."""
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = array
+    return record
 
 
 def kept_array(tensor: Tensor) -> Array:

@@ -22,7 +22,8 @@ class RunOptions(OptionGroup):
             same probability (`poisson`).
         cohort_size: how many nodes take part in a round; for `poisson` their expected number.
         cohort_cap: the most nodes of a Poisson round; 0 is no cap.
-        min_replies: the fewest usable replies of a round; with fewer the model stays as it is.
+        min_replies: the fewest usable replies of a round; with fewer the model stays as it is. 0 is
+            half of the nodes that are asked; a private round counts with any number.
         round_timeout: seconds to wait for the replies of a round; 0 waits for ever.
         optimizer: the optimiser of the server: `fedavg`, `fedavgm`, `fedadam`, `fedyogi` or
             `fedadagrad`.
@@ -60,7 +61,7 @@ class RunOptions(OptionGroup):
     cohort: str = option("all", one_of("all", "fixed", "poisson"))
     cohort_size: float = option(0.0, at_least(0))
     cohort_cap: int = option(0, at_least(0))
-    min_replies: int = option(1, at_least(1))
+    min_replies: int = option(0, at_least(0))
     round_timeout: float = option(3600.0, at_least(0))
     optimizer: str = option("fedavg", one_of(*OPTIMIZERS))
     server_learning_rate: float = option(0.0, at_least(0))

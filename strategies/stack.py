@@ -182,7 +182,7 @@ class Stack:
         found = (layer.separation for layer in self.layers if isinstance(layer, Separated))
         return max(found, default=1)
 
-    @property
+    @cached_property
     def insecure(self) -> bool:
         """Whether the noise of a layer can be repeated."""
         return any(

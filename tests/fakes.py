@@ -129,7 +129,7 @@ class SharedNursery(Nursery):
 
 WARM = """
 import importlib, json, os, signal, sys, traceback
-import umbel.federation, umbel.run, umbel.cli
+import umbel.federation, umbel.running, umbel.cli
 import umbel.privacy_commands, umbel.server.private.run, umbel.server.private.verify
 import umbel.strategies.recipe
 
@@ -171,7 +171,7 @@ def play(job):
         sys.argv = ["umbel", *job["arguments"]]
         umbel.cli.main()
     else:
-        print(json.dumps(umbel.run.run(**job["keywords"])), flush=True)
+        print(json.dumps(umbel.run(**job["keywords"])), flush=True)
 
 
 print("ready", flush=True)

@@ -96,14 +96,28 @@ def encode(content: RecordDict, *, checksum: bool = True) -> list[Buffer]:
 
 
 def decode(
-    data: Buffer | Sequence[Buffer], *, limits: Limits = DEFAULT_LIMITS, checksum: bool = False
+    data: Buffer | Sequence[Buffer],
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    checksum: bool = False,
+    consume: bool = False,
 ) -> RecordDict:
-    """The content that `encode` was given; `checksum` insists that there is one.
+    """The content that `encode` was given.
+
+    Args:
+        data: the bytes, in one buffer or in several that were cut anywhere.
+        limits: on what is allocated.
+        checksum: insist that there is one.
+        consume: empty `data`, a list, and let go of its buffers as they are copied, so that a
+            content does not take its room twice.
 
     Raises:
         CodecError: these bytes are not an encoding.
     """
-    return _content(Source(data), limits, checksum)
+    source = Source(data, consume=consume)
+    if consume and isinstance(data, list):
+        data.clear()
+    return _content(source, limits, checksum)
 
 
 def encode_values(name: str, values: Mapping[str, Any]) -> list[Buffer]:

@@ -12,6 +12,7 @@
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any
 
 from flwr.app import Array
@@ -24,6 +25,8 @@ _U16, _U32, _U64 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 _S64, _F64 = struct.Struct("<q"), struct.Struct("<d")
 _IN_PAYLOAD = 4096  # bytes values of this length or more travel uncopied, like arrays
 _NUMPY = "numpy.ndarray"
+_GATHERED = 1 << 20  # smaller values are not worth the detour
+_NOTHING = memoryview(b"")
 
 
 class CodecError(Exception):
@@ -31,13 +34,19 @@ class CodecError(Exception):
 
 
 class Source:
-    """Bytes to read, in one buffer or in several that were cut anywhere."""
+    """Bytes to read, in one buffer or in several that were cut anywhere.
 
-    def __init__(self, data: Buffer | Sequence[Buffer]) -> None:
+    Args:
+        data: the bytes.
+        consume: let go of each buffer as soon as it has been copied.
+    """
+
+    def __init__(self, data: Buffer | Sequence[Buffer], *, consume: bool = False) -> None:
         parts = [data] if isinstance(data, bytes | bytearray | memoryview) else data
         self._views = [memoryview(part).cast("B") for part in parts if len(part)]
         self._index = 0
         self._offset = 0
+        self._consume = consume
         self.left = sum([len(view) for view in self._views])
 
     def take(self, size: int) -> bytes:
@@ -46,6 +55,8 @@ class Source:
             raise CodecError(f"{size} bytes are announced and {self.left} are there")
         if not size:
             return b""
+        if self._consume and size > _GATHERED:
+            return self._gather(size)
         pieces = self._pieces(size)
         self.left -= size
         last, end = self._index + len(pieces) - 1, len(pieces[-1])
@@ -54,6 +65,20 @@ class Source:
         if self._offset == len(self._views[last]):
             self._index, self._offset = last + 1, 0
         return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+
+    def _gather(self, size: int) -> bytes:
+        """Like `take`, and each buffer is let go before the next is copied."""
+        gathered = BytesIO()
+        self.left -= size
+        while size:
+            piece = self._views[self._index][self._offset : self._offset + size]
+            size -= gathered.write(piece)
+            self._offset += len(piece)
+            del piece
+            if self._offset == len(self._views[self._index]):
+                self._views[self._index] = _NOTHING
+                self._index, self._offset = self._index + 1, 0
+        return gathered.getvalue()  # its own bytes, not a copy of them
 
     def crc(self, size: int, start: int) -> int:
         """The CRC-32 of the next `size` bytes, after `start`; nothing is taken."""

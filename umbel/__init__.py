@@ -31,9 +31,16 @@ if TYPE_CHECKING:
     from umbel.clients.softmax_trainer import SoftmaxTrainer as SoftmaxTrainer
     from umbel.federation import Federation as Federation
     from umbel.loading import load as load
-    from umbel.run import run as run
+    from umbel.result import Result as Result
+    from umbel.running import Interrupted as Interrupted
+    from umbel.running import run as run
     from umbel.server.private.verify import verify as verify
     from umbel.strategies.collect import PlainSum as PlainSum
+    from umbel.strategies.errors import CheckError as CheckError
+    from umbel.strategies.errors import ConfigError as ConfigError
+    from umbel.strategies.errors import RunError as RunError
+    from umbel.strategies.errors import StackError as StackError
+    from umbel.strategies.errors import UmbelError as UmbelError
     from umbel.strategies.layer import Stateless as Stateless
     from umbel.strategies.private.adaptive_clip import AdaptiveClip as AdaptiveClip
     from umbel.strategies.private.banded_gaussian import BandedGaussian as BandedGaussian
@@ -98,10 +105,21 @@ _HOMES = {
     "Weigh": "strategies.secure.weigh",
     "verify": "server.private.verify",
     "load": "loading",
-    "run": "run",
+    "run": "running",
+    "Interrupted": "running",
+    "Result": "result",
+    "UmbelError": "strategies.errors",
+    "ConfigError": "strategies.errors",
+    "StackError": "strategies.errors",
+    "RunError": "strategies.errors",
+    "CheckError": "strategies.errors",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ def speed(
     part: Annotated[
         list[str] | None,
         typer.Argument(
-            help="messages, aggregation, example, small; link, secure, noise, private-sgd, "
+            help="messages, aggregation, example, small; memory, link, secure, noise, private-sgd, "
             "private-round, private-fashion (long). Default: the first four."
         ),
     ] = None,
@@ -45,7 +45,7 @@ def speed(
 ) -> None:
     """Speed and memory of the embedded engine, beside bare loops and Flower."""
     from umbel.benchmarks.speed.suite import PRIVATE, Apps, main
-    from umbel.run import example
+    from umbel.running import example
     from umbel.scaffold import new_app
 
     named = [*(part or []), *(["link"] if link else []), *(["secure"] if secure else [])]

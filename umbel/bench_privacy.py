@@ -135,7 +135,7 @@ def _utility(
 ) -> None:
     """Accuracy against epsilon, by whole private runs."""
     from umbel.benchmarks.speed import utility
-    from umbel.run import example, run
+    from umbel.running import example, run
     from umbel.server.output.rundir import machine, versions
     from umbel.strategies.errors import ConfigError
 
@@ -206,7 +206,7 @@ def opened(app: Path, config: list[str]) -> tuple[Any, dict[str, Any], int, str]
         ConfigError: the app was not made with `Federation`, or an option is unknown.
     """
     from umbel.federation import FederationServerApp
-    from umbel.run import NODES
+    from umbel.running import NODES
     from umbel.strategies.app import open_app
     from umbel.strategies.errors import ConfigError
     from umbel.strategies.options import override, parse

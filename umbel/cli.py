@@ -95,7 +95,7 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Train an app on this machine and write a report."""
-    from umbel.run import Interrupted, run
+    from umbel.running import Interrupted, run
     from umbel.server.output import strict
     from umbel.server.output.report import write_report
     from umbel.strategies.errors import ConfigError
@@ -137,7 +137,7 @@ def options_command(
     """List every option of an app: type, default, values, meaning, and who reads it."""
     from umbel import options_listing
     from umbel.federation import FederationServerApp
-    from umbel.run import example
+    from umbel.running import example
     from umbel.strategies.app import open_app
 
     if markdown:

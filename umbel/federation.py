@@ -29,6 +29,7 @@ from umbel.server.private.population import place_of
 from umbel.server.provenance import record_start
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
+from umbel.server.shortfall import Shortfall
 from umbel.strategies.cohort import cohort_named
 from umbel.strategies.composition import compose
 from umbel.strategies.contract import Contract
@@ -292,6 +293,9 @@ class FederationServerApp(ServerApp):
 
             job = unprotected(job, privacy, nodes, session, federation.data, start)
         rounds = Rounds(job, grid, nodes, session.run, session.progress)
+        job = rounds.job  # without the first model, which only the rounds need from here on
+        if private is not None:
+            private.job = job
         use = getattr(federation.trainer, "USE", "model")
         session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize, use)
         name = federation.name or session.run.config().get("app", "federation")
@@ -301,7 +305,11 @@ class FederationServerApp(ServerApp):
             len(nodes),
         )
         self._advise(job, rounds, session, len(nodes))
+        self._say_what_is_not_asked(job, RunOptions.read(options), session)
         outcome = rounds.fit()
+        missed = Shortfall.of(session.run.rounds()).sentences()
+        if missed:
+            session.result["warnings"] = [*session.result.get("warnings", ()), *missed]
         session.result |= {
             "rounds": outcome.rounds,
             "metrics": dict(outcome.metrics),
@@ -311,7 +319,7 @@ class FederationServerApp(ServerApp):
         }
         if private is not None:
             session.result |= private.finish(outcome)
-        elif rounds.statements:
+        elif rounds.statements.about_records:
             from umbel.server.private.records import certify_records
 
             session.result |= certify_records(session.run, outcome, privacy, federation.data)
@@ -320,6 +328,14 @@ class FederationServerApp(ServerApp):
         if session.own:
             session.finish()
             write_report(session.run.path)
+
+    def _say_what_is_not_asked(self, job: Job, asked: RunOptions, session: Session) -> None:
+        """Say why the table of the nodes' own measurements will be empty."""
+        if job.quiet and asked.federated_every >= 0:
+            session.progress.note(
+                f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
+                "accuracies and numbers of examples would tell about them what that hides"
+            )
 
     def _say_who_comes(self, asked: RunOptions, drawn: RunOptions, session: Session) -> None:
         """Write down how a private run draws its cohorts, where its options said another way."""
@@ -354,11 +370,6 @@ class FederationServerApp(ServerApp):
             for line in advice(cohort.expected(nodes), job.stack.private):
                 session.progress.note(line)
         self._say_what_is_lost(job, rounds, session)
-        if job.quiet and job.options.federated_every >= 0:
-            session.progress.note(
-                f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
-                "accuracies and numbers of examples would tell about them what that hides"
-            )
         normed = any(LOCAL_STATISTICS in name for name in job.buffers)
         if job.statistics and normed:
             session.progress.note(

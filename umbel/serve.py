@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from umbel.federation import FederationServerApp
-from umbel.run import CANNOT_GO_ON, log_to, own_rounds
+from umbel.running import CANNOT_GO_ON, log_to, own_rounds
 from umbel.server.link.grid import LinkGrid, ObservedLinkGrid, StoppedError
 from umbel.server.link.room import MARGIN
 from umbel.server.link.service import ServerSettings, Service, WatchedProgress

@@ -20,7 +20,8 @@ def lines(result: Mapping[str, Any], report: Path) -> Iterator[str]:
         f"{plain(name, 80)} {_number(name, value)}" for name, value in metrics_of(result)
     )
     why = _WHY.get(str(result.get("stopped")), str(result.get("stopped")))
-    yield f"{result.get('rounds', 0)} rounds in {result['seconds']:.1f} s ({why})"
+    done = int(result.get("rounds", 0))
+    yield f"{done} {'round' if done == 1 else 'rounds'} in {result['seconds']:.1f} s ({why})"
     if metrics:
         yield metrics + (" (on the nodes' own tests)" if result.get("measured") == "nodes" else "")
     for warning in result.get("warnings", ()):

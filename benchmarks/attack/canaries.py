@@ -6,10 +6,11 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from umbel.benchmarks.attack import audits
 from umbel.benchmarks.attack.audits import CanaryRun
-from umbel.benchmarks.attack.tasks import CanaryTrainer, Coins
+from umbel.benchmarks.attack.tasks import LENGTH, CanaryTrainer, Coins
 from umbel.benchmarks.attack.views import Attackable, play
 from umbel.clients.trainer import Options
 from umbel.privacy.budget.calibrate import noise_multiplier
@@ -47,23 +48,59 @@ def canary_run(
     """
     coins = np.random.default_rng([seed, 7]).random(canaries) < 0.5
     coins |= together
+    changed, given = canary_federation(
+        federation, options, coins, spare=spare, together=together, seed=seed, fault=fault
+    )
+    played = play(changed, canaries, given)
+    delta = delta_of({**federation.complete({}), **options}, federation)
+    return CanaryRun(played, coins, audits.alone(canaries, delta), changed.trainer)
+
+
+def canary_federation(
+    federation: Attackable,
+    options: Options,
+    coins: NDArray[np.bool_],
+    *,
+    spare: int = 0,
+    together: bool = False,
+    seed: int = 0,
+    fault: Fault | None = None,
+    weight: int = audits.WEIGHT,
+    metrics: tuple[str, ...] = (),
+    option: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """The federation with canaries for nodes, and the options of their round.
+
+    Args:
+        federation: whose stack and options they are under.
+        options: changes to its options.
+        coins: which canaries are in.
+        spare: coordinates that no canary has of its own.
+        together: all have the last coordinate in common.
+        seed: of the run.
+        fault: breaks the stack on purpose.
+        weight: examples that a canary says it has.
+        metrics: names of what canaries report.
+        option: whether the length of a canary is an option.
+    """
+    length = norm_of(federation, options) * audits.LONGER
+    known = dict(getattr(federation.trainer, "OPTIONS", {}))
     trainer = CanaryTrainer(
-        canaries + spare,
-        norm_of(federation, options) * audits.LONGER,
-        audits.WEIGHT,
+        len(coins) + spare,
+        length,
+        weight,
         shared=together,
-        OPTIONS=dict(getattr(federation.trainer, "OPTIONS", {})),
+        metrics=metrics,
+        OPTIONS={**known, LENGTH: length} if option else known,
     )
 
     def stack(given: Options) -> Stack:
         made = federation.stack_for(given)
         return made if fault is None else fault(_noisy(made, given))
 
-    given = one_round(federation, options, seed)
     changes = {"trainer": trainer, "data": Coins(coins), "stack": stack}
-    played = play(_complete(federation, aside(federation) | changes), canaries, given)
-    delta = delta_of({**federation.complete({}), **options}, federation)
-    return CanaryRun(played, coins, audits.alone(canaries, delta), trainer)
+    made = _complete(federation, aside(federation) | changes)
+    return made, one_round(federation, options, seed)
 
 
 def one_round(federation: Attackable, options: Options, seed: int) -> dict[str, Any]:

@@ -4,6 +4,8 @@ audit       canary nodes take the place of the app's nodes, under the app's stac
 membership  the app's own run; losses of its nodes' examples against held-out ones
 crowd       which nodes took part in a round
 pictures    what an update of one example shows, where the model can be inverted
+promises    noise, sampling and records, by tests that can say no
+lies        a coordinator that does not keep to the protocol
 """
 
 import time
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from umbel.benchmarks.attack import audits, nodes, promises, reconstruct
+from umbel.benchmarks.attack import audits, lies, nodes, promises, reconstruct
 from umbel.benchmarks.attack.canaries import Fault, aside, canary_run, claims, delta_of
 from umbel.benchmarks.attack.defences import finite
 from umbel.benchmarks.attack.findings import guaranteed, roc_findings
@@ -68,6 +70,8 @@ def attack(
                 notes.append(f"{scene.__name__} could not be attacked: {error}")
     stack = federation.stack_for(federation.complete(options))
     verdicts = promises.examine(federation, options, count, seed=seed, fault=fault)
+    if fault is None:
+        verdicts += lies.tell(federation, options, count)
     row = Row(name, str(stack), "The app's own stack.", measured, found, notes, verdicts)
     seconds = round(time.monotonic() - began, 1)
     return Report([row], about=stamp(seed, canaries, seconds=seconds))

@@ -221,7 +221,7 @@ class _Folded:
 def records(federation: Attackable, options: Options, nodes: int) -> list[Verdict]:
     """Whether a trainer that promises privacy for single records keeps that; empty if none does."""
     complete = federation.complete(options)
-    trainer = _promising(federation.trainer, complete)
+    trainer = promising(federation.trainer, complete)
     if trainer is None:
         return []
     if not isinstance(trainer, PrivateSgd):
@@ -235,7 +235,8 @@ def records(federation: Attackable, options: Options, nodes: int) -> list[Verdic
         return [not_tested("records", "server", " ".join(str(error).split()))]
 
 
-def _promising(trainer: Trainer, options: Options) -> Trainer | None:
+def promising(trainer: Trainer, options: Options) -> Trainer | None:
+    """The trainer of these options, where it promises privacy for single records."""
     chosen = getattr(trainer, "chosen", None)
     found: Trainer = trainer if chosen is None else chosen(options)
     return found if callable(getattr(found, "privacy", None)) else None

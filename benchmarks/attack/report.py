@@ -189,7 +189,8 @@ def html(report: Report, plots: Sequence[Path]) -> str:
     return environment.get_template("report.html").render(
         heads=HEADS,
         lines=[list(vars(line).values()) for line in lines(report)],
-        problems=report.problems(),
+        problems=[*report.problems(), *report.untested()],
+        verdicts=[(row, one) for row in report.rows for one in row.verdicts],
         warnings=report.warnings(),
         defences={row.name: row.words for row in report.rows},
         attacks={name: words for name, words in WORDS.items() if name in used},

@@ -197,6 +197,10 @@ class Chosen:
         return evaluated
 
 
+LENGTH = "canary-length"
+"""The option, where a canary trainer is given one, that changes how far a canary moves."""
+
+
 @dataclass(frozen=True)
 class CanaryTrainer:
     """Turns a node into a canary: its update is a direction of its own, or nothing.
@@ -210,6 +214,7 @@ class CanaryTrainer:
         random: unit vectors in random directions in place of coordinates.
         shared: half of each direction's square is the last coordinate, which all canaries have in
             common: whether any of them were used shows there.
+        metrics: names of metrics that a canary reports: 1 where the coin said so, else 0.
     """
 
     size: int
@@ -217,6 +222,7 @@ class CanaryTrainer:
     weight: int = 1
     random: bool = False
     shared: bool = False
+    metrics: tuple[str, ...] = ()
     OPTIONS: dict[str, bool | int | float | str] = field(default_factory=dict)
 
     def direction(self, canary: int) -> Tensor:
@@ -234,11 +240,13 @@ class CanaryTrainer:
         """All zero."""
         return Weights({"canaries": torch.zeros(self.size)})
 
-    def train(self, weights: Weights, examples: Any, job: Job) -> Trained:  # noqa: ARG002
+    def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
         """Add the direction, if the coin said so."""
         canary, coin = int(examples.x[0]), int(examples.y[0])
-        moved = weights.parameters["canaries"] + coin * self.length * self.direction(canary)
-        return Trained(Weights({"canaries": moved}), self.weight if coin else 1)
+        length = float(job.options.get(LENGTH, self.length))
+        moved = weights.parameters["canaries"] + coin * length * self.direction(canary)
+        metrics = dict.fromkeys(self.metrics, float(coin))
+        return Trained(Weights({"canaries": moved}), self.weight if coin else 1, metrics)
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002
         """Nothing to judge."""

@@ -171,6 +171,8 @@ def play(
     options: Options,
     *,
     listen: Callable[[int], bool] = bool,
+    around: Callable[[ClientApp], ClientApp] = lambda app: app,
+    asking: Callable[[Collect], Collect] = lambda collect: collect,
 ) -> Played:
     """Run a federation on the embedded engine with a listener at the server.
 
@@ -179,12 +181,14 @@ def play(
         nodes: virtual nodes.
         options: of the run, over the federation's own.
         listen: of which rounds each reply is kept (all by default); models and sums always are.
+        around: stands between the coordinator and the nodes' app, for a coordinator that lies.
+        asking: changes how the coordinator asks, around the listener.
     """
     heard: list[Heard] = []
 
     def stack(given: Options) -> Stack:
         inner = federation.stack_for(given)
-        return replace(inner, collect=overheard(inner.collect, heard, listen))
+        return replace(inner, collect=asking(overheard(inner.collect, heard, listen)))
 
     complete = federation.complete(options)
     tapped: Attackable = replace(federation, stack=stack)  # type: ignore[type-var]
@@ -193,7 +197,9 @@ def play(
     with tempfile.TemporaryDirectory(prefix="umbel-bench-") as folder:
         config = {"options": complete, "rehearsal": True}
         run = RunDirectory.create(None, "bench", config, out=Path(folder) / "run")
-        grid = EmbeddedGrid(tapped.client_app(), nodes, run_config=complete, group_size=group)
+        grid = EmbeddedGrid(
+            around(tapped.client_app()), nodes, run_config=complete, group_size=group
+        )
         context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(complete))
         with grid, session(run, SilentProgress()) as opened:
             tapped.server_app()(grid, context)

@@ -19,7 +19,7 @@ from pathlib import Path
 from umbel.strategies.errors import RunError
 
 _ROUND = re.compile(r"round (\d+)/(\d+)")
-_SAMPLE_S = 0.1
+_SAMPLE_S = 0.02
 
 
 @dataclass(frozen=True)

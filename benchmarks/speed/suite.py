@@ -18,6 +18,7 @@ from umbel.benchmarks.figures import Figure, plot, rows
 from umbel.benchmarks.speed import (
     aggregation,
     link,
+    memory,
     messages,
     noise,
     private_fashion,
@@ -31,7 +32,7 @@ from umbel.strategies.errors import ConfigError
 
 PRIVATE = ("noise", "private-sgd", "private-round")
 """What `--privacy` measures; private-fashion takes many minutes and is measured by name."""
-ON_REQUEST = ("link", "secure", *PRIVATE, "private-fashion")
+ON_REQUEST = ("memory", "link", "secure", *PRIVATE, "private-fashion")
 """Parts that are measured only when they are named."""
 
 HEADINGS = ("part", "what", "measured", "target", "beside it")
@@ -52,6 +53,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "messages": lambda: messages.measure(quick=quick, flower=flower),
         "aggregation": lambda: aggregation.measure(quick=quick),
         "example": lambda: training.measure_example(apps.example, quick=quick, flower=flower),
+        "memory": lambda: memory.measure(quick=quick),
         "small": lambda: training.measure_small(apps.digits, quick=quick),
         "link": lambda: link.figures(quick=quick, flower=flower),
         "secure": lambda: secure.figures(quick=quick),

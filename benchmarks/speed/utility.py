@@ -19,7 +19,7 @@ CAVEAT = (
 )
 
 Run = Callable[..., Mapping[str, Any]]
-"""`umbel.run.run`."""
+"""`umbel.run`."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def measure(
     """Run every setting at every epsilon; see `write` for the files.
 
     Args:
-        run: runs an app; `umbel.run.run`.
+        run: runs an app; `umbel.run`.
         app: the folder of the example.
         settings: what to run.
         out: where the runs and the results are written.

@@ -33,6 +33,7 @@ from umbel.clients.process.membership import (
 from umbel.clients.process.trainee import Answer, Trainee
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.strategies.text import plain
+from umbel.transport.allocator import LARGE, give_back
 from umbel.transport.certificates import Identity
 from umbel.transport.codec import size_of
 from umbel.transport.flower import CRASHED
@@ -306,6 +307,9 @@ class NodeLink:
                     raise FrameError("a chunk came that belongs to nothing")
                 if receiving.add(frame):
                     stream.receiving = None
+                    del frame
+                    if receiving.begin.size > LARGE:  # from here on the app needs the memory
+                        give_back()
                     self._take(receiving.begin, receiving.file)
                     stream.outgoing.put_nowait(Frame(beat=self._pulse(stream)))
                 continue

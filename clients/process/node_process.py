@@ -127,6 +127,7 @@ class Worker:
             if header["size"] > BESIDE:
                 data = read_shared(self._in[header["file"]], header["size"])
             content = decode(data, checksum=True)
+            del data  # while the app trains, the file that it came in is not mapped
             context = self._context(header)
             with self._memory.step(header["run_id"], header["id"]) as state:
                 if header["handover"] and SECURE in content:

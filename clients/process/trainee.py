@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umbel.clients.process.fence import check_leaving
 from umbel.clients.process.node_process import read_shared, shared_file, wipe_shared
 from umbel.clients.process.pipe import BESIDE, Pipe, pack
 from umbel.clients.process.sessions import SecureSessions
 from umbel.clients.process.spent import SpentRounds
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.node_policy import PolicyError, policy_of
 from umbel.strategies.secure.policy import RefusalError
 from umbel.transport.codec import Buffer, CodecError
 from umbel.transport.flower import CRASHED, RAISED
@@ -168,6 +170,12 @@ class Trainee:
             self._told = None  # perhaps it could not read them
             return Answer(begin.id, error=(said.get("code", RAISED), said["reason"]))
         content, session = self._reply(said["size"], said["session"], beside)
+        try:
+            check_leaving(policy_of(self._settings.node_config), content)
+        except PolicyError as refusal:
+            log.warning("a reply does not leave: policy, %s: %s", refusal.key, refusal)
+            reason = f"this node's policy ({refusal.key}) refuses: {refusal}"
+            return Answer(begin.id, error=(RAISED, reason))
         if session:
             content = self._sessions.take_over(begin.run_id, node_id, session) or content
         return Answer(begin.id, content)

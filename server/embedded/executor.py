@@ -15,7 +15,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from threadpoolctl import ThreadpoolController
 
-from umbel.server.embedded.packing import Packed, unpack
+from umbel.server.embedded.packing import unpack
 from umbel.strategies import streams
 from umbel.strategies.errors import described
 from umbel.transport.flower import RAISED, Envelope
@@ -27,14 +27,15 @@ class Task:
 
     Attributes:
         envelope: the message without its content.
-        content: of the message, packed once for all nodes that get the same.
+        content: of the message, packed once for all nodes that get the same; on its way to a
+            worker process, the number by which that knows it.
         state: the node's pickled state; None where it has none.
         seed: of the random generators that the app draws from while it answers. It depends on the
             run, the node and its message alone, so any process draws the same numbers for it.
     """
 
     envelope: Envelope
-    content: Packed
+    content: Any
     state: bytes | None
     seed: int = 0
 

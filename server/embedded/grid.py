@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Message
+from flwr.app import Array, Message
 from flwr.clientapp import ClientApp
 
 from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, output_to
-from umbel.server.embedded.packing import Packed, pack
+from umbel.server.embedded.mapped import File
+from umbel.server.embedded.packing import BY_FILE, Packed, pack
 from umbel.server.embedded.workers import Nursery, Workers
 from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
@@ -32,6 +33,7 @@ from umbel.server.roster import NodeRef
 from umbel.strategies import streams
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.records import to_array
 from umbel.transport.flower import (
     TOO_LATE,
     UNAVAILABLE,
@@ -115,6 +117,8 @@ class EmbeddedGrid(OwnGrid):
         group_size: how many training messages go to `ClientApp.train_many` together.
         nursery: started earlier, to save time; made here if None.
         log: file for what the nodes print and for their tracebacks.
+        mapped: large arrays of replies need not be bytes: they may lie in memory that is mapped
+            from the workers, which Flower's own functions do not expect.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -132,6 +136,7 @@ class EmbeddedGrid(OwnGrid):
         group_size: int = 1,
         nursery: Nursery | None = None,
         log: Path | None = None,
+        mapped: bool = False,
     ) -> None:
         if nodes < 1:
             raise ConfigError(f"nodes is {nodes}; a federation needs at least one")
@@ -176,6 +181,7 @@ class EmbeddedGrid(OwnGrid):
                 nodes=nodes,
                 threads=threads,
                 log=log,
+                mapped=mapped,
             )
         else:
             with streams.kept():  # an app may seed the generators where it is imported
@@ -276,6 +282,12 @@ class EmbeddedGrid(OwnGrid):
             NodeRef(node_id, str(partition), partition)
             for partition, node_id in enumerate(self.get_node_ids())
         ]
+
+    def array(self, vector: torch.Tensor) -> Array:
+        """A vector as it is sent: a large one lies where the worker processes can map it."""
+        if self._workers is None or vector.numel() * vector.element_size() < BY_FILE:
+            return to_array(vector)
+        return to_array(vector, lambda parts: File().fill(list(parts)))
 
     def name_of(self, node_id: int) -> str:
         """The node's name in reports: its partition."""
@@ -427,7 +439,10 @@ class EmbeddedGrid(OwnGrid):
                 split.append(task)
             else:
                 self._finish(task, result)
+                del result  # it is the reply's own memory that would be held
         self._requeue(split)
+        if not self._open:
+            self._workers.rest()
 
     def _requeue(self, tasks: list[Task]) -> None:
         """Put the tasks of a group back, each by itself, so that all workers share them."""

@@ -13,12 +13,12 @@ forks a worker and hands it the other end of a second socket.
 import contextlib
 import importlib
 import os
-import pickle
 import signal
 import socket
 import struct
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,12 @@ def work(pipe: socket.socket) -> None:
     import torch  # here and not above: the nursery's preloading decides when this is imported
 
     from umbel.server.embedded.executor import Executor, Task
-    from umbel.server.embedded.packing import BlobCache, Packed, pack, receive, send, unpack
-    from umbel.server.embedded.shelf import Shelf, reuse_memory
+    from umbel.server.embedded.mapped import reuse_memory
+    from umbel.server.embedded.packing import Packed, pack, receive, send, unpack
     from umbel.strategies.app import open_app
     from umbel.strategies.streams import expendable
 
     try:
-        _, shelves, _, _ = socket.recv_fds(pipe, 1, 2)
-        inbound, outbound = map(Shelf, shelves) if shelves else (None, None)
         reuse_memory()
         start: dict[str, Any] = unpack(receive(pipe))
         _redirect(start["log"])
@@ -78,15 +76,23 @@ def work(pipe: socket.socket) -> None:
             return
         executor = Executor(app, start["run_config"], start["nodes"], start["threads"])
         send(pipe, pack({"error": None}))
-        cache = BlobCache()
+        mapped = bool(getattr(app, "takes_mapped", False))
+        contents: dict[int, Packed] = {}
         while True:
-            parcel = receive(pipe, inbound)
-            numbers, text = pickle.loads(parcel.text)
-            blobs = cache.join(numbers, parcel.blobs)
-            tasks: list[Task] = unpack(Packed(text, tuple(blobs)))
+            bare, held, new = unpack(receive(pipe))
+            contents = {number: contents[number] for number in held if number in contents}
+            for number in new:
+                contents[number] = receive(pipe, mapped=mapped)
+            tasks: list[Task] = [replace(task, content=contents[task.content]) for task in bare]
+            if not tasks:  # nothing is to be done for now
+                continue
             with expendable():  # the next task begins with a seed of its own
                 done = executor.one_by_one(tasks) if len(tasks) == 1 else executor.together(tasks)
-            send(pipe, pack(done), outbound)
+            del tasks
+            packed = pack(done)
+            del done
+            send(pipe, packed)
+            del packed
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 

@@ -12,11 +12,11 @@ import io
 import pickle
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from umbel.server.embedded.shelf import Shelf
+from umbel.server.embedded.mapped import File, Mapped
 
 LARGE = 4096
 """Bytes from which an array's data travels as a blob."""
@@ -27,16 +27,16 @@ class Packed:
     """A pickled object and the blobs it refers to, by position."""
 
     text: bytes
-    blobs: tuple[bytes, ...]
+    blobs: tuple[bytes | Mapped, ...]
 
 
 class _Pickler(pickle.Pickler):
     def __init__(self, out: io.BytesIO) -> None:
         super().__init__(out, protocol=5)
-        self.blobs: list[bytes] = []
+        self.blobs: list[bytes | Mapped] = []
 
     def persistent_id(self, obj: Any) -> int | None:
-        if type(obj) is bytes and len(obj) >= LARGE:
+        if (type(obj) is bytes or type(obj) is Mapped) and len(obj) >= LARGE:
             self.blobs.append(obj)
             return len(self.blobs) - 1
         return None
@@ -47,7 +47,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(packed.text))
         self._blobs = packed.blobs
 
-    def persistent_load(self, pid: int) -> bytes:
+    def persistent_load(self, pid: int) -> bytes | Mapped:
         return self._blobs[pid]
 
 
@@ -65,41 +65,71 @@ def unpack(packed: Packed) -> Any:
 
 
 _HEAD = struct.Struct("<II?")
-_LENGTH = struct.Struct("<Q")
+_LENGTH = struct.Struct("<q")
+
+BY_FILE = 1 << 16
+"""Bytes of a blob from which it lies in a file in memory instead of going through the pipe."""
 
 
-SHELVED = 1 << 17
-"""Bytes of all blobs together from which they go by the shelf."""
+def by_file(packed: Packed) -> File | None:
+    """A file with the blobs that are too large for a pipe; None where there are none."""
+    large = [blob for blob in packed.blobs if len(blob) >= BY_FILE]
+    if not large:
+        return None
+    only = large[0] if len(large) == 1 else None
+    if isinstance(only, Mapped) and only.origin is not None:
+        return only.origin
+    file = File()
+    file.lay(large)
+    return file
 
 
-def send(pipe: socket.socket, packed: Packed, shelf: Shelf | None = None) -> None:
-    """Write one packed object to a stream socket, large blobs to the shelf."""
-    sizes = [len(blob) for blob in packed.blobs]
-    by_shelf = shelf is not None and sum(sizes) >= SHELVED
-    if shelf is not None and by_shelf:
-        shelf.lay(packed.blobs)
-    lengths = b"".join(_LENGTH.pack(size) for size in sizes)
-    head = _HEAD.pack(len(packed.text), len(sizes), by_shelf)
+def send(pipe: socket.socket, packed: Packed, file: File | None = None) -> None:
+    """Write one packed object to a stream socket.
+
+    Args:
+        pipe: a Unix socket.
+        packed: the object.
+        file: with its large blobs, where many are sent the same; one is made here if None.
+    """
+    there = by_file(packed) if file is None else file
+    lengths = b"".join(_LENGTH.pack(len(blob)) for blob in packed.blobs)
+    head = _HEAD.pack(len(packed.text), len(packed.blobs), there is not None)
+    small = [blob for blob in packed.blobs if len(blob) < BY_FILE]
     pipe.sendall(head + lengths + packed.text)
-    if not by_shelf:
-        for blob in packed.blobs:
-            pipe.sendall(blob)
+    for blob in small:
+        pipe.sendall(blob)
+    if there is not None:
+        socket.send_fds(pipe, [b"f"], [there.handle])
 
 
-def receive(pipe: socket.socket, shelf: Shelf | None = None) -> Packed:
+def receive(pipe: socket.socket, *, mapped: bool = False) -> Packed:
     """Read one packed object.
+
+    Args:
+        pipe: a Unix socket.
+        mapped: leave large blobs where they are, and map them; else they become bytes.
 
     Raises:
         EOFError: the other side has gone.
     """
-    size, count, by_shelf = _HEAD.unpack(_exactly(pipe, _HEAD.size))
+    size, count, with_file = _HEAD.unpack(_exactly(pipe, _HEAD.size))
     lengths = [_LENGTH.unpack(_exactly(pipe, _LENGTH.size))[0] for _ in range(count)]
     text = _exactly(pipe, size)
-    if by_shelf:
-        if shelf is None:
+    small = iter([_exactly(pipe, length) for length in lengths if length < BY_FILE])
+    large: Iterator[bytes | Mapped] = iter(())
+    if with_file:
+        _, handles, _, _ = socket.recv_fds(pipe, 1, 1)
+        if not handles:
             raise EOFError
-        return Packed(text, shelf.take(lengths))
-    return Packed(text, tuple(_exactly(pipe, length) for length in lengths))
+        maps = File(handles[0]).maps([length for length in lengths if length >= BY_FILE])
+        large = iter(maps) if mapped else map(_copied, maps)
+    return Packed(text, tuple(next(small if length < BY_FILE else large) for length in lengths))
+
+
+def _copied(blob: Mapped) -> bytes:
+    with blob:
+        return blob[:]
 
 
 def _exactly(pipe: socket.socket, size: int) -> bytes:
@@ -112,47 +142,3 @@ def _exactly(pipe: socket.socket, size: int) -> bytes:
         parts.append(part)
         size -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-class BlobCache:
-    """Which blobs the other side of a pipe still has: both sides run the same rule.
-
-    The rule: the blobs of the last `keep` tasks are kept. A sender names a kept blob by its
-    number instead of sending it again, so a model goes to a worker once a round and not once a
-    node.
-    """
-
-    def __init__(self, keep: int = 2) -> None:
-        self._keep = keep
-        self._tasks: list[dict[int, bytes]] = []
-        self._next = 0
-
-    def split(self, blobs: Sequence[bytes]) -> tuple[list[int], list[bytes]]:
-        """Sender: the number of every blob, and those that must be sent."""
-        known = {id(blob): number for task in self._tasks for number, blob in task.items()}
-        numbers, new, used = [], [], {}
-        for blob in blobs:
-            number = known.get(id(blob))
-            if number is None:
-                number = self._next
-                self._next += 1
-                known[id(blob)] = number
-                new.append(blob)
-            numbers.append(number)
-            used[number] = blob
-        self._remember(used)
-        return numbers, new
-
-    def join(self, numbers: Sequence[int], new: Sequence[bytes]) -> list[bytes]:
-        """Receiver: all blobs, from their numbers and those that came along."""
-        known = {number: blob for task in self._tasks for number, blob in task.items()}
-        fresh = iter(new)
-        for number in numbers:
-            if number not in known:
-                known[number] = next(fresh)
-        self._remember({number: known[number] for number in numbers})
-        return [known[number] for number in numbers]
-
-    def _remember(self, used: dict[int, bytes]) -> None:
-        self._tasks.append(used)
-        del self._tasks[: -self._keep]

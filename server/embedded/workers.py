@@ -1,22 +1,21 @@
 """A pool of worker processes: started from a nursery, fed groups of tasks, replaced when dead."""
 
 import os
-import pickle
 import selectors
 import signal
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from umbel.server.embedded.executor import Done, Task
-from umbel.server.embedded.packing import BlobCache, Packed, pack, receive, send, unpack
-from umbel.server.embedded.shelf import Shelf, reuse_memory
+from umbel.server.embedded.mapped import File, reuse_memory
+from umbel.server.embedded.packing import Packed, by_file, pack, receive, send, unpack
 from umbel.strategies.errors import ConfigError, RunError
 from umbel.transport.flower import CRASHED
 
@@ -77,11 +76,25 @@ class Nursery:
 class _Worker:
     pid: int
     pipe: socket.socket
-    outbound: Shelf | None
-    inbound: Shelf | None
     ready: bool = False
     busy: Sequence[Task] = ()
-    cache: BlobCache = field(default_factory=BlobCache)
+    holds: frozenset[int] = frozenset()
+    """Numbers of the contents that it has: those of its last group."""
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What several nodes are sent, on its way to the workers.
+
+    Attributes:
+        number: by which workers know it.
+        packed: the content.
+        file: with its large blobs, which all workers map.
+    """
+
+    number: int
+    packed: Packed
+    file: File | None
 
 
 class Workers:
@@ -95,6 +108,8 @@ class Workers:
         nodes: how many virtual nodes there are.
         threads: of a node's tensor operations.
         log: where the app's own output goes.
+        mapped: large arrays of replies are mapped from the workers' files; else they are bytes,
+            as an app may expect that knows Flower alone.
     """
 
     def __init__(
@@ -107,7 +122,11 @@ class Workers:
         nodes: int,
         threads: int = 1,
         log: Path | None = None,
+        mapped: bool = False,
     ) -> None:
+        self._mapped = mapped
+        self._contents: dict[int, _Content] = {}
+        self._sent = 0
         self._nursery = nursery
         self._start = pack(
             {
@@ -142,17 +161,46 @@ class Workers:
         return [worker.pid for worker in self._workers]
 
     def give(self, tasks: Sequence[Task]) -> None:
-        """Send a group to an idle process."""
+        """Send a group to an idle process.
+
+        What many nodes get goes to a process once, and stays there until its next group.
+        """
         worker = next(w for w in self._workers if w.ready and not w.busy)
         worker.busy = tasks
-        whole = pack(list(tasks))
-        numbers, new = worker.cache.split(whole.blobs)
-        parcel = Packed(pickle.dumps((numbers, whole.text), protocol=5), tuple(new))
+        contents = {id(task.content): self._content(task.content) for task in tasks}
+        numbers = frozenset(content.number for content in contents.values())
+        new = [each for each in contents.values() if each.number not in worker.holds]
+        worker.holds = numbers
+        bare = [replace(task, content=contents[id(task.content)].number) for task in tasks]
         try:
-            send(worker.pipe, parcel, worker.outbound)
+            send(worker.pipe, pack((bare, numbers, [content.number for content in new])))
+            for content in new:
+                send(worker.pipe, content.packed, content.file)
         except OSError:  # it died; wait() finds out and reports its tasks
             with suppress(OSError):
                 worker.pipe.shutdown(socket.SHUT_RDWR)
+
+    def _content(self, packed: Packed) -> _Content:
+        """The content as workers know it; what none of them works on any longer is let go."""
+        if id(packed) not in self._contents:
+            busy = {id(task.content) for worker in self._workers for task in worker.busy}
+            self._let_go(self._contents.keys() - busy)
+            self._sent += 1
+            self._contents[id(packed)] = _Content(self._sent, packed, by_file(packed))
+        return self._contents[id(packed)]
+
+    def _let_go(self, keys: Iterable[int]) -> None:
+        for key in list(keys):
+            del self._contents[key]
+
+    def rest(self) -> None:
+        """Nothing is to be done: what the processes hold for their next groups is let go."""
+        self._let_go(self._contents)
+        for worker in self._workers:
+            if worker.ready and not worker.busy and worker.holds:
+                worker.holds = frozenset()
+                with suppress(OSError):
+                    send(worker.pipe, pack(([], frozenset(), [])))
 
     def wait(self, timeout: float | None) -> list[tuple[Task, Done | None]]:
         """Wait until a process has something to say or `wake` is called; finished tasks.
@@ -188,6 +236,7 @@ class Workers:
         for worker in self._workers:
             self._dismiss(worker)
         self._workers = []
+        self._let_go(self._contents)
         self._selector.close()
         self._wake_read.close()
         self._wake_write.close()
@@ -195,7 +244,7 @@ class Workers:
 
     def _hear(self, worker: _Worker) -> Sequence[tuple[Task, Done | None]]:
         try:
-            said = unpack(receive(worker.pipe, worker.inbound))
+            said = unpack(receive(worker.pipe, mapped=self._mapped))
         except (EOFError, OSError):
             return self._mourn(worker)
         if not worker.ready:
@@ -232,28 +281,15 @@ class Workers:
 
     def _hire(self) -> _Worker:
         pid, pipe = self._nursery.fork()
-        worker = _Worker(pid, pipe, _shelf(), _shelf())
+        worker = _Worker(pid, pipe)
         self._selector.register(pipe, selectors.EVENT_READ, worker)
-        shelves = [shelf.handle for shelf in (worker.outbound, worker.inbound) if shelf]
-        socket.send_fds(pipe, [b"s"], shelves)
         send(pipe, self._start)
         return worker
 
     def _dismiss(self, worker: _Worker) -> None:
         self._selector.unregister(worker.pipe)
         worker.pipe.close()
-        for shelf in (worker.outbound, worker.inbound):
-            if shelf is not None:
-                shelf.close()
         try:
             os.kill(worker.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
-
-
-def _shelf() -> Shelf | None:
-    """A new shelf; where there are none, large bytes go through the pipe."""
-    try:
-        return Shelf()
-    except OSError:
-        return None

@@ -65,15 +65,19 @@ class Connection:
             item = await self.session.outgoing.get()
             if isinstance(item, Frame):
                 await self._put(item)
-                continue
-            await self._put(frames_of(item))
-            self.hub.traffic.bytes_down += item.begin.size
-            if item.begin.inline:
-                continue
-            for chunk in cut(item.parts, self.session.pace):
-                self.session.pace.begin()
-                await self._put(chunk)
-                self.session.pace.end()
+            else:
+                await self._instruct(item)
+            del item  # until there is more to say, a model that has been sent must not take room
+
+    async def _instruct(self, instruction: Instruction) -> None:
+        await self._put(frames_of(instruction))
+        self.hub.traffic.bytes_down += instruction.begin.size
+        if instruction.begin.inline:
+            return
+        for chunk in cut(instruction.parts, self.session.pace):
+            self.session.pace.begin()
+            await self._put(chunk)
+            self.session.pace.end()
 
     async def _put(self, frame: Any) -> None:
         self.session.sending_since = time.monotonic()
@@ -161,7 +165,7 @@ class Connection:
             self.session.send(Frame(done=Done(id=begin.id)))
             return
         error = (begin.error_code, plain(begin.error_reason)) if begin.failed else None
-        parts = () if begin.failed else tuple(arriving.assembly.parts)
+        parts: list[memoryview] = [] if begin.failed else arriving.assembly.parts
         self.hub.answered(self.session, instruction, Reply(instruction, parts, error))
 
     def _why(self, tasks: Sequence["asyncio.Task[None]"]) -> tuple[str, str]:

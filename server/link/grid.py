@@ -19,6 +19,7 @@ from umbel.server.notes import Notes
 from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
 from umbel.server.roster import NodeRef
 from umbel.strategies.errors import ConfigError
+from umbel.transport.allocator import LARGE, give_back
 from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
 from umbel.transport.flower import (
     CRASHED,
@@ -83,9 +84,8 @@ class LinkGrid(OwnGrid):
             raise ConfigError(f"enough is {enough}; it is a share of replies, above 0, at most 1")
         take_identity(run_id)
         self.hub = hub
-        super().__init__(run_id)
+        super().__init__(run_id, enough)
         self._config = b"".join(encode(RecordDict({"c": ConfigRecord(dict(run_config or {}))})))
-        self._enough = enough
         self._largest, self._margin = largest, margin
         self._limits = Limits(total=largest or LARGEST_CONTENT)
         self._sent = 0  # bytes of the largest content
@@ -194,7 +194,7 @@ class LinkGrid(OwnGrid):
         )
         waiting = {message_id for message_id in ids if message_id is not None}
         patience = _Patience(self._late, waiting, self.hub.lost_after)
-        wanted = ceil(self._enough * len(waiting)) if training else len(waiting)
+        wanted = ceil(self.enough * len(waiting)) if training else len(waiting)
         soonest = time.monotonic() + min(map(seconds_left, messages), default=0.0)
         try:
             while waiting and wanted > 0:
@@ -222,6 +222,8 @@ class LinkGrid(OwnGrid):
                     yield message
                 del message  # while the next is decoded, this one must not take room
         finally:
+            if self._sent > LARGE:
+                give_back()
             for message_id in waiting:
                 self._open.pop(message_id, None)
             if waiting:
@@ -323,7 +325,7 @@ class LinkGrid(OwnGrid):
             message = Message(Error(*reply.error), reply_to=asked)
         else:
             try:
-                content = decode(reply.parts, limits=self._limits, checksum=True)
+                content = decode(reply.parts, limits=self._limits, checksum=True, consume=True)
                 message = Message(content, reply_to=asked)
             except CodecError as problem:
                 reason = f"its reply cannot be read: {problem}"

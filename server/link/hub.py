@@ -40,10 +40,13 @@ _SHARED_CHUNKS = 8 << 20
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of an instruction: the bytes of a content, or why there is none."""
+    """What came of an instruction: the bytes of a content, or why there is none.
+
+    Whoever reads the content takes the list of its parts apart.
+    """
 
     instruction: "Instruction"
-    parts: Sequence[memoryview | bytes] = ()
+    parts: list[memoryview] = field(default_factory=list)
     error: tuple[int, str] | None = None
 
 

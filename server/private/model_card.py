@@ -19,6 +19,8 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.private.promise import COMMAND, promise, said
 
 NOT_STATED = "not stated"
+_LISTED = 20
+"""Nodes that a card names one by one; the certificate has all."""
 
 
 def write_model_card(
@@ -172,7 +174,8 @@ def _fine_print(certificate: Mapping[str, Any]) -> str:
             f"layers: {mechanism['stack']}; cohorts: {mechanism['cohort']}, "
             f"{mechanism['expected_cohort']:g} of {mechanism['nodes']} nodes expected"
         )
-    for row in told["nodes"] if told else []:
+    rows = sorted(told["nodes"], key=lambda row: -row["epsilon"]) if told else []
+    for row in rows[:_LISTED]:
         lines.append(
             f"node {row['node']}: {row['mechanism']}, each {row['unit']}, epsilon "
             f"{said(row['epsilon'])} at delta {row['delta']:g}, noise multiplier "
@@ -180,8 +183,12 @@ def _fine_print(certificate: Mapping[str, Any]) -> str:
             f"{row['norm']:g}, {row['participations']} replies"
             + ("" if row["signed"] else ", not signed")
         )
-    for node in told["without"] if told else []:
-        lines.append(f"node {node}: no statement about its records")
+    if len(rows) > _LISTED:
+        lines.append(f"{len(rows) - _LISTED} more statements, none of a larger epsilon")
+    silent = told["without"] if told else []
+    lines += [f"node {node}: no statement of its own budget" for node in silent[:_LISTED]]
+    if len(silent) > _LISTED:
+        lines.append(f"{len(silent) - _LISTED} more nodes without a statement")
     for other in certificate["elsewhere"]:
         lines.append(
             f"{other['nodes']} nodes are known to the population {other['population']!r} too"

@@ -68,6 +68,15 @@ def promise(certificate: Mapping[str, Any], config: Mapping[str, Any], key: str)
     rows = {row["against"]: row for row in certificate["guarantees"]}
     record = rows["server"]["unit"] == "record"
     finite = [who for who, row in rows.items() if math.isfinite(row["epsilon"])]
+    if not record and not certificate["events"]:
+        return _answers(
+            "Nobody had to be: no round of this run has released anything.",
+            "",
+            "",
+            "",
+            "",
+            _check(key),
+        )
     if not finite:
         return _answers(_none(certificate), "", "", "", "", _check(key))
     return _answers(
@@ -138,14 +147,20 @@ def _conditions(
             )
         else:
             yield "Each statement is signed with its node's key, which you must know to be its."
+    elif certificate["secure_sum"] is not None:
+        rows = {row["against"]: row["epsilon"] for row in certificate["guarantees"]}
+        if math.isfinite(rows["server"]):
+            yield "Each node adds its share of the noise and runs its own software."
+        else:
+            yield "The coordinator adds the noise to the sum; you trust it to do so."
     elif certificate["mechanism"]["against"] == "server":
         yield "Each node adds all of its noise itself and runs its own software."
-    elif certificate["secure_sum"] is None:
+    else:
         yield "The coordinator adds the noise and keeps its draws secret; you trust it to do so."
     if certificate["secure_sum"] is not None:
         yield _sums(certificate["secure_sum"])
     if not record:
-        if certificate["mechanism"]["cohort"] == "poisson":
+        if any(row["sampling"] == "poisson" for row in certificate["guarantees"]):
             yield "Who is drawn for a round stays secret from model users."
         yield "A person's data are on one node only."
     if config.get("engine") == "embedded":
@@ -155,19 +170,20 @@ def _conditions(
 def _sums(secure: Mapping[str, Any] | None) -> str:
     if secure is None:
         return ""
-    mode = {
-        "malicious": "which may deviate from the protocol (malicious mode)",
-        "semi-honest": "as long as it follows the protocol (semi-honest mode only)",
-    }.get(secure["mode"], str(secure["mode"]))
+    mode, share = {
+        "malicious": ("even if it deviates from the protocol (malicious mode)", "a third"),
+        "semi-honest": ("as long as it follows the protocol (semi-honest mode only)", "half"),
+    }.get(secure["mode"], (str(secure["mode"]), "half"))
     identities = {
-        "first-use": "taken on first use, so a coordinator that lied from the start is not noticed",
+        "first-use": "taken on first use, so a coordinator that made some up from the start is "
+        "not noticed",
         "roster-file": "from a roster file that each node holds",
         "authority": "certified by the federation's authority",
     }.get(secure["identities"], str(secure["identities"]))
     return (
         f"The coordinator sees sums of updates and no single one, {mode}; identities of nodes are "
-        f"{identities}; fewer than {secure['quorum']} of a round's {secure['nodes']} nodes work "
-        "with the coordinator (quorum)."
+        f"{identities}; at least {secure['quorum']} of a round's {secure['nodes']} nodes agree on "
+        f"who is in the sum (quorum), and fewer than {share} of them work with the coordinator."
     )
 
 
@@ -244,12 +260,17 @@ def said(epsilon: float) -> str:
         return "infinite (no protection)"
     if not epsilon >= 1e-12:  # nothing, or not even a number
         return f"{epsilon:.4g}"
-    scale = 10.0 ** (3 - math.floor(math.log10(epsilon)))
-    return f"{math.ceil(epsilon * scale - 1e-9) / scale:.4g}"
+    return f"{_up(epsilon, 4):.4g}"
+
+
+def _up(value: float, digits: int) -> float:
+    """The value rounded up to so many digits."""
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
+    return math.ceil(value * scale - 1e-9) / scale
 
 
 def _factor(epsilon: float) -> str:
     if epsilon >= math.log(1e6):  # nearly no noise: e^epsilon may be larger than any float
         return f"e^{said(epsilon)}"
     size = math.exp(epsilon)
-    return f"{math.ceil(size):,}" if size >= 100 else f"{size:.3g}"
+    return f"{math.ceil(size):,}" if size >= 100 else f"{_up(size, 3):.3g}"

@@ -72,8 +72,10 @@ class Statements:
         self._run.write_lines(STATEMENTS, [*lines, *silent])
         self._changed = False
 
-    def __bool__(self) -> bool:
-        return bool(self._lines)
+    @property
+    def about_records(self) -> bool:
+        """Whether a node has stated what its records have spent."""
+        return any(unit == "record" for _, unit in self._lines)
 
 
 def line_of(node: str, signed: Signed) -> dict[str, Any]:
@@ -127,9 +129,10 @@ def summary_of(run: RunDirectory) -> dict[str, Any]:
     """What the statements of a run come to, for its certificate.
 
     Returns:
-        `nodes`, one row a statement; `without`, the nodes that replied and made none; and of the
-        statements about records the largest `epsilon` (infinite where a node made none), the
-        largest `delta` (None without any) and the weakest `relation`.
+        `nodes`, one row a statement; `without`, the nodes that replied and made none (none about
+        records, where others made such); and of the statements about records the largest
+        `epsilon` (infinite where a node made none), the largest `delta` (None without any) and
+        the weakest `relation`.
 
     Raises:
         CheckError: the file is damaged.
@@ -140,7 +143,7 @@ def summary_of(run: RunDirectory) -> dict[str, Any]:
     except StatementError as error:
         raise CheckError(f"{STATEMENTS}: {error}") from error
     records = [row for row in rows if row["unit"] == "record"]
-    protected = {row["node"] for row in records}
+    protected = {row["node"] for row in records or rows}
     without = sorted({line["node"] for line in lines} - protected)
     return {
         "nodes": rows,

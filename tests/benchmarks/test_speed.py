@@ -89,7 +89,7 @@ def test_the_bare_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_both_sides_train_the_same_model(tmp_path: Path) -> None:
     """Else the comparison would be of two different things."""
-    from umbel.run import example
+    from umbel.running import example
     from umbel.strategies.app import load
 
     server = load(example(), "server_app:app", object)

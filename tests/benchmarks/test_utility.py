@@ -10,7 +10,7 @@ from umbel.benchmarks.speed import private_sgd, utility
 
 
 def _played(app: Path, *, options: dict[str, Any], nodes: int, out: Path) -> dict[str, Any]:
-    """Stands for `umbel.run.run`: more epsilon, more accuracy."""
+    """Stands for `umbel.run`: more epsilon, more accuracy."""
     assert app.name == "app"
     right = 0.8 + 0.01 * options["epsilon"] + (0.001 if out.name.endswith("-2") else 0.0)
     return {"epsilon": options["epsilon"] - 1e-4, "metrics": {"accuracy": right}, "seconds": nodes}

@@ -277,6 +277,14 @@ class WithStatistics(FunctionTrainer):
         return Weights(first.parameters, {"running_mean": torch.zeros(2)})
 
 
+@pytest.mark.parametrize("options", [SUMS, NOISY, LOCAL, CENTRAL])
+def test_running_statistics_are_not_told_where_updates_are_protected(
+    options: Mapping[str, Any],
+) -> None:
+    with pytest.raises(ConfigError, match="running statistics would travel in the clear"):
+        Liar(options).ask(100, "query.umbel_statistics")
+
+
 @pytest.mark.parametrize("options", [LOCAL, CENTRAL])
 def test_running_statistics_never_travel_beside_a_protected_update(
     options: Mapping[str, Any],
@@ -335,11 +343,18 @@ def test_only_the_kinds_that_the_owner_lists_are_answered(tmp_path: Path) -> Non
         liar.ask(100, "evaluate")
     )
     assert not liar.ask(100, "query.umbel_hello").has_error()
-    for kind in ("query.umbel_ask", "query.umbel_pool", "query.anything", "query"):
+    own = ("query.umbel_ask", "query.umbel_pool", "query.umbel_statistics")
+    for kind in (*own, "query.anything", "query"):
         assert "(answer)" in refusal(liar.ask(100, kind)), kind
     assert kind_of("train.other") == "train"
     sums = Liar(SUMS, policy=policy(tmp_path, 'answer = ["train"]'))
     assert sums.gather().replies == NODES  # a sum's later trips belong to training
+
+
+def test_where_no_bare_update_leaves_nothing_as_telling_does(tmp_path: Path) -> None:
+    liar = Liar({}, policy=policy(tmp_path, "unprotected = false"))
+    for kind in ("query.umbel_ask", "query.umbel_statistics", "query.anything"):
+        assert "(unprotected)" in refusal(liar.ask(100, kind))
 
 
 def test_a_node_process_never_answers_as_a_pool() -> None:

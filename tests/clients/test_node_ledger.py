@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,34 @@ import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from flwr.app import ConfigRecord
 
-from tests.clients.node_asker import DP_SGD, NODE, PLAIN, Asker, secure_round, update_of
+from tests.clients.node_asker import (
+    DP_SGD,
+    NODE,
+    PLAIN,
+    Asker,
+    examples,
+    linear,
+    secure_round,
+    update_of,
+)
 from umbel.clients.ledger_database import Asked, settle
 from umbel.clients.ledger_file import KEPT_REPLIES, REPLIES, GoneError, LedgerFile
 from umbel.clients.ledger_names import DATA, LEDGER
 from umbel.clients.node_ledger import Limits, StateLedger, total
+from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.federation import Federation
 from umbel.privacy.budget.accounting import spent
 from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge
 from umbel.privacy.masking import keys
 from umbel.strategies import statement as statements
+from umbel.strategies.collect import PlainSum
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.layer import Claim, Facts, Stateless
 from umbel.strategies.node_policy import POLICY
+from umbel.strategies.private.clip import Clip
 from umbel.strategies.release import Release
 from umbel.strategies.secure.identity import enrolled_key
+from umbel.strategies.stack import Stack
 from umbel.transport.certificates import make_server_identity, open_authority, save_identity
 
 LOCAL = {"epsilon": 5.0, "mechanism": "local", "rounds": 1}
@@ -248,6 +264,37 @@ def test_a_ledger_that_cannot_be_written_lets_nothing_leave(tmp_path: Path) -> N
     (tmp_path / LEDGER).write_bytes(b"this is no database" * 100)
     with pytest.raises((RunError, ConfigError), match="ledger"):
         dp_sgd(tmp_path).ask(1)
+
+
+@dataclass(frozen=True)
+class OwnNoise(Stateless):
+    """An app's own layer of local noise, of which Umbel knows nothing but its claim."""
+
+    name: str = "own-noise"
+    against: Any = "server"
+
+    def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
+        return facts.but(l2_bound=None)
+
+    def claim(self, facts: Facts) -> Claim:  # noqa: ARG002
+        return Claim(GaussianDpEvent(4.0), "client", REPLACE, self.against, sampled=False)
+
+
+def test_an_apps_own_layer_is_charged_for_what_it_claims(tmp_path: Path) -> None:
+    def app(against: str) -> Federation:
+        stack = Stack((Clip(1.0), OwnNoise(against=against)), PlainSum(weighting="fixed"))
+        return Federation(TorchTrainer(linear), data=examples, stack=stack)
+
+    node = Asker(app("server"), tmp_path / "node", {"rounds": 2})
+    for number in (1, 2):
+        (signed,) = statements.read(node.ask(number).content)
+        assert signed.statement().mechanism == "own-noise"
+    with pytest.raises(RunError, match="takes no further part"):
+        node.ask(3)
+    expected = spent({Charge(GaussianDpEvent(4.0), REPLACE): 2}, 1e-5).epsilon
+    assert row(tmp_path / "node")["epsilon"] == pytest.approx(expected)
+    central = Asker(app("model-user"), tmp_path / "other", {"rounds": 2})
+    assert statements.read(central.ask(1).content) == []
 
 
 # ── the owner's limits ────────────────────────────────────────────────────────────────────────

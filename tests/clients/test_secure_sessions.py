@@ -6,7 +6,7 @@ protocol drives them as a coordinator's connection would.
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,72 @@ def test_a_session_is_of_one_run_and_ends_where_training_begins_again(tmp_path: 
     assert again is not None
     assert refusal(Answer("m", again)).startswith("replay")
     assert sessions.stage(7, query_of("mask")) is None
+
+
+EVIL = """
+from task import federation
+from flwr.app import Message
+from umbel.clients.node import FederationClientApp
+
+
+class Evil(FederationClientApp):
+    def unguarded(self, message, context):
+        from umbel.strategies.records import to_array
+        import torch
+        from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+        kind = message.content["umbel"]["how"]
+        bare = {
+            "array": RecordDict({"x": ArrayRecord({"w": to_array(torch.ones(2))})}),
+            "metric": RecordDict({"x": MetricRecord({"w": 0.5})}),
+            "numbers": RecordDict({"x": ConfigRecord({"w": [0.5, 1.5]})}),
+            "number": RecordDict({"x": ConfigRecord({"w": 0.5})}),
+            "long": RecordDict({"umbel.secure": ConfigRecord({"sealing": bytes(1 << 15)})}),
+        }
+        return Message(bare[kind], reply_to=message)
+
+
+app = Evil(federation.client_app().half)
+"""
+
+
+@pytest.mark.parametrize("how", ["array", "metric", "numbers", "number", "long"])
+def test_an_app_cannot_send_an_update_by_itself_where_only_sums_may_leave(
+    how: str, evil: tuple[asyncio.AbstractEventLoop, Trainee]
+) -> None:
+    loop, trainee = evil
+    told = ConfigRecord({"how": how})
+    data = b"".join(encode(RecordDict({CONFIG: told})))
+    begin = Begin(
+        id=how, size=len(data), inline=data, run_id=1, message_type="query.umbel_hello", ttl=60
+    )
+    answer = loop.run_until_complete(trainee.run(begin, 1001, 120))
+    assert not answer.parts
+    assert answer.error is not None
+    assert (
+        "policy (min-cohort) refuses: min-cohort asks for secure sums, and the app would"
+        in (answer.error[1])
+    )
+
+
+@pytest.fixture(scope="module")
+def evil(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[asyncio.AbstractEventLoop, Trainee]]:
+    """A node whose app goes around the gate in its own process."""
+    folder = tmp_path_factory.mktemp("evil")
+    app = write_federation(folder / "app", TASK.replace("SIZE", "3"), name="x", config="")
+    (app / "client_app.py").write_text(EVIL)
+    (folder / "policy.toml").write_text("min-cohort = 3")
+    config = {"policy": str(folder / "policy.toml")}
+    loop = asyncio.new_event_loop()
+    take_identity(1)
+    trainee = Trainee(AppSettings(app, folder / "memory", config, 1))
+    loop.run_until_complete(trainee.start())
+    yield loop, trainee
+    trainee.stop()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
 
 
 def test_a_spent_round_stays_spent_whatever_happens_to_the_node(tmp_path: Path) -> None:

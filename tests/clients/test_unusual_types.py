@@ -11,7 +11,7 @@ from tests.clients.tasks import job
 from umbel.clients.data.examples import Examples
 from umbel.clients.function_trainer import FunctionTrainer
 from umbel.loading import load
-from umbel.run import run
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 
 TASK = """

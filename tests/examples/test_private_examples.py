@@ -6,7 +6,7 @@ import pytest
 
 from umbel.clients.data.datasets import place
 from umbel.federation import FederationServerApp
-from umbel.run import example, run
+from umbel.running import example, run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.private.verify import verify
 from umbel.strategies.app import open_app

@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from umbel.server.embedded.grid import ObservedGrid
 from umbel.server.kept_model import BY_STRATEGY, NO_MODEL, KeptModel, watching_strategies
 from umbel.server.output.rundir import RunDirectory
+from umbel.transport.flower import take_identity
 
 
 def app() -> ClientApp:
@@ -89,6 +90,7 @@ def test_an_app_that_sends_nothing(tmp_path: Path) -> None:
 def test_the_model_is_what_was_evaluated_last_or_what_a_strategy_returned(tmp_path: Path) -> None:
     run = RunDirectory.create(None, "x", {}, out=tmp_path / "run")
     kept = KeptModel()
+    take_identity(1)
     assert kept.save(run) == NO_MODEL and not run.model_path.exists()
 
     def asked(value: float) -> Message:

@@ -1,17 +1,21 @@
 """Records between processes: large bytes travel once, and nobody's changes reach another."""
 
+import gc
 import pickle
 import socket
 import threading
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel.server.embedded.packing import LARGE, BlobCache, Packed, pack, receive, send, unpack
+from umbel.server.embedded.mapped import PAGE, File, Mapped
+from umbel.server.embedded.packing import BY_FILE, Packed, pack, receive, send, unpack
+from umbel.strategies.records import from_array, record_of, to_array
 
 
 def records(size: int = 5000) -> RecordDict:
@@ -62,22 +66,45 @@ def test_half_a_message_is_the_end() -> None:
             receive(right)
 
 
-@given(st.lists(st.lists(st.integers(0, 6), max_size=4), max_size=20), st.integers(1, 3))
-def test_both_sides_of_a_cache_agree(tasks: list[list[int]], keep: int) -> None:
-    """Whatever is sent in whatever order: the receiver has it, and repeats cost nothing."""
-    blobs = [bytes([i]) * (LARGE + i) for i in range(7)]
-    sender, receiver = BlobCache(keep), BlobCache(keep)
-    recent: list[set[int]] = []
-    for wanted in tasks:
-        numbers, new = sender.split([blobs[i] for i in wanted])
-        assert receiver.join(numbers, new) == [blobs[i] for i in wanted]
-        known: set[int] = set().union(*recent[-keep:])
-        assert len(new) == len(set(wanted) - known)
-        recent.append(set(wanted))
+def test_large_blobs_go_by_file_and_are_mapped_or_copied() -> None:
+    left, right = socket.socketpair()
+    blobs = (bytes(range(256)) * 257, b"small" * 1000, b"x" * BY_FILE, b"y" * (BY_FILE + PAGE))
+    packed = Packed(b"text", blobs)
+    with left, right:
+        for mapped in (False, True):
+            send(left, packed)
+            found = receive(right, mapped=mapped)
+            assert found == packed
+            kind = Mapped if mapped else bytes
+            assert [type(blob) for blob in found.blobs] == [kind, bytes, kind, kind]
 
 
-def test_a_cache_forgets() -> None:
-    cache: Any = BlobCache(2)
-    for i in range(100):
-        cache.split([bytes([i]) * LARGE])
-    assert len(cache._tasks) == 2
+def test_a_mapped_blob_is_as_good_as_bytes_and_nobody_writes_to_anothers() -> None:
+    vector = torch.arange(50_000, dtype=torch.float32)
+    array = to_array(vector, lambda parts: File().fill(list(parts)))
+    assert isinstance(array.data, Mapped) and array.data == to_array(vector).data
+    np.testing.assert_array_equal(array.numpy(), vector.numpy())
+    again = pickle.loads(pickle.dumps(array))
+    assert type(again.data) is bytes and again == to_array(vector)
+    left, right = socket.socketpair()
+    packed = pack(RecordDict({"m": record_of({"w": array})}))
+    with left, right:
+        readers = []
+        for _ in range(2):
+            send(left, packed)
+            readers.append(unpack(receive(right, mapped=True)))
+    own, others = (from_array(reader["m"]["w"]) for reader in readers)
+    own += 1  # never to be done, and of no consequence to others
+    assert torch.equal(others, vector) and torch.equal(from_array(array), vector)
+
+
+def test_files_go_with_the_last_who_has_them() -> None:
+    def files() -> int:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = files()
+    blob = File().fill([b"a" * 5000, b"b"])
+    assert blob[4999:] == b"ab" and files() > before
+    del blob
+    assert files() == before

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import umbel.federation
 from umbel.privacy.budget.accounting import spent
-from umbel.run import Interrupted, run
+from umbel.running import Interrupted, run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.private.ledger import entries

@@ -16,8 +16,9 @@ from tests.fakes import WarmCommand
 from tests.server.tiny_private_app import write_app
 from umbel.privacy.budget.accounting import epsilon, spent
 from umbel.privacy.budget.events import RELATIONS
-from umbel.run import run
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
+from umbel.server.output.report import write_report
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.private.coordinator_key import data_folder
 from umbel.server.private.ledger import entries
@@ -223,6 +224,14 @@ def test_a_fixed_number_of_nodes_is_charged_as_that(lab: Lab) -> None:
     assert row["event"]["mechanism"] == "sampled-without-replacement"
     assert row["relation"] == "replace-one"
     assert result["epsilon"] > epsilon(4.0, 0.25, 3, 1e-5)
+
+
+def test_cohorts_that_are_drawn_otherwise_than_the_options_say_are_said(lab: Lab) -> None:
+    lab.run(noise_multiplier=4.0, cohort="fixed", cohort_size=5.0, rounds=1)
+    assert any("cohort=fixed is what" in line and "poisson" in line for line in lab.heard.lines)
+    assert lab.directory().config()["cohorts"] == "poisson, 5"
+    assert "poisson, 5" in write_report(lab.directory().path).read_text(encoding="utf-8")
+    assert verify(lab.directory().path) == []
 
 
 def test_a_cap_is_charged_as_truncation(lab: Lab) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.server.test_private_run import Heard, Lab, ledger_of
-from umbel.run import Interrupted, run
+from umbel.running import Interrupted, run
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.private import budget
 from umbel.server.private.ledger import Ledger, entries

@@ -188,7 +188,7 @@ def test_the_latest_statement_of_each_node_and_unit_is_kept(tmp_path: Path) -> N
     later = replace(statement, round=2, epsilon=1.5)
     node = replace(statement, unit="node", mechanism="local-gaussian", epsilon=4.0)
     kept_here = Statements(run, {1001: "n", 1002: "m"})
-    assert not kept_here
+    assert not kept_here.about_records
     for said in ([make(statement, key)], [make(later, key), make(node, key)]):
         message = reply(1001)
         attach(message.content, said)
@@ -205,7 +205,7 @@ def test_the_latest_statement_of_each_node_and_unit_is_kept(tmp_path: Path) -> N
     ]  # fmt: skip
     assert told["without"] == ["m"] and told["epsilon"] == float("inf")
     again = Statements(run, {1001: "n", 1002: "m"})  # the run goes on in another process
-    assert again and summary_of(run) == told
+    assert again.about_records and summary_of(run) == told
     odd = reply(1002)
     odd.content[RECORD] = message.content[RECORD]
     odd.content[RECORD]["statement"] = b"{}"

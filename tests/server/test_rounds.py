@@ -11,20 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dp_accounting import GaussianDpEvent
 from torch import Tensor
 
 from tests.fakes import APPS, PlusOne, SharedNursery, Times
 from umbel.clients.data.examples import Node
 from umbel.clients.node import job_seed
 from umbel.federation import Federation
+from umbel.privacy.budget.events import ADD_OR_REMOVE
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.job import Outcome
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.roster import NodeRef
 from umbel.server.rounds import Rounds
+from umbel.server.shortfall import Shortfall
 from umbel.strategies.app import load
 from umbel.strategies.errors import ConfigError, RunError
+from umbel.strategies.layer import Claim
 from umbel.strategies.stack import Stack
 
 Fit = Callable[..., tuple[Outcome, list[dict[str, Any]]]]
@@ -223,6 +227,39 @@ def test_too_few_replies_leave_the_model_and_end_the_run_in_the_end(fit: Fit) ->
         fit(rounds=9, **{**fewer, "break-round": 0})
 
 
+def failing(slope: Federation, first: int) -> Federation:
+    """The same, with nodes from partition `first` on whose data cannot be read."""
+
+    def data(node: Any, options: Any) -> Any:
+        if node.partition >= first:
+            raise OSError("the disk is on fire")
+        return slope.data(node, options)
+
+    return replace(slope, data=data)
+
+
+def test_half_of_the_nodes_make_a_round_and_fewer_do_not(fit: Fit, slope: Federation) -> None:
+    _, lines = fit(failing(slope, 3), rounds=2)
+    assert [line["used"] for line in lines[1:]] == [True, True]
+    assert Shortfall.of(lines).sentences() == [
+        "nodes failed in 2 of 2 rounds, up to 3 of 6, and the model was trained without them; "
+        f"most often: {lines[1]['failed'][0]['reason']}"
+    ]
+    with pytest.raises(RunError, match="2 of 3 needed replies could be used"):
+        fit(failing(slope, 2), rounds=5)
+    _, lines = fit(failing(slope, 2), rounds=2, min_replies=2)
+    assert all(line["used"] for line in lines[1:])
+
+
+def test_a_run_whose_rounds_changed_nothing_has_failed(fit: Fit, slope: Federation) -> None:
+    with pytest.raises(RunError, match=r"none of the 2 rounds changed the model: .*on fire"):
+        fit(failing(slope, 2), rounds=2)
+    _, lines = fit(rounds=2, **{"break-node": 1, "break-round": 2, "min-replies": 6})
+    assert [line["used"] for line in lines[1:]] == [True, False]
+    (sentence,) = Shortfall.of(lines).sentences()
+    assert sentence.startswith("1 of 2 rounds could not be used and left the model as it was")
+
+
 def test_a_model_that_is_no_longer_finite_ends_the_run_with_the_cure(fit: Fit) -> None:
     with pytest.raises(RunError, match=r"lower learning-rate|the longest taken"):
         fit(rounds=60, learning_rate=50.0, server_learning_rate=1e30)
@@ -255,10 +292,10 @@ def test_nodes_that_come_later_join_a_plain_run_and_wait_for_the_end_of_a_privat
 ) -> None:
     @dataclass(frozen=True)
     class Promising(PlusOne):
-        private: bool = False
-        name: str = "promising"
+        def claim(self, facts: Any) -> Claim:  # noqa: ARG002
+            return Claim(GaussianDpEvent(1.0), "client", ADD_OR_REMOVE, "model-user")
 
-    stack = Stack([Promising(private=private)])
+    stack = Stack([Promising() if private else PlusOne()])
     notes: list[str] = []
 
     class Watch(SilentProgress):

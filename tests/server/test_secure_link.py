@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from umbel.run import run
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 
 APP = {

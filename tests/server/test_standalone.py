@@ -103,6 +103,9 @@ def test_both_say_that_a_good_run_holds(alone: ModuleType, tmp_path: Path, kind:
 
 def test_both_say_so_of_a_secure_sum_beside_another_run(alone: ModuleType, tmp_path: Path) -> None:
     lab = Lab(tmp_path)
+    (lab.app / "client_app.py").write_text(
+        "from task import federation\n\napp = federation.client_app()\n"
+    )
     lab.run("one", epsilon=3.0)
     lab.run("two", epsilon=6.0, secure=True, rounds=1)
     for name in ("one", "two"):
@@ -111,7 +114,8 @@ def test_both_say_so_of_a_secure_sum_beside_another_run(alone: ModuleType, tmp_p
     card = (lab.directory("two").path / "MODEL_CARD.md").read_text()
     secure = certificate(lab.directory("two").path)["secure_sum"]
     assert f"({secure['mode']} mode" in card and "taken on first use" in card
-    assert f"fewer than {secure['quorum']} of a round's" in card and "(quorum)" in card
+    assert f"at least {secure['quorum']} of a round's 20 nodes agree" in card
+    assert "Each node adds its share of the noise" in card
     assert "Not against the coordinator" not in card
 
 

@@ -16,7 +16,7 @@ from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.federation import Federation
 from umbel.loading import load
-from umbel.run import run
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.statistics import _pooled

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NeighboringRelation, NoOpDpEvent
@@ -493,6 +494,11 @@ REFUSED: Mapping[str, tuple[Stack, Mapping[str, Any], str]] = {
         "max-examples is 50",
     ),
     "a mechanism without a budget": (Stack(), {"mechanism": "local"}, "nothing asks for noise"),
+    "noise that nothing decides": (
+        Stack((Clip(1.0), Gaussian()), FIXED),
+        {},
+        "waits for its noise",
+    ),
     "a mode without a secure sum": (Stack(), {"secure_mode": "malicious"}, "give secure=true"),
     "a secure limit by the wrong name": (
         Stack(),
@@ -508,6 +514,15 @@ def test_what_is_asked_and_not_in_the_stack_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=words) as refused:
         compose(stack, **options)
     assert "; " in str(refused.value)
+
+
+def test_both_sides_of_a_federation_refuse() -> None:
+    trainer = FunctionTrainer(lambda _: {"w": np.zeros(3)}, lambda arrays, *_: (arrays, 1, {}))
+    federation = Federation(trainer, lambda *_: 1, stack=Stack((), Choice(CONVENIENT)))
+    options = federation.complete({"epsilon": 3.0})
+    for side in (federation.check_options, federation.job, federation.client_app().half.stack):
+        with pytest.raises(StackError, match="not one of Umbel's own"):
+            side(options)
 
 
 def test_the_option_decides_noise_that_the_app_leaves_open() -> None:

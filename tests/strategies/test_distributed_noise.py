@@ -181,7 +181,7 @@ def test_a_server_that_tells_too_small_a_bound_or_too_coarse_a_step_gets_nothing
 
 def test_epsilon_alone_with_secure_makes_the_whole_private_run(tmp_path: Path) -> None:
     """Options to certificate: the noise is calibrated, charged, and checked again by verify."""
-    from umbel.run import run
+    from umbel.running import run
     from umbel.server.private.verify import verify
 
     app = Path(__file__).parents[2] / "examples" / "clinics"
@@ -217,7 +217,7 @@ federation = Federation(FunctionTrainer(initial, train), lambda node, _: node.pa
 
 
 def test_a_round_that_was_given_up_is_not_charged_and_the_next_goes_on(tmp_path: Path) -> None:
-    from umbel.run import run
+    from umbel.running import run
 
     app = write_federation(tmp_path / "app", FAILING, name="failing", config="rounds = 3")
     options = {"secure": True, "noise-multiplier": 2.0, "delta": 1e-3}

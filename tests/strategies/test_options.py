@@ -138,7 +138,7 @@ def test_defaults_are_valid_and_complete() -> None:
         ({"cohort-size": -1.0}, "cohort-size is -1.0; it must be at least 0"),
         ({"round-timeout": -1.0}, "round-timeout is -1.0"),
         ({"seed": -1}, "seed is -1"),
-        ({"min-replies": 0}, "min-replies is 0"),
+        ({"min-replies": -1}, "min-replies is -1"),
         ({"average-from": -1}, "average-from is -1"),
         ({"server-learning-rate": -1.0}, "server-learning-rate is -1.0; it must be at least 0"),
         ({"server-momentum": 1.0}, "server-momentum is 1.0; it must be from 0 up to 1"),

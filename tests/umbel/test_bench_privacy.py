@@ -10,7 +10,7 @@ from tests.server.tiny_private_app import write_app
 from umbel.bench_privacy import opened
 from umbel.benchmarks.attack.plans import full, quick
 from umbel.cli import main
-from umbel.run import example
+from umbel.running import example
 from umbel.strategies.errors import ConfigError
 
 
@@ -38,6 +38,61 @@ def test_a_fault_is_caught_with_exit_status_3(
     assert json.loads((tmp_path / "report.json").read_text())["about"]["command"].startswith(
         "umbel bench privacy --inject"
     )
+
+
+UNTESTED = """
+from dataclasses import replace
+from torch import nn
+from umbel import Federation, Partitioned, TorchTrainer
+
+
+class Own:
+    \"\"\"A trainer of the app's own that promises privacy for records.\"\"\"
+
+    OPTIONS = {}
+
+    def __init__(self):
+        self.inner = TorchTrainer(lambda: nn.Linear(64, 10))
+
+    def privacy(self, options):
+        return 1.0
+
+    def initial(self, options, seed):
+        return self.inner.initial(options, seed)
+
+    def train(self, weights, examples, job):
+        return replace(self.inner.train(weights, examples, job), metrics={})
+
+    def evaluate(self, weights, examples, options):
+        return self.inner.evaluate(weights, examples, options)
+
+
+federation = Federation(trainer=Own(), data=Partitioned("digits", test_fraction=0.2))
+"""
+
+
+def test_a_promise_that_was_not_tested_is_said_and_ends_with_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    app = write_app(tmp_path / "app")
+    (app / "task.py").write_text(UNTESTED)
+    (app / "client_app.py").write_text(
+        "from task import federation\napp = federation.client_app()\n"
+    )
+    (app / "server_app.py").write_text(
+        "from task import federation\napp = federation.server_app()\n"
+    )
+    words = ("--app", str(app), "-c", "rounds=1", "--json", "--out", str(tmp_path / "out"))
+    assert umbel(monkeypatch, *words) == 3
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    assert result["ok"] is False
+    assert result["problems"] == []
+    assert any(
+        "records (against server): not tested: Own is not a" in t for t in result["untested"]
+    )
+    assert "not tested" in said.err
+    assert "not tested" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_options_without_an_app_are_refused(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.fakes import APPS, PlusOne, Times
 from umbel.federation import Federation
-from umbel.run import run
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 from umbel.strategies.app import load
 from umbel.strategies.errors import ConfigError

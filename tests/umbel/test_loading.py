@@ -13,7 +13,7 @@ from safetensors.torch import load_model
 
 import umbel
 from umbel.clients.trainer import Weights
-from umbel.run import run
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.report import write_report
 from umbel.strategies.errors import ConfigError

@@ -7,7 +7,7 @@ import pytest
 
 from umbel.federation import FederationServerApp
 from umbel.options_listing import listing, meanings_of, reference
-from umbel.run import example
+from umbel.running import example
 from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.limits import limits_of

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from umbel.federation import Federation, FederationServerApp
+from umbel.notebook import notebook_progress
+from umbel.result import Result
 from umbel.server.embedded.grid import EmbeddedGrid, ObservedGrid
 from umbel.server.embedded.workers import Nursery
 from umbel.server.kept_model import watching_strategies
@@ -22,7 +25,7 @@ from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
 from umbel.server.output.session import session
-from umbel.strategies.app import AppFolder, open_app
+from umbel.strategies.app import open_app
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
@@ -47,7 +50,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run(
-    app: Path | str | None = None,
+    app: Federation | Path | str | None = None,
     *,
     options: Options | None = None,
     nodes: int | None = None,
@@ -56,22 +59,24 @@ def run(
     resume: Path | str | None = None,
     unprotected: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Run an app on this machine.
 
     Args:
-        app: the app's folder; the bundled example if None.
+        app: the app's folder, or a `Federation` object, which is trained in this process; the
+            bundled example if None.
         options: change those of the app's `[tool.flwr.app.config]`.
         nodes: virtual nodes; as many as the app says, else 10, if None.
-        workers: worker processes; one a core if None; 0 runs the nodes in this process.
+        workers: worker processes; one a core if None; 0 runs the nodes in this process, as it is
+            with a `Federation` object, whose functions other processes could not import.
         out: the run directory; a new one under `runs/` if None.
         resume: a run directory to continue, in place of `app`.
         unprotected: release models without noise about people to whom privacy was promised
             before; their ledger says so from then on.
-        progress: where to show what happens; standard error if None.
+        progress: where to show what happens; a notebook's cell or standard error if None.
 
     Returns:
-        What `umbel run --json` prints.
+        What `umbel run --json` prints, with the model, the rounds and the plots.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -80,15 +85,23 @@ def run(
 
     >>> run("my-app", options={"rounds": 5})["metrics"]  # doctest: +SKIP
     """
+    if isinstance(app, Federation):
+        if workers:
+            raise ConfigError(
+                f"workers is {workers}, but a Federation object is trained in this process; leave "
+                "workers out, or make an app folder of it: umbel new NAME"
+            )
+        workers = 0
     workers = _processors() if workers is None else workers
     nursery = Nursery(preload=["umbel.federation"]) if workers > 0 else None
     try:
-        shown = progress or showing.choose(sys.stderr)
+        shown = progress or notebook_progress() or showing.choose(sys.stderr)
         plan = _plan(app, options or {}, nodes, workers, resume)
         directory = _directory(plan, out, resume, shown)
         if unprotected:
             directory.write_config({**directory.config(), "unprotected": True})
-        return _execute(plan, directory, nursery, shown)
+        found = _execute(plan, directory, nursery, shown)
+        return Result(found, app if isinstance(app, Federation) else None)
     finally:
         if nursery is not None:
             nursery.close()
@@ -98,16 +111,14 @@ def run(
 class _Plan:
     """A run that has been checked and can start."""
 
-    folder: AppFolder
-    server_app: ServerApp
+    subject: "_Subject"
     options: dict[str, Any]
     nodes: int
     workers: int
 
     @property
     def federation(self) -> Federation | None:
-        app = self.server_app
-        return app.federation if isinstance(app, FederationServerApp) else None
+        return self.subject.federation
 
     @property
     def group_size(self) -> int:
@@ -116,8 +127,47 @@ class _Plan:
         return 1 if size is None else int(size(self.options))
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What is run: an app's folder, or a `Federation` object of this process.
+
+    Attributes:
+        name: as it is shown.
+        path: of the folder; None is an object.
+        digest: of the folder's files; None is an object.
+        options: of the app's pyproject.
+        nodes: how many virtual nodes the app asks for, or None.
+        server_app: the coordinator's half.
+        client: the nodes' half, or where it is imported from.
+    """
+
+    name: str
+    path: Path | None
+    digest: str | None
+    options: Mapping[str, Any]
+    nodes: int | None
+    server_app: ServerApp
+    client: ClientApp | Path
+
+    @property
+    def federation(self) -> Federation | None:
+        app = self.server_app
+        return app.federation if isinstance(app, FederationServerApp) else None
+
+
+def _subject(app: Federation | Path | str | None) -> _Subject:
+    if isinstance(app, Federation):
+        name = app.name or "federation"
+        return _Subject(name, None, None, {}, None, app.server_app(), app.client_app())
+    folder = open_app(Path(app) if app is not None else example())
+    server = folder.server_app()
+    return _Subject(
+        folder.name, folder.path, folder.digest(), folder.options, folder.nodes, server, folder.path
+    )
+
+
 def _plan(
-    app: Path | str | None,
+    app: Federation | Path | str | None,
     changes: Options,
     nodes: int | None,
     workers: int,
@@ -126,27 +176,33 @@ def _plan(
     began: Mapping[str, Any] = {}
     if resume is not None:
         before = _before(Path(resume))
-        app, nodes, began = before["app_path"], before["nodes"], before["options"]
+        nodes, began = before["nodes"], before["options"]
+        if not isinstance(app, Federation):
+            app = before["app_path"]
+            if app is None:
+                raise ConfigError(
+                    f"{resume} is a run of a Federation object; continue it where that object is: "
+                    "umbel.run(federation, resume=...)"
+                )
         changes = {**before["changes"], **changes}
-    folder = open_app(Path(app) if app is not None else example())
-    server_app = folder.server_app()
-    known: Mapping[str, Any] = folder.options
-    if isinstance(server_app, FederationServerApp):
+    subject = _subject(app)
+    federation = subject.federation
+    known: Mapping[str, Any] = subject.options
+    if federation is not None:
         # a run goes on with what it began with, whatever the app's own defaults are by now
-        known = {**server_app.federation.complete(folder.options), **began}
+        known = {**federation.complete(subject.options), **began}
     elif resume is not None:
         raise ConfigError(
-            f"{folder.name} keeps its own rounds, so Umbel cannot continue it; only apps made "
+            f"{subject.name} keeps its own rounds, so Umbel cannot continue it; only apps made "
             "with Federation can be resumed"
         )
     PrivacyOptions.check_given(changes)
     if resume is not None:
         check_promise_stays(began, changes)
-    federation = server_app.federation if isinstance(server_app, FederationServerApp) else None
     options = (federation.override if federation else override)(known, changes)
     if federation is not None:
         federation.check_options(options)
-    return _Plan(folder, server_app, options, nodes or folder.nodes or NODES, workers)
+    return _Plan(subject, options, nodes or subject.nodes or NODES, workers)
 
 
 def _before(resume: Path) -> dict[str, Any]:
@@ -196,10 +252,10 @@ def check_promise_stays(began: Options, changes: Options) -> None:
 def _directory(
     plan: _Plan, out: Path | str | None, resume: Path | str | None, progress: Progress
 ) -> RunDirectory:
-    folder = plan.folder
-    known: Mapping[str, Any] = folder.options
+    subject = plan.subject
+    known: Mapping[str, Any] = subject.options
     if plan.federation is not None:
-        known = plan.federation.complete(folder.options)
+        known = plan.federation.complete(subject.options)
     changes = {k: v for k, v in plan.options.items() if known.get(k) != v}
     if resume is not None:
         directory = RunDirectory.open(Path(resume))
@@ -212,13 +268,13 @@ def _directory(
                 *before.get("changed", []),
                 *({"what": name, "from": was, "to": now} for name, (was, now) in differs.items()),
             ]
-            more = {"options": plan.options, "changes": changes, "app_hash": folder.digest()}
+            more = {"options": plan.options, "changes": changes, "app_hash": subject.digest}
             directory.write_config({**before, **more, "changed": told})
         return directory
     config = {
-        "app": folder.name,
-        "app_path": str(folder.path),
-        "app_hash": folder.digest(),
+        "app": subject.name,
+        "app_path": None if subject.path is None else str(subject.path),
+        "app_hash": subject.digest,
         "options": plan.options,
         "changes": changes,
         "nodes": plan.nodes,
@@ -229,7 +285,7 @@ def _directory(
         "machine": machine(),
         "command": sys.argv,
     }
-    return RunDirectory.create(None, folder.name, config, out=Path(out) if out else None)
+    return RunDirectory.create(None, subject.name, config, out=Path(out) if out else None)
 
 
 def _differences(before: Mapping[str, Any], plan: _Plan) -> dict[str, tuple[Any, Any]]:
@@ -240,8 +296,10 @@ def _differences(before: Mapping[str, Any], plan: _Plan) -> dict[str, tuple[Any,
         for name in sorted({*began, *plan.options})
         if began.get(name) != plan.options.get(name)
     }
-    was, now = before.get("app_hash"), plan.folder.digest()
-    return found if was in (None, now) else found | {"the app": (was[:12], now[:12])}
+    was, now = before.get("app_hash"), plan.subject.digest
+    if was is None or now is None or was == now:
+        return found
+    return found | {"the app": (was[:12], now[:12])}
 
 
 def _execute(
@@ -251,7 +309,7 @@ def _execute(
     show_fetching(progress)
     kind = EmbeddedGrid if plan.federation is not None else ObservedGrid
     grid = kind(
-        plan.folder.path,
+        plan.subject.client,
         plan.nodes,
         workers=plan.workers,
         run_config=plan.options,
@@ -259,14 +317,16 @@ def _execute(
         group_size=plan.group_size,
         nursery=nursery,
         log=directory.log_path,
+        mapped=plan.federation is not None,
     )
+    server = plan.subject.server_app
     context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(plan.options))
     try:
         with grid, session(directory, progress) as current:
             if isinstance(grid, ObservedGrid):
-                current.result |= own_rounds(plan.server_app, grid, context, directory, progress)
+                current.result |= own_rounds(server, grid, context, directory, progress)
             else:
-                plan.server_app(grid, context)
+                server(grid, context)
     except KeyboardInterrupt:
         raise Interrupted(directory.path if plan.federation is not None else None) from None
     finally:

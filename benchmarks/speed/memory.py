@@ -1,0 +1,82 @@
+"""What memory a run of the embedded engine takes, in models, and how long a large round takes.
+
+Measured is the process tree of `umbel run`: the largest sum of proportional set sizes, so pages
+that processes share count once, less that of the same run of a tiny model. The trainer adds a
+number to its arrays: what is left is what the engine, the node's half and the rounds hold.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from umbel.benchmarks.figures import Figure
+from umbel.benchmarks.speed.apps import write_federation
+from umbel.benchmarks.speed.processes import Watched, watch
+
+LARGE = 10_000_000
+"""Float32 parameters."""
+TINY = 1000
+NODES = 4
+ROUNDS = 4
+MODELS = {0: 6.0, 2: 8.0}
+"""The most models above base, by worker processes."""
+
+_TASK = """\
+import numpy as np
+
+from umbel import Federation, FunctionTrainer
+
+
+def initial(options):
+    return {"w": np.zeros(int(options["size"]), np.float32)}
+
+
+def train(arrays, examples, job):
+    arrays["w"] += 0.01
+    return arrays, 1, {}
+
+
+federation = Federation(
+    trainer=FunctionTrainer(initial, train, options={"size": 1000}),
+    data=lambda node, options: [node.partition],
+)
+"""
+
+
+def measure(*, quick: bool = False, size: int = LARGE) -> list[Figure]:
+    """Models above base with and without worker processes.
+
+    Args:
+        quick: a tenth of the size: a check that it works, not a measurement.
+        size: float32 parameters of the model.
+    """
+    size = size // 10 if quick else size
+    figures = []
+    with tempfile.TemporaryDirectory() as where:
+        app = write_federation(Path(where) / "app", _TASK, name="memory", config="")
+        for workers, most in MODELS.items():
+            base = run(app, TINY, workers)
+            seen = run(app, size, workers)
+            models = (seen.peak_bytes - base.peak_bytes) / (4 * size)
+            where_ = f"{workers} workers" if workers else "in process"
+            figures.append(
+                Figure(
+                    "memory",
+                    f"{size / 1e6:g} M float32, {NODES} nodes, {where_}",
+                    models,
+                    "models",
+                    most,
+                    {"seconds a round": seen.round_s, "base in MB": base.peak_bytes / 1e6},
+                )
+            )
+    return figures
+
+
+def run(app: Path, size: int, workers: int) -> Watched:
+    """Run the app with a model of this size; what was seen of it."""
+    options = f"size={size} rounds={ROUNDS} federated-every=-1"
+    command = [
+        *(sys.executable, "-P", "-c", "from umbel.cli import main; main()"),
+        *("run", str(app), "--nodes", str(NODES), "--workers", str(workers), "-c", options),
+    ]
+    return watch(command, app, memory=True)
