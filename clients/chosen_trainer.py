@@ -109,3 +109,10 @@ def bundling(trainer: Trainer, options: Options) -> BundleTrainer:
     if not isinstance(found, BundleTrainer):
         raise ConfigError(f"{type(found).__name__} cannot train many nodes as one bundle")
     return found
+
+
+def use_of(trainer: Trainer, options: Options) -> str:
+    """How the model is used that `umbel.load` gives: an expression of `model` and `x`."""
+    found = trainer.chosen(options) if isinstance(trainer, ChosenTrainer) else trainer
+    inner = getattr(found, "trainer", found)  # of `OneStep` and `PrivateSgd`
+    return str(getattr(found, "USE", getattr(inner, "USE", "model")))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from umbel.clients.chosen_trainer import use_of
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.given import check_functions, check_trainer
 from umbel.clients.node import FederationClientApp, NodeHalf
@@ -296,7 +297,7 @@ class FederationServerApp(ServerApp):
         job = rounds.job  # without the first model, which only the rounds need from here on
         if private is not None:
             private.job = job
-        use = getattr(federation.trainer, "USE", "model")
+        use = use_of(federation.trainer, options)
         session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize, use)
         name = federation.name or session.run.config().get("app", "federation")
         session.progress.start(

@@ -34,18 +34,32 @@ class Examples:
     y: ArrayLike
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y):
+        inputs, targets = _length(self.x, "x"), _length(self.y, "y")
+        if inputs != targets:
             raise ConfigError(
-                f"examples need as many targets as inputs, but there are {len(self.x)} inputs "
-                f"and {len(self.y)} targets; give one target for each input"
+                f"examples need as many targets as inputs, but there are {inputs} inputs "
+                f"and {targets} targets; give one target for each input"
             )
 
     def __len__(self) -> int:
-        return len(self.x)
+        return _length(self.x, "x")
 
     def take(self, rows: Any) -> "Examples":
         """The examples at `rows` (indices, a slice or a mask)."""
         return Examples(self.x[rows], self.y[rows])
+
+
+def _length(values: Any, name: str) -> int:
+    """The size of the first axis; sparse arrays of SciPy have one, but no `len`."""
+    shape = getattr(values, "shape", None)
+    if shape is None and hasattr(values, "__len__"):
+        return len(values)
+    if not shape:
+        raise ConfigError(
+            f"{name} of Examples is a {type(values).__name__} without a first axis; give an "
+            "array, a tensor or a list, one row for each example"
+        )
+    return int(shape[0])
 
 
 @dataclass(frozen=True)

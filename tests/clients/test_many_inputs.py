@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -248,6 +249,21 @@ def test_examples_of_a_wrong_kind_are_a_sentence(examples: Any, said: str) -> No
 def test_unequal_lengths_are_a_sentence() -> None:
     with pytest.raises(ConfigError, match="40 inputs and 39 targets; give one target"):
         Examples(np.ones((40, 4)), np.zeros(39))
+
+
+@pytest.mark.parametrize("values", [3, None, np.float64(3), (x for x in [1])])
+def test_what_has_no_rows_is_a_sentence(values: Any) -> None:
+    with pytest.raises(ConfigError, match=r"x of Examples is a .* without a first axis"):
+        Examples(values, np.zeros(1))
+
+
+def test_sparse_inputs_are_made_dense() -> None:
+    trainer = TorchTrainer(linear, batch_size=4)
+    weights, examples = trainer.initial({}, 1), counts("float32")
+    expected = trainer.train(weights, examples, job()).weights
+    for sparse in (scipy.sparse.csr_array(examples.x), torch.as_tensor(examples.x).to_sparse()):
+        found = trainer.train(weights, Examples(sparse, examples.y), job())
+        close(found.weights, expected)
 
 
 # --- numbers that are none

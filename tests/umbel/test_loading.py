@@ -16,6 +16,7 @@ from umbel.clients.trainer import Weights
 from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.report import write_report
+from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.errors import ConfigError
 
 TASK = """
@@ -121,6 +122,12 @@ def test_every_trainer_gives_its_model_back(folder: Path) -> None:
         path, result = runs[kind]
         classifier = umbel.load(path)  # takes what the nodes' data were, before the scaler
         assert right(classifier.predict(held.x), names) == result["metrics"]["accuracy"] > 0.5
+    uses = {
+        kind: RunDirectory.open(path).config()["model"]["use"] for kind, (path, _) in runs.items()
+    }
+    assert uses["torch"] == uses["step"] == uses["records"] == "model(x)"
+    assert uses["sklearn"] == uses["softmax"] == "model.predict(x)"
+    assert uses["function"] == "model"
     path, result = runs["softmax"]
     softmax = umbel.load(str(path))
     assert right(softmax.predict(held.x), held.y) == pytest.approx(result["metrics"]["accuracy"])
