@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Message
 
 from umbel.benchmarks.speed.apps import write_federation
-from umbel.run import run
+from umbel.running import run
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
