@@ -61,7 +61,7 @@ class SpentRounds:
         handle = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             os.write(handle, line.encode())
-            os.fsync(handle)
+            os.fdatasync(handle)
         finally:
             os.close(handle)
 
