@@ -163,18 +163,19 @@ def load(directory: Path) -> Position | None:
 def begin(directory: Path, number: int) -> None:
     """Write down that a round is about to begin, which nodes will not begin again.
 
+    In place and without waiting for the disk: what a killed process wrote is there, and should a
+    machine that lost its power have forgotten it, nodes refuse the round and the next one is begun.
+
     Raises:
         RunError: it cannot be written.
     """
-    file = directory / _BEGUN
-    fresh = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with fresh.open("w") as opened:
-            opened.write(f"{number}\n")
-            opened.flush()
-            os.fsync(opened.fileno())
-        fresh.replace(file)
+        handle = os.open(directory / _BEGUN, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.pwrite(handle, f"{number:020d}\n".encode(), 0)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise RunError(f"the checkpoint in {directory} cannot be written ({error})") from error
 
@@ -189,7 +190,7 @@ def begun(directory: Path) -> int:
     if not file.exists():
         return 0
     try:
-        return int(file.read_text())
+        return int(file.read_text() or 0)  # empty: made, and not yet written
     except (OSError, ValueError) as error:
         raise ConfigError(f"the checkpoint {file} is damaged ({error}); start a new run") from error
 

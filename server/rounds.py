@@ -512,7 +512,8 @@ class Rounds:
             restore = getattr(self.grid, "restore_states", None)
             if restore is not None:
                 restore(checkpoint.load_nodes(self.run.checkpoint_path, position.round))
-            self._tell_what_is_repeated(position.round)
+            if not self._once:
+                self._tell_what_is_repeated(position.round)
             self.run.truncate_rounds(position.round)
             for line in self.run.rounds():
                 self._metrics = line.get("metrics") or self._metrics
@@ -557,7 +558,8 @@ class Rounds:
         self.job.guard.forfeit(begun, facts)
         self.progress.note(
             f"round {begun} was under way when the coordinator stopped, and nodes give their "
-            "masked updates of a round once only; it is given up, and the run goes on after it"
+            "masked updates of a round once only; the rounds after the checkpoint of round "
+            f"{position.round} are given up, and the run goes on with round {begun + 1}"
         )
         return position.but(round=begun)
 
@@ -575,7 +577,7 @@ class Rounds:
     def _save(self, position: Position, *, last: bool) -> None:
         now = time.monotonic()
         wait = min(CHECKPOINT_EVERY_S, self._saving_took / _CHECKPOINT_SHARE)
-        if last or self._once or now - self._saved_at >= wait:
+        if last or now - self._saved_at >= wait:
             states = getattr(self.grid, "pickled_states", dict)
             checkpoint.save(self.run.checkpoint_path, position, states())
             self._saved_at = time.monotonic()

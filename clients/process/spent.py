@@ -14,6 +14,10 @@ _LINES = 4096
 """So many lines a file may have at a start before it is written anew, one for each run."""
 
 
+_sync = getattr(os, "fdatasync", os.fsync)
+"""To the disk, as far as reading it back needs."""
+
+
 class SpentRounds:
     """The last spent round of each run.
 
@@ -61,7 +65,7 @@ class SpentRounds:
         handle = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             os.write(handle, line.encode())
-            os.fsync(handle)
+            _sync(handle)
         finally:
             os.close(handle)
 

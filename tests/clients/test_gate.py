@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from tests.clients.liar import NODES, SIZE, Liar, federation, refusal
+from umbel.clients.admission import admit
+from umbel.clients.data.examples import Examples, Split
 from umbel.clients.function_trainer import FunctionTrainer
 from umbel.clients.gate import AppError, guarded, kind_of
+from umbel.clients.private_sgd import PrivateSgd
+from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.federation import Federation
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
 from umbel.strategies.errors import ConfigError
 from umbel.strategies.layout import CONFIG, STATISTICS
-from umbel.strategies.node_policy import NodePolicy
+from umbel.strategies.node_policy import NodePolicy, PolicyError
 from umbel.strategies.private.private_mean import PrivateMean
 from umbel.strategies.records import from_array
 from umbel.strategies.secure.wire import plain_of
@@ -331,6 +335,34 @@ def test_running_statistics_are_no_way_around_a_policy(tmp_path: Path) -> None:
     for options in (SUMS, NOISY, LOCAL):
         with pytest.raises(ConfigError, match="beside protected updates"):
             Liar(options).ask(100, kind)
+
+
+def test_records_that_training_protects_are_told_about_by_nothing_else(tmp_path: Path) -> None:
+    trainer = PrivateSgd(trainer=TorchTrainer(lambda: torch.nn.Linear(2, 2), learning_rate=0.1))
+    examples = Examples(np.zeros((8, 2), np.float32), np.arange(8) % 2)
+    app = Federation(trainer, lambda *_: Split(examples, examples))
+    liar = Liar({"example-epsilon": 2.0}, app=app)
+    reply = liar.ask(100, "evaluate", RecordDict())
+    assert {name: dict(record) for name, record in reply.content.items()} == {METRICS: {}}
+    with pytest.raises(ConfigError, match="running statistics would travel in the clear"):
+        liar.ask(100, "query.umbel_statistics", RecordDict())
+
+    def admitted(text: str, **options: Any) -> str:
+        context = Liar({"example-epsilon": 2.0, **options}, app=app).contexts[100]
+        message = Message(RecordDict({CONFIG: ConfigRecord({"round": 1})}), 100, "train")
+        rules = NodePolicy.load(policy(tmp_path, text))
+        try:
+            admit(rules, "train", message, liar.client, liar.client.known(context), alone=True)
+        except PolicyError as refusal:
+            return refusal.key
+        return ""
+
+    assert admitted("record-epsilon = 3.0") == admitted("unprotected = false") == ""
+    assert admitted("min-noise = 1.0") == "min-noise"  # it is about the node's whole update
+    assert admitted("epsilon = 3.0") == "epsilon"
+    seeded = {"insecure-noise-seed": 1}
+    assert admitted("record-epsilon = 3.0", **seeded) == "record-epsilon"
+    assert admitted("unprotected = false", **seeded) == "unprotected"
 
 
 # ── kinds, options, apps ──────────────────────────────────────────────────────────────────────
