@@ -17,7 +17,7 @@ from umbel.clients.pytorch.batches import plan
 from umbel.clients.pytorch.loop import PlainSgd
 from umbel.clients.pytorch.settings import TorchSettings
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Options, Weights
+from umbel.clients.trainer import Job, Options, Weights
 from umbel.strategies.errors import ConfigError
 
 
