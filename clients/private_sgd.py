@@ -342,6 +342,10 @@ def _refuse_ignored(settings: TorchSettings) -> None:
             raise ConfigError(
                 f"{dashed(name)} is {value}, and DP-SGD has not {words}; leave it at {off:g}"
             )
+    if settings.batched == "on":
+        raise ConfigError(
+            "batched is on, and DP-SGD trains one node at a time; leave it at auto, or off"
+        )
     if settings.precision not in ("auto", "float32"):
         raise ConfigError(
             f"precision is {settings.precision}, and DP-SGD computes in the model's own type; "

@@ -208,6 +208,7 @@ def test_frozen_statistics_are_no_mixing() -> None:
         {"accumulate": 2},
         {"local-processes": 2},
         {"precision": "bf16"},
+        {"batched": "on"},
     ],
 )
 def test_options_that_would_be_ignored_are_refused(changes: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from umbel.clients.pytorch.batches import plan
 from umbel.clients.pytorch.loop import PlainSgd
 from umbel.clients.pytorch.settings import TorchSettings
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Options, Weights
+from umbel.clients.trainer import Job, Options, Weights
 from umbel.strategies.errors import ConfigError
 
 
@@ -303,3 +303,20 @@ def test_a_model_may_be_built_from_the_options() -> None:
     assert trainer.evaluate(weights, classes(9), {"outputs": 3}).examples == 9
     with pytest.raises(ConfigError, match="do not belong to this model"):
         trainer.train(weights, classes(9), job(outputs=4))
+
+
+def test_sparse_gradients_go_with_everything_that_shapes_a_gradient() -> None:
+    def trained(sparse: bool) -> torch.Tensor:
+        trainer = TorchTrainer(
+            lambda: nn.Sequential(
+                nn.Embedding(20, 4, sparse=sparse), nn.Flatten(), nn.Linear(24, 3)
+            )
+        )
+        source = np.random.default_rng(0)
+        examples = Examples(source.integers(0, 20, (40, 6)), source.integers(0, 3, 40))
+        shaping = {"momentum": 0.9, "clip-gradient": 1.0, "proximal-mu": 0.1, "weight-decay": 0.01}
+        options = {**trainer.OPTIONS, **shaping, "seed": 0, "rounds": 1, "batch-size": 8}
+        start = trainer.initial(options, 0)
+        return trainer.train(start, examples, Job(1, 0, options)).weights.parameters["0.weight"]
+
+    assert torch.equal(trained(True), trained(False))
