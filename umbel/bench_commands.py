@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from umbel.bench_privacy import privacy
+from umbel.commands import Commands
 
-app = typer.Typer(name="bench", help="Benchmarks.", no_args_is_help=True)
+app = Commands(name="bench", help="Benchmarks.", no_args_is_help=True)
 
 
 @app.command()

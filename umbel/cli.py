@@ -18,6 +18,7 @@ import click
 import typer
 
 from umbel import run_commands, server_commands
+from umbel.commands import Commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -36,13 +37,11 @@ _GROUPS = {
 }
 """Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
 
-app = typer.Typer(
+app = Commands(
     name="umbel",
     help="Federated learning on Flower.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
 
 AppArgument = Annotated[
@@ -178,12 +177,13 @@ app.add_typer(server_commands.nodes, name="nodes")
 def _mount(arguments: list[str]) -> None:
     """Import the group that is asked for; the others are names with a help text."""
     wanted = next((word for word in arguments if not word.startswith("-")), None)
+    completing = "_UMBEL_COMPLETE" in os.environ  # a shell asks what could come next
     for name, text in _GROUPS.items():
-        if name == wanted:
+        if completing or name == wanted:
             module = importlib.import_module(f"umbel.{name}_commands")
             app.add_typer(module.app, name=name, help=text)
         else:
-            app.add_typer(typer.Typer(), name=name, help=text)
+            app.add_typer(Commands(), name=name, help=text)
 
 
 def main() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 import typer
-from typer.core import TyperGroup
 
 from umbel import server_commands
 from umbel.clients.ledger_names import STATE
+from umbel.commands import Commands, PlainGroup
 
 
-class _OrStart(TyperGroup):
+class _OrStart(PlainGroup):
     """A group whose own command is `start`: what is no other command's name is an argument of it.
 
     An app in a folder that is called like a command is named by its path, such as `./policy`.
@@ -25,7 +25,7 @@ class _OrStart(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(name="client", cls=_OrStart, help="Be a node of a federation.")
+app = Commands(name="client", cls=_OrStart, help="Be a node of a federation.")
 app.command(
     "start",
     hidden=True,

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from umbel.clients.data import datasets
+from umbel.commands import Commands
 
-app = typer.Typer(name="data", help="List data sets and fetch them.", no_args_is_help=True)
+app = Commands(name="data", help="List data sets and fetch them.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

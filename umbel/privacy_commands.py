@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
+from umbel.commands import Commands
 from umbel.privacy.budget.accounting import curve, poisson, spent
 from umbel.privacy.budget.calibrate import noise_multiplier as noise_for
 from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge, relation_name
 from umbel.server.output import strict
 from umbel.strategies.errors import ConfigError
 
-app = typer.Typer(
+app = Commands(
     name="privacy",
     help="Plan a private run: epsilon of a schedule, or noise for a budget.",
     no_args_is_help=True,

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-nodes = typer.Typer(help="Nodes of a federation: invite, list, shut out.", no_args_is_help=True)
+from umbel.commands import Commands
+
+nodes = Commands(help="Nodes of a federation: invite, list, shut out.", no_args_is_help=True)
 
 State = Annotated[Path, typer.Option("--state", help="Folder that holds what lasts.")]
 Changes = Annotated[
