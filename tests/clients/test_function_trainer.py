@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from umbel.clients import function_trainer
 from umbel.clients.data.examples import Examples
 from umbel.clients.function_trainer import FunctionTrainer
 from umbel.clients.trainer import Job, Options
