@@ -62,7 +62,7 @@ class Generators:
     """
 
     def __init__(self, device: Any = None) -> None:
-        self._python = _python.kept()
+        self._python = random.getstate()
         self._numpy = _numpy.kept()
         self._device = device
         self._torch = self._others = None
@@ -73,7 +73,7 @@ class Generators:
 
     def restore(self) -> None:
         """Put the generators back to that moment."""
-        _python.restore(self._python)
+        random.setstate(self._python)
         _numpy.restore(self._numpy)
         torch = sys.modules.get("torch")
         if torch is None or self._torch is None:
@@ -101,46 +101,6 @@ def _index(device: Any) -> int:
     import torch
 
     return torch.cuda.current_device() if device.index is None else int(device.index)
-
-
-class _PythonState:
-    """Python's global generator, kept and put back in microseconds.
-
-    `random.getstate` makes 625 numbers of its state, which takes longer than all else here. The
-    words lie behind the head of the object, so they are copied as a block; where the block is
-    not what `random.getstate` says, as in another Python, its own functions are used.
-    """
-
-    @functools.cached_property
-    def _address(self) -> int:
-        """Where the position and the words lie, 0 where that is not known."""
-        generator: Any = random._inst  # type: ignore[attr-defined]
-        place, head = id(generator), object.__basicsize__
-        if sys.implementation.name != "cpython" or type(generator) is not random.Random:
-            return 0
-        if type(generator).__base__.__basicsize__ < head + _STATE_BYTES:
-            return 0
-        words = random.getstate()[1]
-        said = b"".join(word.to_bytes(4, sys.byteorder) for word in (words[-1], *words[:-1]))
-        return place + head if ctypes.string_at(place + head, _STATE_BYTES) == said else 0
-
-    def kept(self) -> Any:
-        """The state, with the second of a pair of normal numbers."""
-        if not self._address:
-            return random.getstate()
-        pair = random._inst.gauss_next  # type: ignore[attr-defined]
-        return ctypes.string_at(self._address, _STATE_BYTES), pair
-
-    def restore(self, state: Any) -> None:
-        """Put back what `kept` gave."""
-        if not self._address:
-            random.setstate(state)
-            return
-        block, random._inst.gauss_next = state  # type: ignore[attr-defined]
-        ctypes.memmove(self._address, block, _STATE_BYTES)
-
-
-_python = _PythonState()
 
 
 class _NumpyState:
@@ -184,7 +144,7 @@ class _NumpyState:
         elif not self._put(block):  # another kind of generator was set meanwhile
             words = np.frombuffer(block, np.uint32)
             key, pos = words[:-1].copy(), int(words[-1])
-            np.random.set_state(("MT19937", key, pos))
+            np.random.set_state(("MT19937", key, pos))  # type: ignore[arg-type]  # the pair may be left out
         self._last = state
 
     def _put(self, block: bytes) -> bool:
@@ -203,7 +163,7 @@ class _NumpyState:
         if key is None or pos < 0:
             return False
         words = key.astype(np.uint32).tobytes() + pos.to_bytes(4, sys.byteorder)
-        return self._read() == words
+        return bool(self._read() == words)
 
     def _address(self) -> int:
         # Somebody may have set another kind of generator.

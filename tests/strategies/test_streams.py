@@ -68,7 +68,6 @@ def test_the_quick_way_is_taken_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: Any, **__: Any) -> Any:
         raise AssertionError("the state was read number by number")
 
-    monkeypatch.setattr(random, "getstate", slow)
     monkeypatch.setattr(np.random, "get_state", slow)
     for _ in range(2):
         streams.look_closely()
@@ -77,8 +76,7 @@ def test_the_quick_way_is_taken_here(monkeypatch: pytest.MonkeyPatch) -> None:
             draw()
 
 
-def test_a_python_that_keeps_its_words_elsewhere_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(streams._python.__dict__, "_address", 0)
+def test_a_numpy_that_keeps_its_words_elsewhere_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(streams._numpy.__dict__, "_understood", False)
     half_used()
     expected = draw()
