@@ -21,6 +21,7 @@ class Shortfall:
         worst: the largest number of nodes that failed in one of these.
         asked: how many nodes that round had.
         reason: the most common reason of failures; empty where there were none.
+        troubled: some node failed, or a sum was given up; without, nobody was drawn.
     """
 
     rounds: int
@@ -29,6 +30,7 @@ class Shortfall:
     worst: int
     asked: int
     reason: str
+    troubled: bool
 
     @classmethod
     def of(cls, lines: Iterable[Mapping[str, Any]]) -> "Shortfall":
@@ -45,13 +47,14 @@ class Shortfall:
             failing=len(failing),
             worst=lost,
             asked=0 if worst is None else lost + int(worst.get("clients", 0)),
+            troubled=any(line.get("failed") or line.get("aborted") for line in rounds),
             reason=reasons.most_common(1)[0][0] if reasons else "",
         )
 
     @property
     def nothing(self) -> bool:
-        """Whether no round has changed the model."""
-        return self.rounds > 0 and self.unused == self.rounds
+        """Whether no round has changed the model, and not because nobody was drawn."""
+        return self.rounds > 0 and self.unused == self.rounds and self.troubled
 
     def sentences(self) -> list[str]:
         """What a reader of the result must know; nothing where all went well."""

@@ -4,6 +4,8 @@ Names are imported when they are first used, so that `import umbel` is quick.
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -116,6 +118,19 @@ _HOMES = {
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
+
+
+class _Moved(types.ModuleType):
+    """`umbel.run` as a module, for code that imports from it as from earlier releases."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # who looks through all modules wants none of its contents
+            raise AttributeError(name)
+        return getattr(importlib.import_module("umbel.running"), name)
+
+
+# `import umbel.run` finds it here, and leaves the function `umbel.run` as it is.
+sys.modules.setdefault("umbel.run", _Moved("umbel.run", _Moved.__doc__))
 
 
 def __dir__() -> list[str]:

@@ -1,17 +1,24 @@
 """`umbel privacy`: planning, before anything runs."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from umbel.commands import Commands
-from umbel.privacy.budget.accounting import curve, poisson, spent
+from umbel.privacy.budget.accounting import Spent, curve, poisson, spent
+from umbel.privacy.budget.calibrate import calibrate
 from umbel.privacy.budget.calibrate import noise_multiplier as noise_for
 from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge, relation_name
 from umbel.server.output import strict
+from umbel.server.output.progress import count
 from umbel.strategies.errors import ConfigError
+from umbel.strategies.options import parse
+
+if TYPE_CHECKING:
+    from umbel.planning import Schedule
 
 app = Commands(
     name="privacy",
@@ -28,6 +35,15 @@ Delta = Annotated[float, typer.Option(help="Well below 1 / number of nodes.")]
 Accountant = Annotated[
     str, typer.Option(help="pld, which is reported; or rdp, a looser upper bound.")
 ]
+Config = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-c", "--run-config", metavar="'K=V ...'",
+        help="Options of a run, such as mechanism=tree separation=10, or secure=true.",
+    ),
+]  # fmt: skip
+Nodes = Annotated[int, typer.Option(help="How many nodes there are; for --run-config.", min=0)]
+Parameters = Annotated[int, typer.Option(help="Of the model; for --run-config.", min=0)]
 Plot = Annotated[
     Path | None, typer.Option(help="Draw epsilon against rounds to this file (.png, .svg, .pdf).")
 ]
@@ -43,19 +59,22 @@ def epsilon(
     rounds: Rounds,
     delta: Delta,
     accountant: Accountant = "pld",
+    config: Config = None,
+    nodes: Nodes = 0,
+    parameters: Parameters = 0,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Epsilon of a schedule of rounds."""
-    try:
-        charge = Charge(poisson(noise_multiplier, sampling_rate))
-        _whole(rounds)
-        result = spent(
-            {charge: rounds},
-            delta,
-            accountant=accountant,  # type: ignore[arg-type]
-            cross_check=True,
+    plan = _plan(config, nodes, parameters, sampling_rate, rounds)
+    if plan is not None and not plan.stack.waiting:
+        raise ConfigError(
+            f"the noise of {plan.stack} follows from epsilon; ask for it with: umbel privacy noise"
         )
+    try:
+        _whole(rounds)
+        charges = _charges(plan, noise_multiplier, sampling_rate, rounds)
+        result = spent(charges, delta, accountant=accountant, cross_check=True)  # type: ignore[arg-type]
         if not math.isfinite(result.epsilon):
             raise ValueError(
                 f"noise-multiplier is {noise_multiplier:g}, which is no noise: epsilon is "
@@ -64,19 +83,9 @@ def epsilon(
     except ValueError as error:
         raise ConfigError(_options(error)) from error
     if plot is not None:
-        _draw(plot, charge, rounds, delta)
-    said: dict[str, Any] = {
-        "epsilon": result.epsilon,
-        "delta": delta,
-        "noise_multiplier": noise_multiplier,
-        "sampling_rate": sampling_rate,
-        "rounds": rounds,
-        "accountant": result.accountant,
-        "epsilon_rdp": result.cross_check if accountant == "pld" else result.epsilon,
-        "relation": relation_name(ADD_OR_REMOVE),
-        "unit": "client",
-        "against": "model-user",
-    }
+        _draw(plot, charges, rounds, delta)
+    said = _about(plan, noise_multiplier, sampling_rate, rounds, delta, result)
+    said["epsilon_rdp"] = result.cross_check if accountant == "pld" else result.epsilon
     _say(said, f"epsilon {result.epsilon:.4f} at delta {delta:g}", as_json, plot, accountant)
 
 
@@ -87,39 +96,94 @@ def noise(
     rounds: Rounds,
     delta: Delta,
     accountant: Accountant = "pld",
+    config: Config = None,
+    nodes: Nodes = 0,
+    parameters: Parameters = 0,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Noise multiplier that keeps a schedule of rounds within a budget."""
+    budget = (f"epsilon={epsilon} delta={delta}",)
+    plan = _plan([*(config or []), *budget] if config else None, nodes, parameters, sampling_rate,
+                 rounds)  # fmt: skip
     try:
         _whole(rounds)
-        found = noise_for(
-            epsilon,
-            delta,
-            sampling_rate,
-            rounds,
-            accountant=accountant,  # type: ignore[arg-type]
-        )
-        charge = Charge(poisson(found, sampling_rate))
-        reached = spent({charge: rounds}, delta, accountant=accountant)  # type: ignore[arg-type]
+        if plan is not None and not plan.stack.waiting:
+            found = plan.own_noise or plan.stack.noise_multiplier or 0.0
+        elif plan is not None:
+            found = calibrate(plan.charges, epsilon, delta, accountant=accountant)  # type: ignore[arg-type]
+        else:
+            found = noise_for(epsilon, delta, sampling_rate, rounds, accountant=accountant)  # type: ignore[arg-type]
+        charges = _charges(plan, found, sampling_rate, rounds)
+        reached = spent(charges, delta, accountant=accountant)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(_options(error)) from error
     if plot is not None:
-        _draw(plot, charge, rounds, delta)
-    said: dict[str, Any] = {
-        "noise_multiplier": found,
-        "epsilon": reached.epsilon,
-        "target_epsilon": epsilon,
+        _draw(plot, charges, rounds, delta)
+    said = _about(plan, found, sampling_rate, rounds, delta, reached)
+    said["target_epsilon"] = epsilon
+    sentence = f"noise multiplier {found:g} spends epsilon {reached.epsilon:.4f} at delta {delta:g}"
+    _say(said, sentence, as_json, plot, accountant)
+
+
+def _plan(
+    config: list[str] | None, nodes: int, parameters: int, sampling_rate: float, rounds: int
+) -> "Schedule | None":
+    """The schedule that the options describe; None is Poisson cohorts with central noise."""
+    if not config and not (nodes and parameters):
+        return None
+    if not nodes or not parameters:
+        raise ConfigError(
+            "--run-config needs --nodes and --parameters: what a mechanism costs depends on how "
+            "many nodes there are, and of how many numbers the model is"
+        )
+    from umbel.planning import schedule
+
+    return schedule(
+        parse(config or []), rounds=rounds, sampling_rate=sampling_rate, nodes=nodes,
+        parameters=parameters,
+    )  # fmt: skip
+
+
+def _charges(
+    plan: "Schedule | None", multiplier: float, sampling_rate: float, rounds: int
+) -> Mapping[Charge, int]:
+    if plan is not None:
+        return plan.charges(multiplier)
+    return {Charge(poisson(multiplier, sampling_rate)): rounds}
+
+
+def _about(
+    plan: "Schedule | None",
+    multiplier: float,
+    sampling_rate: float,
+    rounds: int,
+    delta: float,
+    result: Spent,
+) -> dict[str, Any]:
+    """What both commands say of a schedule."""
+    said = {
+        "epsilon": result.epsilon,
         "delta": delta,
+        "noise_multiplier": multiplier,
         "sampling_rate": sampling_rate,
         "rounds": rounds,
-        "accountant": reached.accountant,
-        "relation": relation_name(ADD_OR_REMOVE),
+        "accountant": result.accountant,
+        "relation": relation_name(result.relation),
         "unit": "client",
         "against": "model-user",
     }
-    sentence = f"noise multiplier {found:g} spends epsilon {reached.epsilon:.4f} at delta {delta:g}"
-    _say(said, sentence, as_json, plot, accountant)
+    if plan is not None:
+        claim = plan.claim(multiplier)
+        said |= {
+            "unit": claim.unit,
+            "against": claim.against,
+            "stack": str(plan.stack),
+            "cohort": plan.cohort.name,
+            "nodes": plan.nodes,
+            "noise_over_norm": plan.noise_over_norm(multiplier),
+        }
+    return said
 
 
 def _whole(rounds: int) -> None:
@@ -136,6 +200,17 @@ def _options(error: ValueError) -> str:
 _OPTIONS = ("epsilon", "delta", "noise-multiplier", "sampling-rate", "rounds", "accountant")
 
 
+def _say_how_loud(ratio: float) -> None:
+    from umbel.planning import DROWNED
+
+    typer.echo(f"noise in the average update: {ratio:.3g} times the clipping norm")
+    if ratio > DROWNED:
+        typer.echo(
+            "note: that noise drowns the sum at this cohort; take more nodes a round, fewer "
+            "parameters, or a larger epsilon"
+        )
+
+
 _NOTES = {
     "rdp": "out of reach of the exact accountant (epsilon above 60, little noise, or a very small "
     "delta), so this is the upper bound of Renyi DP",
@@ -149,22 +224,32 @@ def _say(said: dict[str, Any], sentence: str, as_json: bool, plot: Path | None, 
     if as_json:
         typer.echo(strict.dumps(said))
         return
+    sampling = "Poisson sampling" if "cohort" not in said else f"{said['cohort']} cohorts, sampling"
+    whom = "whoever sees the models, not from the server"
+    if said["against"] == "server":
+        whom = "the server and whoever sees the models"
     typer.echo(
-        f"{sentence}\n"
-        f"{said['rounds']} rounds, Poisson sampling rate {said['sampling_rate']:g}, "
-        f"accountant {said['accountant']}; hides whether one node takes part (add or remove one) "
-        "from whoever sees the models, not from the server"
+        f"{sentence}\n{count(said['rounds'], 'round')}, {sampling} rate "
+        f"{said['sampling_rate']:g}, accountant {said['accountant']}; hides whether one node takes "
+        f"part ({said['relation'].replace('-', ' ')}) from {whom}"
     )
+    if "noise_over_norm" in said:
+        _say_how_loud(said["noise_over_norm"])
     note = _NOTES.get(said["accountant"])
-    if note is not None and asked == "pld":
+    if note is not None and asked == "pld" and said["relation"] == relation_name(ADD_OR_REMOVE):
         typer.echo(f"note: {note}")
     if plot is not None:
         typer.echo(f"drawn to {plot}")
 
 
-def _draw(path: Path, charge: Charge, rounds: int, delta: float) -> None:
+def _draw(path: Path, charges: Mapping[Charge, int], rounds: int, delta: float) -> None:
     from matplotlib.figure import Figure
 
+    if len(charges) != 1:
+        raise ConfigError(
+            "--plot draws rounds that all cost the same; those of this mechanism do not"
+        )
+    (charge,) = charges
     points = curve(charge, rounds, delta)
     figure = Figure(figsize=(6, 3.7), dpi=150, layout="constrained")
     axes = figure.subplots()

@@ -83,7 +83,7 @@ class RunDirectory:
                     f"{path} holds other files and no run; name a new or an empty folder with --out"
                 )
         started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
-        _replace_json(run.config_path, {**started, **config}, ConfigError)
+        _replace_json(run.config_path, {**started, **config}, ConfigError, strict.dumps_options)
         return run
 
     @classmethod
@@ -168,7 +168,7 @@ class RunDirectory:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Replace `config.json`."""
-        _replace_json(self.config_path, config)
+        _replace_json(self.config_path, config, write=strict.dumps_options)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Replace `result.json`."""
@@ -327,8 +327,13 @@ def _replace(path: Path, write: Callable[[Path], None], error: type[UmbelError] 
             fresh.unlink(missing_ok=True)
 
 
-def _replace_json(path: Path, value: Mapping[str, Any], error: type[UmbelError] = RunError) -> None:
-    text = strict.dumps(value, indent=2) + "\n"
+def _replace_json(
+    path: Path,
+    value: Mapping[str, Any],
+    error: type[UmbelError] = RunError,
+    write: Callable[..., str] = strict.dumps,
+) -> None:
+    text = write(value, indent=2) + "\n"
     _replace(path, lambda fresh: _fill(fresh, text.encode()), error)
 
 

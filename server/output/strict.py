@@ -25,6 +25,30 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
+def dumps_options(value: Any, *, indent: int | None = None) -> str:
+    """One JSON text for what was asked for, in which an infinite option is a number still.
+
+    It is written as `1e999`, which is a JSON number beyond every double: readers with doubles get
+    infinity, so an option keeps its type.
+
+    Raises:
+        TypeError: as `dumps`.
+    """
+    mark = "\ue000"  # of the private use area: in nobody's options
+    text = json.dumps(_marked(value, mark), indent=indent, allow_nan=False)
+    return text.replace(f'"\\ue000{math.inf}"', "1e999").replace(f'"\\ue000{-math.inf}"', "-1e999")
+
+
+def _marked(value: Any, mark: str) -> Any:
+    if isinstance(value, float) and math.isinf(value):
+        return f"{mark}{value}"
+    if isinstance(value, Mapping):
+        return {str(key): _marked(part, mark) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(part, mark) for part in value]
+    return plain(value)
+
+
 def canonical(value: Any) -> str:
     """The one form that is hashed and signed: sorted keys, no spaces, ASCII."""
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)

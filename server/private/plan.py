@@ -136,7 +136,7 @@ def make_plan(
         StackError: layers that do not fit together.
     """
     options = _without_leaks(options)
-    options = _cohort_options(options, privacy, nodes, stack.separation)
+    options = cohort_options(options, privacy, nodes, stack.separation)
     cohort = cohort_named(options.cohort, options.cohort_size, options.cohort_cap)
     facts = Facts(
         size=size,
@@ -250,7 +250,7 @@ def _noise_of(ledger: Ledger, run: str) -> float | None:
     return None
 
 
-def _cohort_options(
+def cohort_options(
     options: RunOptions, privacy: PrivacyOptions, nodes: int, separation: int
 ) -> RunOptions:
     """The cohort that `sampling` and the mechanism ask for."""
@@ -278,7 +278,7 @@ def _cohort_options(
 
 def _without_leaks(options: RunOptions) -> RunOptions:
     """Options under which nothing of the nodes' data leaves beside the noised sum."""
-    if options.buffers != "local":
+    if options.buffers == "mean":
         raise ConfigError(
             f"buffers={options.buffers} would send running statistics without noise; use "
             "buffers=local, or a model with group normalisation"

@@ -1,7 +1,8 @@
 """Runs without privacy about people to whom something was promised.
 
     no ledger                             nothing was promised: the run is as free as ever
-    a ledger, all of it with noise        refused, unless somebody says `--unprotected`
+    a ledger, all of it with noise        refused, unless somebody says `--unprotected`; of
+                                          simulated nodes that nobody named, written down and said
     a ledger that is infinite already     there is nothing left to break; it is written down again
 
 A private mean that is asked in a run without epsilon is charged like any other; the training
@@ -54,13 +55,15 @@ def unprotected(
     """The job of a run without privacy, with a guard where something about its people is kept.
 
     Raises:
-        ConfigError: something was promised to them, and nobody said `--unprotected`.
+        ConfigError: something was promised to real nodes, or to a population that has a name, and
+            nobody said `--unprotected`.
     """
     place = place_of(privacy, session.run, data)
     key = coordinator_key(state_of(session.run))
     ledger = Ledger(place.path, place.population, key, Register(place.register))
     promised = bool(ledger.spent("model-user") + ledger.spent("server")) and not ledger.is_open
-    if promised and not session.run.config().get("unprotected"):
+    lasting = place.scope == "population"  # simulations are compared with and without privacy
+    if promised and lasting and not session.run.config().get("unprotected"):
         ledger.close()
         raise ConfigError(
             f"releases about the population {place.population!r} were protected so far "

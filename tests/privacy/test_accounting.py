@@ -305,3 +305,37 @@ def test_more_bands_help_prefix_sums() -> None:
 def test_more_bands_than_separation_are_refused() -> None:
     with pytest.raises(ValueError, match="lower bands"):
         BandedSchedule(bands=5, separation=4)
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "rounds", "delta"),
+    [
+        (1e-3, 0.1, 100, 1e-5),
+        (0.05, 0.5, 1000, 1e-5),
+        (4.0, 0.1, 100, 1e-30),
+        (1.0, 0.1, 10_000_000, 1e-5),
+    ],
+)
+def test_beyond_a_table_two_upper_bounds_answer(
+    noise: float, rate: float, rounds: int, delta: float
+) -> None:
+    """Neither can be below the truth, and more noise, fewer rounds or a larger delta cost less."""
+    found = spent({Charge(poisson(noise, rate)): rounds}, delta, cross_check=True)
+    assert found.accountant in ("rdp", "gaussian")
+    assert found.cross_check is not None
+    assert 0 < found.epsilon <= found.cross_check * (1 + 1e-9)
+    for other in (
+        spent({Charge(poisson(noise * 1.5, rate)): rounds}, delta),
+        spent({Charge(poisson(noise, rate)): rounds // 2}, delta),
+        spent({Charge(poisson(noise, rate)): rounds}, min(0.5, delta * 100)),
+    ):
+        assert other.epsilon <= found.epsilon
+
+
+def test_without_sampling_epsilon_is_never_below() -> None:
+    from umbel.privacy.budget.beyond import gaussian_bound, without_sampling
+
+    for noise, rate, rounds in ((1.0, 0.1, 10), (2.0, 0.5, 5), (0.7, 0.9, 3)):
+        one = without_sampling({poisson(noise, rate): rounds}, 1)
+        assert one is not None
+        assert epsilon(noise, rate, rounds, 1e-5) <= gaussian_bound(one, 1e-5)

@@ -150,12 +150,17 @@ def test_kinds_that_nothing_adds_up_are_not_mixed_in_one_budget(lab: Lab) -> Non
 
 def test_what_was_protected_stays_so_unless_somebody_says_otherwise(lab: Lab) -> None:
     assert lab.run("free")["epsilon"] is None  # nothing was promised yet
-    lab.run("one", epsilon=2.0)
+    lab.run("one", epsilon=2.0, population="people")
     before = entries(only_ledger())
     with pytest.raises(ConfigError, match="--unprotected"):
-        lab.run("two")
+        lab.run("two", population="people")
     assert entries(only_ledger()) == before
-    assert lab.run("three", unprotected=True)["epsilon"] is None
+    assert lab.run("three", population="people", unprotected=True)["epsilon"] is None
+
+
+def test_simulations_may_go_on_without_noise_and_their_ledger_says_so(lab: Lab) -> None:
+    lab.run("one", epsilon=2.0)
+    assert lab.run("two")["epsilon"] is None
     assert any("epsilon infinite from now on" in line for line in lab.heard.lines)
     after = lab.run("four", epsilon=2.0)
     assert after["epsilon"] <= 2

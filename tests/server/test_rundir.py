@@ -239,3 +239,12 @@ def test_where_and_with_what() -> None:
     assert {"umbel", "python", "flwr", "torch", "numpy"} <= versions().keys()
     found = machine()
     assert found["cpus"] >= 1 and found["memory_gb"] > 0 and found["platform"]
+
+
+def test_an_infinite_option_stays_a_number_in_strict_json(tmp_path: Path) -> None:
+    options = {"epsilon": math.inf, "name": "Infinity", "rate": -math.inf, "list": [math.inf]}
+    run = RunDirectory.create(None, "x", {"options": options}, out=tmp_path / "run")
+    text = run.config_path.read_text()
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert found["options"] == options
+    assert run.config()["options"]["epsilon"] == math.inf

@@ -68,3 +68,25 @@ def test_a_plot_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     words = ["epsilon", "--noise-multiplier", "2", *SCHEDULE, "--plot"]
     with pytest.raises(ConfigError, match="--plot"):
         run(*words, str(tmp_path / "missing" / "curve.png"))
+
+
+def test_other_mechanisms_are_planned_with_the_options_of_a_run() -> None:
+    words = ["--epsilon", "3", *SCHEDULE, "--nodes", "1000", "--parameters", "1000000"]
+    said = run("noise", *words, "-c", "mechanism=tree separation=20")
+    assert "zero out one" in said
+    assert "note: that noise drowns the sum at this cohort" in said
+    found = json.loads(run("noise", *words, "-c", "secure=true", "--json"))
+    assert found["against"] == "server"
+    assert found["stack"].endswith("secure-sum")
+    with pytest.raises(ConfigError, match="--run-config needs --nodes and --parameters"):
+        run("noise", "--epsilon", "3", *SCHEDULE, "-c", "secure=true")
+    with pytest.raises(ConfigError, match="follows from epsilon; ask for it with: umbel privacy"):
+        run("epsilon", "--noise-multiplier", "1", *words[2:], "-c", "mechanism=local epsilon=3")
+
+
+def test_where_no_table_fits_an_upper_bound_answers_and_says_so() -> None:
+    text = run("epsilon", "--noise-multiplier", "0.001", *SCHEDULE)
+    assert "accountant gaussian" in text
+    assert "note: out of reach of the exact accountant" in text
+    with pytest.raises(ConfigError, match="which is no noise"):
+        run("epsilon", "--noise-multiplier", "1e-300", *SCHEDULE)

@@ -70,7 +70,9 @@ def test_worker_processes_need_an_app_folder() -> None:
 
 def test_the_names_are_those_of_the_page_whatever_was_imported_first() -> None:
     code = (
-        "import umbel.cli, umbel.running, umbel.loading, umbel.federation\n"
+        "import umbel.cli, umbel.run, umbel.running, umbel.loading, umbel.federation\n"
+        "from umbel.run import run\n"
+        "assert run is umbel.run\n"
         "import umbel\n"
         "assert callable(umbel.run) and callable(umbel.load), umbel.run\n"
         "assert {'run', 'load', 'Federation', 'TorchTrainer'} <= set(dir(umbel))\n"

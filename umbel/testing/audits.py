@@ -1,13 +1,4 @@
-"""For the tests of people who use Umbel.
-
-    def test_my_stack_keeps_its_promise():
-        assert_private("path/to/my-app", epsilon=8)
-
-`assert_private` puts canary nodes under the very stack of an app, a federation or a finished run,
-and fails where the stack claims nothing, claims more than is allowed, or does not keep its claim.
-`assert_records_private` does that for a trainer that hides single records, and
-`assert_withstands_lies` plays a coordinator that does not keep to the protocol.
-"""
+"""Audits of privacy as assertions: of stacks, of single records, and against a lying server."""
 
 from collections.abc import Mapping
 from pathlib import Path
