@@ -10,6 +10,7 @@ NumPy in, NumPy out. Global random generators are seeded from the job around eac
 back afterwards. Arrays of real or complex numbers are parameters; others are buffers.
 """
 
+import cmath
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -92,7 +93,7 @@ class FunctionTrainer:
         if count < 1:
             raise ConfigError(f"the function `train` trained on {count} examples; it needs one")
         after = _like(before, arrays)
-        if not all(bool(torch.isfinite(after[name]).all()) for name in weights.parameters):
+        if not all(_finite(after[name]) for name in weights.parameters):
             found = not_a_number(examples)
             if found:
                 raise ConfigError(f"{found}; fill it or leave those examples out")
@@ -113,6 +114,11 @@ class FunctionTrainer:
         with seeded(0):
             metrics = self._evaluate(arrays, examples)
         return Evaluated(len(examples), named_numbers(metrics, "the function `evaluate`"))
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all are finite numbers; their sum tells, unless it is too large itself."""
+    return cmath.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def _tensor(name: str, value: Any) -> Tensor:

@@ -110,9 +110,10 @@ def to_array(vector: Tensor, join: Callable[[Iterable[Any]], Any] = b"".join) ->
         vector = vector.float()
     values = vector.detach().cpu().contiguous().numpy()
     data = join((_header(values.dtype.str, values.shape), values.reshape(-1).data.cast("B")))
+    name = _name_of(values.dtype)
     if isinstance(data, bytes):
-        return Array(str(values.dtype), values.shape, _STYPE, data)
-    array = Array(str(values.dtype), values.shape, _STYPE, b"")
+        return Array(name, values.shape, _STYPE, data)
+    array = Array(name, values.shape, _STYPE, b"")
     array.data = data  # Flower asks for bytes when an array is made
     return array
 
@@ -187,6 +188,10 @@ class _Writable:
         interface["data"] = (interface["data"][0], False)
         self.__array_interface__ = interface
         self.keep_alive = values
+
+
+_name_of: Callable[[np.dtype[Any]], str] = lru_cache(maxsize=256)(str)
+"""A dtype's name, which NumPy puts together every time that it is asked."""
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ numbers for different nodes.
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import random
 import sys
@@ -61,7 +62,7 @@ class Generators:
     """
 
     def __init__(self, device: Any = None) -> None:
-        self._python = random.getstate()
+        self._python = _python.kept()
         self._numpy = _numpy.kept()
         self._device = device
         self._torch = self._others = None
@@ -72,7 +73,7 @@ class Generators:
 
     def restore(self) -> None:
         """Put the generators back to that moment."""
-        random.setstate(self._python)
+        _python.restore(self._python)
         _numpy.restore(self._numpy)
         torch = sys.modules.get("torch")
         if torch is None or self._torch is None:
@@ -102,14 +103,54 @@ def _index(device: Any) -> int:
     return torch.cuda.current_device() if device.index is None else int(device.index)
 
 
+class _PythonState:
+    """Python's global generator, kept and put back in microseconds.
+
+    `random.getstate` makes 625 numbers of its state, which takes longer than all else here. The
+    words lie behind the head of the object, so they are copied as a block; where the block is
+    not what `random.getstate` says, as in another Python, its own functions are used.
+    """
+
+    @functools.cached_property
+    def _address(self) -> int:
+        """Where the position and the words lie, 0 where that is not known."""
+        generator: Any = random._inst  # type: ignore[attr-defined]
+        place, head = id(generator), object.__basicsize__
+        if sys.implementation.name != "cpython" or type(generator) is not random.Random:
+            return 0
+        if type(generator).__base__.__basicsize__ < head + _STATE_BYTES:
+            return 0
+        words = random.getstate()[1]
+        said = b"".join(word.to_bytes(4, sys.byteorder) for word in (words[-1], *words[:-1]))
+        return place + head if ctypes.string_at(place + head, _STATE_BYTES) == said else 0
+
+    def kept(self) -> Any:
+        """The state, with the second of a pair of normal numbers."""
+        if not self._address:
+            return random.getstate()
+        pair = random._inst.gauss_next  # type: ignore[attr-defined]
+        return ctypes.string_at(self._address, _STATE_BYTES), pair
+
+    def restore(self, state: Any) -> None:
+        """Put back what `kept` gave."""
+        if not self._address:
+            random.setstate(state)
+            return
+        block, random._inst.gauss_next = state  # type: ignore[attr-defined]
+        ctypes.memmove(self._address, block, _STATE_BYTES)
+
+
+_python = _PythonState()
+
+
 class _NumpyState:
     """NumPy's global generator, kept and put back in microseconds.
 
     `numpy.random.get_state` and `set_state` take 160 µs together, because they go through the
     624 words one by one. NumPy tells the address of these words, so they are copied as a block.
     What the block does not hold is the second of a pair of normal numbers, made and not yet
-    asked for: where there is one, or the block is not as expected, NumPy's own functions are
-    used.
+    asked for. Whether there is one shows when a normal number is drawn: the block stays as it is
+    if there was. Then, or if the block is not as expected, NumPy's own functions are used.
     """
 
     def __init__(self) -> None:
@@ -120,29 +161,49 @@ class _NumpyState:
         self._last = (b"", None)
 
     def kept(self) -> tuple[bytes, Any]:
-        """The state: as a block, empty if that is not all of it, and as NumPy says it."""
-        block = self._read()
-        if block and block == self._last[0]:
+        """The state: as a block, or, where that is not all of it, empty and as NumPy says it."""
+        block = self._read() if self._understood else b""
+        if not block:
+            return b"", np.random.get_state(legacy=False)
+        if block == self._last[0]:
             return self._last  # nothing was drawn since it was put back
-        whole = np.random.get_state(legacy=False)
-        return (block if block and self._explains(block, whole) else b""), whole
+        second = np.random.standard_normal()
+        if self._read() != block:  # there was none; what was drawn for it is put back
+            self._put(block)
+            return block, None
+        whole: Any = np.random.get_state(legacy=False)
+        whole.update(has_gauss=1, gauss=second)
+        np.random.set_state(whole)
+        return b"", whole
 
     def restore(self, state: tuple[bytes, Any]) -> None:
         """Put back what `kept` gave."""
         block, whole = state
-        address = self._address()
-        if block and address:
-            np.random.seed(0)  # forgets the second of a pair
-            ctypes.memmove(address, block, _STATE_BYTES)
-        else:
+        if not block:
             np.random.set_state(whole)
+        elif not self._put(block):  # another kind of generator was set meanwhile
+            words = np.frombuffer(block, np.uint32)
+            key, pos = words[:-1].copy(), int(words[-1])
+            np.random.set_state(("MT19937", key, pos))
         self._last = state
 
-    def _explains(self, block: bytes, whole: Any) -> bool:
-        """Whether the block is all of the state."""
-        key, pos = whole["state"]["key"], int(whole["state"]["pos"])
+    def _put(self, block: bytes) -> bool:
+        """Make the block the whole state; whether that can be done."""
+        address = self._address()
+        if address:
+            np.random.seed(0)  # forgets the second of a pair
+            ctypes.memmove(address, block, _STATE_BYTES)
+        return bool(address)
+
+    @functools.cached_property
+    def _understood(self) -> bool:
+        """Whether the block is what NumPy says of the state."""
+        whole: Any = np.random.get_state(legacy=False)
+        key, pos = whole["state"].get("key"), int(whole["state"].get("pos", -1))
+        if key is None or pos < 0:
+            return False
         words = key.astype(np.uint32).tobytes() + pos.to_bytes(4, sys.byteorder)
-        return not whole["has_gauss"] and block == words
+        return self._read() == words
 
     def _address(self) -> int:
         # Somebody may have set another kind of generator.

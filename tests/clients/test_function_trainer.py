@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from umbel.clients import function_trainer
 from umbel.clients.data.examples import Examples
 from umbel.clients.function_trainer import FunctionTrainer
 from umbel.clients.trainer import Job, Options
@@ -85,3 +86,13 @@ def test_a_model_without_real_numbers_is_refused() -> None:
         .metrics
         == {}
     )
+
+
+def test_whether_all_are_finite_is_told_also_where_their_sum_is_not() -> None:
+    huge = torch.full((4,), 3e38)
+    bad = (np.inf, -np.inf, np.nan)
+    assert function_trainer._finite(huge)
+    assert function_trainer._finite(torch.tensor([1 + 2j, 3.0]))
+    assert not any(function_trainer._finite(torch.tensor([1.0, value])) for value in bad)
+    assert not function_trainer._finite(torch.tensor([np.inf, -np.inf]))
+    assert not function_trainer._finite(torch.tensor([complex(0.0, np.nan), 1.0]))

@@ -77,7 +77,7 @@ def _order(collect: Collect, updates: Tensor, round_: Gathering) -> Sum:
     hold(
         whole.replies == len(NODES) and not whole.rejected and not whole.aborted,
         f"{collect.name}: every good reply is used",
-        f"of {len(NODES)} replies {whole.replies} were used, {_named(whole)} rejected {whole.aborted}",
+        f"{whole.replies} of {len(NODES)} were used; rejected: {_named(whole)} {whole.aborted}",
         "reject only what cannot be an update",
     )
     for order in itertools.islice(itertools.permutations(range(len(NODES))), 1, None, 17):

@@ -190,7 +190,7 @@ class _Trial:
             hold(
                 is_within(sent, bound * (1 + LENIENCE)),
                 f"{name}: no update is longer than the l2_bound of `check`",
-                f"{what} became {float(sent.double().norm()):.9g} long, and {bound:.9g} is promised",
+                f"{what} became {float(sent.double().norm()):.9g} long, and {bound:.9g} is said",
                 "say the bound that `encode` keeps, or None",
             )
         if after.grid is not None:

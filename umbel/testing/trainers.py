@@ -138,8 +138,8 @@ def _trained(
             equal,
             f"{name}: the same options and seed give the same bits, whatever was done before",
             f"a job that was done twice differs in {_differs(trained.weights, again.weights)}",
-            "draw from `job.seed` alone and keep nothing on self; a trainer whose noise must not be "
-            "repeated is checked with repeatable=False",
+            "draw from `job.seed` alone and keep nothing on self; a trainer whose noise must not "
+            "be repeated is checked with repeatable=False",
         )
     else:
         hold(
