@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ROOMS  := privacy strategies transport clients server benchmarks
 
-.PHONY: help demo federation test test-slow check fmt links proto wheel bench clean
+.PHONY: help demo federation test test-slow check fmt links proto wheel bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,5 +54,12 @@ wheel: $(READY) ## build dist/*.whl
 bench: $(READY) ## speed benchmarks
 	$(BIN)/umbel bench speed
 
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs links ## build the documentation as a site in .site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .links .proto build dist *.egg-info
+	rm -rf $(VENV) .links .proto .site build dist *.egg-info

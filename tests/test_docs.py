@@ -1,0 +1,87 @@
+"""The documentation: its programs run, and what a script writes is what the script writes now."""
+
+import importlib.util
+import re
+import runpy
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import umbel
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
+
+
+def script(name: str) -> ModuleType:
+    """A script of the documentation, as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
+def test_the_program_of_a_page_does_what_the_page_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "\n".join(blocks(page, "python"))
+    assert "\nassert " in program
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("program.py", run_name="program")
+
+
+def test_the_picture_of_the_rooms_is_drawn_from_the_imports() -> None:
+    drawn = script("draw_rooms").draw()
+    assert (DOCS / "rooms.svg").read_text(encoding="utf-8") == drawn, "python docs/draw_rooms.py"
+
+
+def test_the_picture_leaves_out_what_follows_and_refuses_a_circle() -> None:
+    drawing = script("draw_rooms")
+    graph = {"a": frozenset("bc"), "b": frozenset("c"), "c": frozenset[str]()}
+    assert drawing.reduced(graph) == {**graph, "a": frozenset("b")}
+    with pytest.raises(ValueError, match="a -> b -> a"):
+        drawing.levels({"a": frozenset("b"), "b": frozenset("a")})
+
+
+def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
+    page = script("write_command_line").page()
+    assert "\\" not in page
+    found = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    assert found == page, "python docs/write_command_line.py"
+
+
+def test_the_round_names_the_methods_of_a_layer() -> None:
+    from umbel.strategies.layer import Layer
+
+    picture = (DOCS / "round.svg").read_text(encoding="utf-8")
+    for method in ("check", "publish", "encode", "decode", "claim"):
+        assert hasattr(Layer, method) and f">{method}: " in picture
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    named = re.findall(r"^::: ([\w.]+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
+    homes = {f"umbel.{home}.{name}" for name, home in umbel._HOMES.items()}
+    assert homes <= set(named)
+    assert len(named) == len(set(named))
+
+
+def test_the_quick_start_is_the_readmes() -> None:
+    readme = blocks(ROOT / "README.md", "sh")
+    assert blocks(DOCS / "index.md", "sh") == readme[:2]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) == pages
