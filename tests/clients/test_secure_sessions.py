@@ -338,16 +338,19 @@ def evil(
 ) -> Iterator[tuple[asyncio.AbstractEventLoop, Trainee]]:
     """A node whose app goes around the gate in its own process."""
     folder = tmp_path_factory.mktemp("evil")
-    app = write_federation(folder / "app", TASK.replace("SIZE", "3"), name="x", config="")
+    task = TASK.replace("SIZE", "3").replace("STACK", next(iter(STACKS)))
+    app = write_federation(folder / "app", task, name="x", config="")
     (app / "client_app.py").write_text(EVIL)
     (folder / "policy.toml").write_text("min-cohort = 3")
     config = {"policy": str(folder / "policy.toml")}
     loop = asyncio.new_event_loop()
     take_identity(1)
     trainee = Trainee(AppSettings(app, folder / "memory", config, 1))
-    loop.run_until_complete(trainee.start())
-    yield loop, trainee
-    trainee.stop()
+    try:
+        loop.run_until_complete(trainee.start())
+        yield loop, trainee
+    finally:
+        trainee.stop()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 
