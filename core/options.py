@@ -49,11 +49,11 @@ def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in options.items():
         today = FORMER.get(name, name)
-        if result.setdefault(today, value) != value:
-            former = next(old for old, new in FORMER.items() if new == today)
+        if today != name and options.get(today, value) != value:
             raise ConfigError(
-                f"{former} and {today} are one option, with two values; give {today} alone"
+                f"{name} and {today} are one option, with two values; give {today} alone"
             )
+        result[today] = value
     return result
 
 

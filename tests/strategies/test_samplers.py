@@ -14,7 +14,12 @@ from umbel.strategies.samplers import Everyone, FixedSize, Poisson, make_sampler
 FALSE_ALARM = 1e-7
 """Of each statistical test below, when the code is right."""
 
-COHORTS: list[Everyone | FixedSize | Poisson] = [Everyone(), FixedSize(7), Poisson(7.5), Poisson(7.5, cap=9)]
+COHORTS: list[Everyone | FixedSize | Poisson] = [
+    Everyone(),
+    FixedSize(7),
+    Poisson(7.5),
+    Poisson(7.5, cap=9),
+]
 
 
 @given(st.sampled_from(COHORTS), st.integers(1, 60), st.lists(st.integers(0, 2**64), min_size=1))

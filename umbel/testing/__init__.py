@@ -12,8 +12,8 @@ and fails where the stack claims nothing, claims more than is allowed, or does n
 `assert_withstands_lies` plays a coordinator that does not keep to the protocol.
 
 `check_trainer`, `check_layer`, `check_collect`, `check_partitioner`, `check_optimizer` and
-`check_sampler` try the laws of a part that you wrote: those that its protocol states, and that the rest of Umbel relies on. An AssertionError
-names the law, the value that broke it, and what to do.
+`check_sampler` try the laws of a part that you wrote: those that its protocol states, and that the
+rest of Umbel relies on. An AssertionError names the law, the value that broke it, and what to do.
 """
 
 from umbel.testing.audits import assert_private, assert_records_private, assert_withstands_lies

@@ -1,4 +1,4 @@
-"""`check_optimizer` and `check_sampler`: the laws of the parts that `Federation` takes as values."""
+"""`check_optimizer` and `check_sampler`: the laws of parts that `Federation` takes as values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
