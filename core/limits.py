@@ -45,9 +45,9 @@ class Limit:
     def admits(self, value: bool | int | float | str) -> bool:
         """Whether an option may have this value."""
         if isinstance(value, str):
-            if self.kind and is_known(self.kind, value):
+            if value in self.choices or not (self.choices or self.kind):
                 return True
-            return not (self.choices or self.kind) or value in self.choices
+            return bool(self.kind) and is_known(self.kind, value)
         if math.isinf(value):
             return self.infinite and value > 0
         low = value > self.least if self.without_least else value >= self.least
