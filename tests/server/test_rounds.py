@@ -79,7 +79,7 @@ def test_rounds_are_federated_averaging(fit: Fit, slope: Federation) -> None:
     outcome, lines = fit(rounds=4, seed=3)
     task = importlib.import_module("task")
     options = slope.complete({"seed": 3})
-    w = slope.trainer.initial(options, 3).parameters["slope"]
+    w = slope.trainer_for(options).initial(options, 3).parameters["slope"]
     for number in range(1, 5):
         rows: list[tuple[Tensor, int]] = []
         for partition in range(6):
