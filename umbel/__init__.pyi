@@ -3,8 +3,8 @@
 from umbel.clients.data.examples import Examples as Examples
 from umbel.clients.data.examples import Node as Node
 from umbel.clients.data.examples import Split as Split
-from umbel.clients.data.features import Featured as Featured
-from umbel.clients.data.features import Recipe as Recipe
+from umbel.clients.data.features import FeatureMap as FeatureMap
+from umbel.clients.data.features import PrecomputedFeatures as PrecomputedFeatures
 from umbel.clients.data.features import features_of as features_of
 from umbel.clients.data.partition import ByKey as ByKey
 from umbel.clients.data.partition import BySize as BySize

@@ -448,7 +448,7 @@ class FederationServerApp(ServerApp):
         """Say what a user would otherwise find out from a bad curve."""
         advice = getattr(job.stack.collect, "advice", None)
         if advice is not None:
-            for line in advice(rounds.expected, job.stack.private):
+            for line in advice(rounds.facts.expected_replies, job.stack.private):
                 session.progress.note(line)
         self._say_what_is_lost(job, rounds, session)
         normed = any(LOCAL_STATISTICS in name for name in job.buffers)
