@@ -1,6 +1,6 @@
 """The node's half of a round: a Flower `ClientApp` around a trainer and a node's own data.
 
-    server -> node   train      model (flat), what the layers publish, the learning rate
+    server -> node   train      model (flat), the round, what the layers publish
     node -> server   update     trained minus received, through the stack's layers; metrics
     server -> node   evaluate   model
     node -> server   metrics    on the node's own test examples; nothing where updates are protected
@@ -91,6 +91,8 @@ from umbel.strategies.layout import (
 )
 from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.protection import Outlook, hides, quiet
+from umbel.strategies.run_options import RunOptions
+from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack
 
@@ -364,6 +366,15 @@ class Plan:
         return Manifest.of(self.first.parameters)
 
     @functools.cached_property
+    def _run(self) -> RunOptions:
+        return RunOptions.read(self.options)
+
+    @functools.cached_property
+    def _rate(self) -> float | None:
+        """The learning rate before the schedule; None where the trainer has none."""
+        return checked_rate(self.options)
+
+    @functools.cached_property
     def charging(self) -> tuple[Any, ...]:
         """The layers that the node's ledger is charged for."""
         return charging_layers(self.stack)
@@ -395,13 +406,12 @@ class Plan:
             buffers |= self.synced_buffers.unflatten(from_array(model[BUFFERS]))
         buffers |= public_of(message)
         number = int(config["round"])  # type: ignore[arg-type]
-        rate = config.get("learning-rate")
         account = Charging(message, context, self.options)
         job = Job(
             round=number,
             seed=job_seed(int(self.options["seed"]), number, node_of(context).partition),
             options=self.options,
-            learning_rate=None if rate is None else float(rate),  # type: ignore[arg-type]
+            learning_rate=self._run.rate_in(number, self._rate),
             node=context.node_config,
             memory=context.state,
             ledger=account,
