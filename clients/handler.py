@@ -32,6 +32,7 @@ from umbel.clients.ledger.charging import (
     answered,
     charging_layers,
     leaves,
+    promise_of,
     releases_of,
 )
 from umbel.clients.pooling import (
@@ -91,6 +92,7 @@ from umbel.strategies.layout import (
 )
 from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.protection import Outlook, hides, quiet
+from umbel.strategies.release import Promise
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.wire import action_of
@@ -366,6 +368,10 @@ class Plan:
         return Manifest.of(self.first.parameters)
 
     @functools.cached_property
+    def _promise(self) -> Promise:
+        return promise_of(self.options)
+
+    @functools.cached_property
     def _run(self) -> RunOptions:
         return RunOptions.read(self.options)
 
@@ -440,7 +446,7 @@ class Plan:
         if self._seals is not None:
             mine = self._sealing(task.message)
             content = self._seals.seal(content, task.message, task.context, mine)
-        releases = releases_of(self.stack, self.charging, config, size, self.options)
+        releases = releases_of(self.stack, self.charging, config, size, self._promise)
         content = task.account.finish(content, releases, sealed=self._seals is not None)
         return Message(content, reply_to=task.message)
 

@@ -17,6 +17,7 @@ from flwr.serverapp import ServerApp
 from umbel.clients.trainers.base import SizesGroups
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
+from umbel.core.errors import Interrupted as Interrupted
 from umbel.core.options import Options, override
 from umbel.federation import Federation, FederationServerApp
 from umbel.notebook import notebook_progress
@@ -40,14 +41,6 @@ NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
 EXAMPLES = Path(__file__).parent / "examples"
 Observed = ObservedGrid | ObservedLinkGrid
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal; it can go on from its directory `run`, where there is one."""
-
-    def __init__(self, run: Path | None) -> None:
-        super().__init__("" if run is None else str(run))
-        self.run = run
 
 
 def run(

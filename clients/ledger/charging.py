@@ -240,8 +240,15 @@ def charging_layers(stack: Stack) -> tuple[Any, ...]:
         layer
         for layer in stack.layers
         if isinstance(layer, ChargesNode)
-        or (not _is_ours(layer) and getattr(type(layer), "claim", None) is not Stateless.claim)
+        or (not _is_ours(layer) and type(layer).claim is not Stateless.claim)
     )
+
+
+def promise_of(options: Mapping[str, Any]) -> Promise:
+    """What a run promises by its options, complete ones."""
+    privacy = PrivacyOptions.read(options)
+    budget = privacy.epsilon if math.isfinite(privacy.epsilon) else None
+    return Promise(budget, privacy.delta, int(options["rounds"]))
 
 
 def releases_of(
@@ -249,14 +256,9 @@ def releases_of(
     layers: Sequence[Any],
     config: Mapping[str, Any],
     size: int,
-    options: Mapping[str, Any],
+    promise: Promise,
 ) -> list[Release]:
     """What `layers` of a stack charge the node for an encoded vector of `size` coordinates."""
-    if not layers:
-        return []
-    privacy = PrivacyOptions.read(options)
-    budget = privacy.epsilon if math.isfinite(privacy.epsilon) else None
-    promise = Promise(budget, privacy.delta, int(options["rounds"]))
     found = []
     for layer in layers:
         if not isinstance(layer, ChargesNode):

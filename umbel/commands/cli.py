@@ -231,7 +231,9 @@ def _forget_our_handler() -> None:
 
 def _stopped(stop: BaseException | None) -> int:
     """Say how to go on after a signal; the exit status."""
-    run = getattr(stop, "run", None)
+    from umbel.core.errors import Interrupted
+
+    run = stop.run if isinstance(stop, Interrupted) else None
     _say("stopped" if run is None else f"stopped; continue with: umbel run --resume {run}")
     return INTERRUPTED
 
