@@ -446,7 +446,11 @@ class Plan:
         if self._seals is not None:
             mine = self._sealing(task.message)
             content = self._seals.seal(content, task.message, task.context, mine)
-        releases = releases_of(self.stack, self.charging, config, size, self._promise)
+        releases = (
+            releases_of(self.stack, self.charging, config, size, self._promise)
+            if self.charging
+            else []
+        )
         content = task.account.finish(content, releases, sealed=self._seals is not None)
         return Message(content, reply_to=task.message)
 

@@ -110,9 +110,10 @@ def _prepared(
                 )
         check_promise_stays(began, changes)
         changes = {**before["changes"], **changes}
-    if not isinstance(app, Federation):
-        app = open_app(Path(app) if app is not None else example())
-    subject = Subject.of(app)
+    if isinstance(app, Federation):
+        subject = Subject.of(app)
+    else:
+        subject = Subject.of(open_app(Path(app) if app is not None else example()))
     if resume is not None and subject.federation is None:
         raise ConfigError(
             f"{subject.name} keeps its own rounds, so Umbel cannot continue it; only apps made "

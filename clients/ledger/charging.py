@@ -239,8 +239,7 @@ def charging_layers(stack: Stack) -> tuple[Any, ...]:
     return tuple(
         layer
         for layer in stack.layers
-        if isinstance(layer, ChargesNode)
-        or (not _is_ours(layer) and type(layer).claim is not Stateless.claim)
+        if isinstance(layer, ChargesNode) or (not _is_ours(layer) and _claims(layer))
     )
 
 
@@ -268,6 +267,12 @@ def releases_of(
         own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
         found.append(layer.released(own, size, promise))
     return found
+
+
+def _claims(layer: object) -> bool:
+    """Whether a layer has a claim of its own, whatever that says."""
+    kind: Any = type(layer)
+    return kind.claim is not Stateless.claim
 
 
 def _is_ours(layer: object) -> bool:
