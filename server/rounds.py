@@ -22,14 +22,14 @@ from umbel.core.records import Manifest, Tree, from_array, record_of, to_array
 from umbel.server import checkpoint
 from umbel.server.base_grid import BaseGrid
 from umbel.server.checkpoint import Best, Position
-from umbel.server.drive import ROUND_TTL, Phases, drive, stream
+from umbel.server.drive import ROUND_TTL, Phases, drive, sharing, states_of, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.failures import Failures
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.private.statements import Statements
-from umbel.server.queries import QueryRunner, pool_requests, processes_of, public_arrays, trips
+from umbel.server.queries import QueryRunner, pool_requests, public_arrays, trips
 from umbel.server.roster import NodeRef, newcomers
 from umbel.server.shortfall import Shortfall
 from umbel.server.statistics import ask_statistics
@@ -84,7 +84,7 @@ class Rounds:
         )
         self.facts = self._population(nodes)
         check_rounds(self.job.stack, self.facts)
-        self.processes = processes_of(grid) if job.pooled else 0
+        self.processes = sharing(grid) if job.pooled else 0
         self._first: Tree = job.parameters
         self.job = replace(job, parameters={})  # the position holds the model from the start on
         self._packed: tuple[Tensor, Array] | None = None
@@ -510,9 +510,9 @@ class Rounds:
     def _begin(self) -> Position:
         position = checkpoint.load(self.run.checkpoint_path)
         if position is not None:
-            restore = getattr(self.grid, "restore_states", None)
-            if restore is not None:
-                restore(checkpoint.load_nodes(self.run.checkpoint_path, position.round))
+            states = states_of(self.grid)
+            if states is not None:
+                states.restore(checkpoint.load_nodes(self.run.checkpoint_path, position.round))
             if not self._once:
                 self._tell_what_is_repeated(position.round)
             self.run.truncate_rounds(position.round)
@@ -547,7 +547,7 @@ class Rounds:
     @property
     def _once(self) -> bool:
         """Whether nodes answer a round once only: in secret sums, where their records stay."""
-        goes_back = hasattr(self.grid, "restore_states")
+        goes_back = states_of(self.grid) is not None
         return isinstance(self.job.stack.collect, Seals) and not goes_back
 
     def _after_a_stop(self, position: Position) -> Position:
@@ -579,8 +579,9 @@ class Rounds:
         now = time.monotonic()
         wait = min(CHECKPOINT_EVERY_S, self._saving_took / _CHECKPOINT_SHARE)
         if last or now - self._saved_at >= wait:
-            states = getattr(self.grid, "pickled_states", dict)
-            checkpoint.save(self.run.checkpoint_path, position, states())
+            states = states_of(self.grid)
+            changed = {} if states is None else states.take_changed()
+            checkpoint.save(self.run.checkpoint_path, position, changed)
             self._saved_at = time.monotonic()
             self._saving_took = self._saved_at - now
 
