@@ -35,11 +35,18 @@ from umbel.server.shortfall import Shortfall
 from umbel.server.statistics import ask_statistics
 from umbel.server.training_spec import Evaluate as Evaluate
 from umbel.server.training_spec import Outcome, TrainingSpec
-from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
+from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum, numbers
 from umbel.strategies.composition import check_rounds
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
-from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.samplers import make_sampler
+from umbel.strategies.optimizers import ServerOptimizer, advance
+from umbel.strategies.samplers import (
+    Sampler,
+    SamplingContext,
+    check_bounds,
+    choose,
+    looks_back,
+    remember,
+)
 from umbel.strategies.transform import Facts, Round
 
 CHECKPOINT_EVERY_S = 1.0
@@ -73,15 +80,9 @@ class Rounds:
         options = job.options
         self.manifest = Manifest.of(job.parameters)
         self.synced_buffers = Manifest.of(averaged_buffers(job.buffers, options.buffers))
-        self.cohort = make_sampler(options.cohort, options.cohort_size, options.cohort_cap)
-        self.optimizer: ServerOptimizer = optimizer_named(
-            options.optimizer,
-            learning_rate=options.server_learning_rate,
-            momentum=options.server_momentum,
-            beta_1=options.beta_1,
-            beta_2=options.beta_2,
-            tau=options.tau,
-        )
+        self.sampler: Sampler = job.sampler or options.part("sampler")
+        self.optimizer: ServerOptimizer = job.optimizer or options.part("optimizer")
+        self._looks_back = looks_back(self.sampler)
         self.facts = self._population(nodes)
         check_rounds(self.job.stack, self.facts)
         self.processes = sharing(grid) if job.pooled else 0
@@ -96,16 +97,13 @@ class Rounds:
         self.failures = Failures(names, progress)
         self.statements = Statements(run, names)
         self._metrics: Mapping[str, float] = {}
+        self._measured: dict[str, Mapping[str, float]] = {}
 
     def _population(self, nodes: Sequence[NodeRef]) -> Facts:
         """Take these for everyone; the facts of an update that follow from how many they are."""
         self.nodes = nodes
-        self.expected = self.cohort.expected(len(nodes))
-        return Facts(
-            size=self.manifest.size,
-            expected_replies=self.expected,
-            max_replies=self.cohort.most(len(nodes)),
-        )
+        self.expected, most = check_bounds(self.sampler, len(nodes))
+        return Facts(size=self.manifest.size, expected_replies=self.expected, max_replies=most)
 
     def _welcome(self) -> None:
         """Let nodes take part that have come since the run began.
@@ -158,7 +156,7 @@ class Rounds:
         if stopped != "rounds":  # what was paid for is kept, whenever this run is looked at again
             self._save(position, last=True)
         position, _ = self._ask(position)
-        wanted = self.job.options.federated_every >= 0 and not self.job.quiet
+        wanted = self.job.options.client_eval_every >= 0 and not self.job.quiet
         if stopped != "rounds" and wanted and position.round:
             self._federated(position)  # the last round would have done it
         missed = Shortfall.of(self.run.rounds())
@@ -199,15 +197,19 @@ class Rounds:
         with phases("sample"):
             if self._once:
                 checkpoint.begin(self.run.checkpoint_path, number)
-            cohort = self._choose(number)
+            cohort = self._choose(position, number)
             requests = self._requests(position, number, cohort)
             bytes_down = self._bytes(requests)
         facts = self.job.stack.check(self.facts.replace(round=number), position.layers)
         gathering = trips(self.job.stack, requests, self._gathering(number, facts))
         del requests  # with them goes the model that was sent, once all have answered
+        self._measured = {}
         with phases("train"):
             sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
         del gathering
+        if self._looks_back:
+            history = remember(position.history, number, cohort, self._measured)
+            position = position.replace(history=history)
         if not self.job.guard.seeded:
             position = self._count_failures(position, number, sum_)
         if sum_.revealed:
@@ -248,11 +250,11 @@ class Rounds:
         self._save(position, last=number == self.job.options.rounds)
         return position
 
-    def _choose(self, number: int) -> list[NodeRef]:
+    def _choose(self, position: Position, number: int) -> list[NodeRef]:
         entropy = [self.job.options.seed, number, 1] if self.job.guard.seeded else None
         nodes = self.job.guard.eligible(number, self.nodes)
-        cohort = [nodes[i] for i in self.cohort.draw(len(nodes), entropy)] if nodes else []
-        cohort = self._present(cohort)
+        chosen = choose(self.sampler, nodes, SamplingContext(number, entropy, position.history))
+        cohort = self._present(chosen)
         self.job.guard.open(number, cohort)
         return cohort
 
@@ -331,9 +333,20 @@ class Rounds:
             done += 1  # noqa: SIM113
             self.progress.message_done(done, len(messages))
             self.statements.hear(reply)
+            self._measure(reply)
             with phases("aggregate", within="train"):
                 yield reply
             del reply  # while the next is awaited, this one must not take room
+
+    def _measure(self, reply: Message) -> None:
+        """Take down what a node says it measured, for a sampler that looks back.
+
+        Nothing of a run in which that is protected: a choice that follows it would show it.
+        """
+        hidden = bool(self.job.quiet) or self.job.stack.private
+        node = reply.metadata.src_node_id
+        if self._looks_back and not hidden and not reply.has_error():
+            self._measured[self.failures.names.get(node, str(node))] = numbers(reply)
 
     def _apply(
         self, position: Position, number: int, facts: Facts, sum_: Sum, asked: int
@@ -357,7 +370,7 @@ class Rounds:
         after = position.replace(round=number, layers=layers, failed_rounds=failed_rounds)
         if average is None:
             return after, metrics
-        parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
+        parameters, slots = advance(self.optimizer, position.parameters, average, position.slots)
         del average
         # A sum that is finite has no term that is not; it costs a tenth of looking at each.
         if not (math.isfinite(parameters.sum()) or bool(torch.isfinite(parameters).all())):
@@ -466,7 +479,7 @@ class Rounds:
 
     def _remember_best(self, position: Position, metrics: Mapping[str, float]) -> Position:
         options, name = self.job.options, self.job.options.early_stop_metric
-        if options.keep == "last" and not options.early_stop_patience:
+        if options.keep_model == "last" and not options.early_stop_patience:
             return position
         if name not in metrics:
             raise ConfigError(
@@ -487,7 +500,7 @@ class Rounds:
         return patience > 0 and position.evaluations_since_best >= patience
 
     def _federated_is_due(self, number: int) -> bool:
-        every = self.job.options.federated_every
+        every = self.job.options.client_eval_every
         return (
             not self.job.quiet
             and every >= 0
@@ -495,7 +508,7 @@ class Rounds:
         )
 
     def _federated(self, position: Position) -> FederatedEvaluation:
-        count = self.job.options.federated_nodes or len(self.nodes)
+        count = self.job.options.client_eval_nodes or len(self.nodes)
         nodes = self._present(self.nodes)[:count]
         requests = self._requests(position, position.round, nodes, "evaluate")
         timeout = self.job.options.round_timeout or None
@@ -588,7 +601,7 @@ class Rounds:
     def _end(self, position: Position, stopped: str) -> Outcome:
         parameters, buffers = self._model(position)
         metrics = self._metrics
-        if self.job.options.keep == "best" and position.best is not None:
+        if self.job.options.keep_model == "best" and position.best is not None:
             parameters, buffers = self._tree(
                 position.best.parameters, position.best.buffers, position.public
             )

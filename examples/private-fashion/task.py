@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm
 
 from umbel import (
-    ChosenTrainer,
+    ConfigError,
     Featured,
     Federation,
     OneStep,
@@ -172,7 +172,7 @@ PLAN = {
 }
 
 
-def tuned(options):
+def derived(options):
     """What a recipe sets, unless it is given; `quick` and `best`: found on a validation split."""
     tight = options["epsilon"] < 2
     changes = {
@@ -197,19 +197,26 @@ def tuned(options):
 
 
 softmax = SoftmaxTrainer(width, classes=10, prepare=prepare, buffers=buffers)
+TRAINERS = {
+    "quick": softmax,
+    "best": softmax,
+    "cnn": OneStep(TorchTrainer(network)),
+    "few": softmax,
+}
+
+
+def trainer(options):
+    recipe = options["recipe"]
+    if recipe not in TRAINERS:
+        raise ConfigError(f"recipe is {recipe!r}; it can be {', '.join(TRAINERS)}")
+    return TRAINERS[recipe]
+
+
 federation = Federation(
     name="private-fashion",
-    trainer=ChosenTrainer(
-        "recipe",
-        {
-            "quick": softmax,
-            "best": softmax,
-            "cnn": OneStep(TorchTrainer(network)),
-            "few": softmax,
-        },
-    ),
+    trainer=trainer,
     data=Featured("fashion-mnist", recipe),
     questions=questions,
     options={"recipe": "quick"},
-    tuned=tuned,
+    derived_options=derived,
 )
