@@ -46,6 +46,7 @@ class Subject:
         digest: of the folder's files; None is an object.
         options: of the app's pyproject.
         nodes: how many virtual nodes the app asks for, or None.
+        pool: where the app says that its nodes run, or None.
         server_app: the coordinator's half.
         client: the nodes' half, or where it is imported from.
     """
@@ -55,6 +56,7 @@ class Subject:
     digest: str | None
     options: Mapping[str, Any]
     nodes: int | None
+    pool: str | None
     server_app: ServerApp
     client: ClientApp | Path
 
@@ -67,9 +69,11 @@ class Subject:
         """
         if isinstance(app, Federation):
             name = app.name or "federation"
-            return cls(name, None, None, {}, None, app.server_app(), app.client_app())
+            return cls(name, None, None, {}, None, None, app.server_app(), app.client_app())
         server = app.server_app()
-        return cls(app.name, app.path, app.digest(), app.options, app.nodes, server, app.path)
+        return cls(
+            app.name, app.path, app.digest(), app.options, app.nodes, app.pool, server, app.path
+        )
 
     @property
     def federation(self) -> Federation | None:

@@ -6,6 +6,7 @@ import secrets
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from umbel.notebook import notebook_progress
 from umbel.result import Result
 from umbel.runner import Prepared, Subject, execute, log_to, prepare
 from umbel.server.embedded.grid import EmbeddedGrid, ObservedGrid
-from umbel.server.embedded.workers import ForkServer
 from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.pools.base import Pool
+from umbel.server.pools.choose import DEFAULT, PoolLike, make_pool
+from umbel.server.pools.processes import ForkServer
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
 
@@ -36,6 +39,7 @@ def run(
     options: Options | None = None,
     nodes: int | None = None,
     workers: int | None = None,
+    pool: PoolLike | None = None,
     out: Path | str | None = None,
     resume: Path | str | None = None,
     unprotected: bool = False,
@@ -50,6 +54,8 @@ def run(
         nodes: virtual nodes; as many as the app says, else 10, if None.
         workers: worker processes; one a core if None; 0 runs the nodes in this process, as it is
             with a `Federation` object, whose functions other processes could not import.
+        pool: where the nodes run, in place of this machine's processes: the name of a pool, a
+            `Pool`, or any `concurrent.futures.Executor`; what the app says if None.
         out: the run directory; a new one under `runs/` if None.
         resume: a run directory to continue, in place of `app`.
         unprotected: release models without noise about people to whom privacy was promised
@@ -66,41 +72,62 @@ def run(
 
     >>> run("my-app", options={"rounds": 5})["metrics"]  # doctest: +SKIP
     """
-    if isinstance(app, Federation):
+    if isinstance(app, Federation) and pool is None:
         if workers:
             raise ConfigError(
                 f"workers is {workers}, but a Federation object is trained in this process; leave "
                 "workers out, or make an app folder of it: umbel new NAME"
             )
         workers = 0
-    workers = _processors() if workers is None else workers
-    nursery = ForkServer(preload=["umbel.federation"]) if workers > 0 else None
+    early = workers != 0 and pool in (None, DEFAULT)  # it takes a second, and the app another
+    nursery = ForkServer(preload=["umbel.federation"]) if early else None
     try:
         shown = progress or notebook_progress() or showing.choose(sys.stderr)
-        prepared, count = _prepared(app, options or {}, nodes, resume)
-        for note in prepared.notes:
+        planned = _planned(app, options or {}, nodes, resume, pool)
+        for note in planned.prepared.notes:
             shown.note(note)
-        directory = _directory(prepared, count, workers, out, resume, shown)
+        place = make_pool(
+            planned.pool,
+            planned.prepared.options,
+            workers=workers,
+            processors=_processors(),
+            fork_server=nursery,
+        )
+        try:
+            directory = _directory(planned, place, out, resume, shown)
+        except BaseException:
+            place.close()
+            raise
         if unprotected:
             directory.write_config({**directory.config(), "unprotected": True})
-        found = _executed(prepared, directory, count, workers, nursery, shown)
+        found = _executed(planned, place, directory, shown)
         return Result(found, app if isinstance(app, Federation) else None)
     finally:
         if nursery is not None:
             nursery.close()
 
 
-def _prepared(
+@dataclass(frozen=True)
+class _Planned:
+    """A run that has been checked, how many nodes it has, and where they run."""
+
+    prepared: Prepared
+    nodes: int
+    pool: PoolLike
+
+
+def _planned(
     app: Federation | Path | str | None,
     changes: Options,
     nodes: int | None,
     resume: Path | str | None,
-) -> tuple[Prepared, int]:
-    """The run, checked, and how many nodes it has."""
+    pool: PoolLike | None,
+) -> _Planned:
     began: Options | None = None
     if resume is not None:
         before = _before(Path(resume))
         nodes, began = before["nodes"], before["options"]
+        pool = before.get("pool") if pool is None else pool
         if not isinstance(app, Federation):
             app = before["app_path"]
             if app is None:
@@ -119,7 +146,8 @@ def _prepared(
             f"{subject.name} keeps its own rounds, so Umbel cannot continue it; only apps made "
             "with Federation can be resumed"
         )
-    return prepare(subject, changes, began), nodes or subject.nodes or NODES
+    prepared = prepare(subject, changes, began)
+    return _Planned(prepared, nodes or subject.nodes or NODES, pool or subject.pool or DEFAULT)
 
 
 def _before(resume: Path) -> dict[str, Any]:
@@ -167,16 +195,21 @@ def check_promise_stays(began: Options, changes: Options) -> None:
 
 
 def _directory(
-    prepared: Prepared,
-    nodes: int,
-    workers: int,
+    planned: _Planned,
+    pool: Pool,
     out: Path | str | None,
     resume: Path | str | None,
     progress: Progress,
 ) -> RunDirectory:
+    prepared = planned.prepared
     if resume is None:
-        run_id = secrets.randbits(62) + 1
-        config = prepared.config("embedded", nodes=nodes, run_id=run_id, workers=workers)
+        config = prepared.config(
+            "embedded",
+            nodes=planned.nodes,
+            run_id=secrets.randbits(62) + 1,
+            workers=0 if pool.in_process else pool.workers,
+            pool=planned.pool if isinstance(planned.pool, str) else None,
+        )
         name = prepared.subject.name
         return RunDirectory.create(None, name, config, out=Path(out) if out else None)
     directory = RunDirectory.open(Path(resume))
@@ -213,25 +246,20 @@ def _differences(before: Mapping[str, Any], prepared: Prepared) -> dict[str, tup
 
 
 def _executed(
-    prepared: Prepared,
-    directory: RunDirectory,
-    nodes: int,
-    workers: int,
-    nursery: ForkServer | None,
-    progress: Progress,
+    planned: _Planned, pool: Pool, directory: RunDirectory, progress: Progress
 ) -> dict[str, Any]:
+    prepared = planned.prepared
     whole = prepared.federation is not None
     log_to(directory.log_path, quiet=whole)
     show_fetching(progress)
     kind = EmbeddedGrid if whole else ObservedGrid
     grid = kind(
         prepared.subject.client,
-        nodes,
-        workers=workers,
+        planned.nodes,
+        pool=pool,
         run_config=prepared.options,
         run_id=directory.config().get("run_id", 1),  # runs of earlier releases had no other
         group_size=prepared.group_size,
-        nursery=nursery,
         log=directory.log_path,
         mapped=whole,
     )
