@@ -29,7 +29,7 @@ from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.private.statements import Statements
-from umbel.server.queries import QueryRunner, pool_requests, processes_of, public_arrays, trips
+from umbel.server.queries import QueryRunner, pool_requests, processes_of, public_arrays
 from umbel.server.roster import NodeRef, newcomers
 from umbel.server.shortfall import Shortfall
 from umbel.server.statistics import ask_statistics
@@ -203,7 +203,7 @@ class Rounds:
             requests = self._requests(position, number, cohort)
             bytes_down = self._bytes(requests)
         facts = self.job.stack.check(self.facts.replace(round=number), position.layers)
-        gathering = trips(self.job.stack, requests, self._gathering(number, facts))
+        gathering = self.job.stack.collect.gather(requests, self._gathering(number, facts))
         del requests  # with them goes the model that was sent, once all have answered
         with phases("train"):
             sum_ = drive(gathering, lambda messages: self._replies(messages, phases))

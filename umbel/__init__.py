@@ -49,7 +49,13 @@ if TYPE_CHECKING:
     from umbel.running import Interrupted as Interrupted
     from umbel.running import run as run
     from umbel.server.private.verify import verify as verify
+    from umbel.strategies.aggregator import Aggregate as Aggregate
+    from umbel.strategies.aggregator import Aggregator as Aggregator
+    from umbel.strategies.aggregator import Contribution as Contribution
+    from umbel.strategies.aggregator import Judged as Judged
     from umbel.strategies.collect import PlainSum as PlainSum
+    from umbel.strategies.exchange import Exchange as Exchange
+    from umbel.strategies.exchange import PlainExchange as PlainExchange
     from umbel.strategies.private.adaptive_clip import AdaptiveClip as AdaptiveClip
     from umbel.strategies.private.banded_gaussian import BandedGaussian as BandedGaussian
     from umbel.strategies.private.clip import Clip as Clip
@@ -87,6 +93,12 @@ _HOMES = {
     "Iid": "clients.data.partition",
     "Node": "clients.data.examples",
     "Partitioned": "clients.data.partitioned",
+    "Aggregate": "strategies.aggregator",
+    "Aggregator": "strategies.aggregator",
+    "Contribution": "strategies.aggregator",
+    "Exchange": "strategies.exchange",
+    "Judged": "strategies.aggregator",
+    "PlainExchange": "strategies.exchange",
     "PlainSum": "strategies.collect",
     "PrivateMean": "strategies.private.private_mean",
     "PrivateSgd": "clients.trainers.private_sgd",

@@ -36,6 +36,7 @@ from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
 from umbel.strategies.composition import compose
 from umbel.strategies.contract import Contract
+from umbel.strategies.exchange import Advises
 from umbel.strategies.layout import shows_statistics
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
@@ -368,10 +369,9 @@ class FederationServerApp(ServerApp):
 
     def _advise(self, job: TrainingSpec, rounds: Rounds, session: Session, nodes: int) -> None:
         """Say what a user would otherwise find out from a bad curve."""
-        advice = getattr(job.stack.collect, "advice", None)
-        if advice is not None:
+        if isinstance(job.stack.collect, Advises):
             cohort = make_sampler(job.options.cohort, job.options.cohort_size)
-            for line in advice(cohort.expected(nodes), job.stack.private):
+            for line in job.stack.collect.advice(cohort.expected(nodes), job.stack.private):
                 session.progress.note(line)
         self._say_what_is_lost(job, rounds, session)
         normed = any(LOCAL_STATISTICS in name for name in job.buffers)
