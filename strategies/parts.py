@@ -15,12 +15,15 @@ from typing import Any
 
 from umbel.core.errors import ConfigError
 from umbel.core.registry import KINDS, OWN, is_function, made, make, names, refuse_class
+from umbel.strategies.aggregator import Aggregator
+from umbel.strategies.exchange import Exchange
 from umbel.strategies.optimizers import ServerOptimizer
 from umbel.strategies.samplers import Sampler
 
 PROTOCOLS: Mapping[str, tuple[type[Any], ...]] = {
     "optimizer": (ServerOptimizer,),
     "sampler": (Sampler,),
+    "aggregator": (Aggregator, Exchange),
 }
 """What a part of a kind has to be; the protocols are checked by the names of their methods."""
 
