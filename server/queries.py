@@ -26,7 +26,7 @@ from umbel.strategies.collect import Gather, Gathering
 from umbel.strategies.layout import CONFIG, MODEL
 from umbel.strategies.private.pooled import ASK, MEMBERS, POOL, PUBLIC, QUESTION, gather_pools
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, Round
+from umbel.strategies.transform import Facts, RoundContext
 
 if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean
@@ -124,7 +124,7 @@ class QueryRunner:
                 f"{sum_.rejected[0].reason}"
             )
         self.guard.release(question.name, question.claims(number))
-        rnd = Round(
+        rnd = RoundContext(
             number=number,
             cohort=everyone,
             replies=sum_.replies,

@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import Array, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from umbel.core.contents import take_record
 from umbel.core.errors import ConfigError, RunError
 from umbel.core.records import Manifest, Tree, from_array, record_of, to_array
 from umbel.server import checkpoint
@@ -37,10 +38,11 @@ from umbel.server.training_spec import Evaluate as Evaluate
 from umbel.server.training_spec import Outcome, TrainingSpec
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
 from umbel.strategies.composition import check_rounds
+from umbel.strategies.contexts import SENT
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
 from umbel.strategies.samplers import make_sampler
-from umbel.strategies.transform import Facts, Round
+from umbel.strategies.transform import Facts, RoundContext
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -105,6 +107,7 @@ class Rounds:
             size=self.manifest.size,
             expected_replies=self.expected,
             max_replies=self.cohort.most(len(nodes)),
+            population=len(nodes),
         )
 
     def _welcome(self) -> None:
@@ -268,17 +271,20 @@ class Rounds:
         self, position: Position, number: int, cohort: Sequence[NodeRef], kind: str = "train"
     ) -> list[Message]:
         config = ConfigRecord({"round": number, "manifest": self.manifest.digest})
+        sent: dict[str, Array] = {}
         rate = self._rate(number)
         if rate is not None:
             config["learning-rate"] = rate
         if kind == "train":
             facts = self.facts.replace(round=number)
-            for name, value in self.job.stack.publish(position.layers, facts).items():
+            told = self.job.stack.broadcast(position.layers, facts)
+            for name, value in told.scalars.items():
                 config[name] = value
+            sent = {SENT + name: to_array(value) for name, value in told.vectors.items()}
         vector = position.parameters
         if kind == "evaluate" and position.average is not None:
             vector = position.average  # what the run would end with
-        model = {PARAMETERS: self._pack(vector)} | public_arrays(position.public)
+        model = {PARAMETERS: self._pack(vector)} | public_arrays(position.public) | sent
         if self.synced_buffers.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
@@ -342,13 +348,14 @@ class Rounds:
         need = self.job.options.min_replies or self._half_of(asked)
         if (sum_.replies < need and self.job.guard.seeded) or sum_.aborted:
             return self._abandon(position, number, sum_, need), {}
-        rnd = Round(
+        rnd = RoundContext(
             number=number,
             cohort=self.expected,
             replies=sum_.replies,
             weight=sum_.weight,
             facts=facts,
             generator=torch.Generator().manual_seed(self.job.options.seed * 1_000_003 + number),
+            learning_rate=self._rate(number) or 0.0,
         )
         average, layers, metrics = self.job.stack.decode(
             sum_, position.layers, rnd, self.facts.replace(round=number)
@@ -608,8 +615,12 @@ class Rounds:
         )
 
     def _bytes(self, requests: Sequence[Message]) -> int:
+        if not requests:
+            return 0
+        model = take_record(requests[0].content, MODEL, ArrayRecord)
+        sent = sum(len(array.data) for name, array in model.items() if name.startswith(SENT))
         size = self.manifest.size * self.manifest.dtype.itemsize
-        return len(requests) * (size + self.synced_buffers.size * 4)
+        return len(requests) * (size + self.synced_buffers.size * 4 + sent)
 
 
 def _means_of(federated: Mapping[str, Any] | None) -> dict[str, float]:

@@ -23,7 +23,7 @@ from umbel.clients.given import check_functions, check_trainer
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, promising
+from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_honours, promising
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.options import Options, Value, checked, override
 from umbel.server.output.report import write_report
@@ -176,7 +176,9 @@ class Federation:
                     f"leave {name} out"
                 )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
-        return compose(stack, options, lambda: self._size(options))
+        stack = compose(stack, options, lambda: self._size(options))
+        check_honours(self.trainer, stack, options)
+        return stack
 
     def _size(self, options: Options) -> int:
         """Coordinates of an update before any layer."""
