@@ -132,7 +132,7 @@ class ClientHandler:
         refused = plan.consider(message, context)
         if refused is not None:
             return Message(refused, reply_to=message)
-        task = plan.begin(plan.receive(message, context, self._split(plan, context)))
+        task = self._begin(plan, plan.receive(message, context, self._split(plan, context)))
         return plan.reply(task, self.trainer.train(task.weights, task.split.train, task.job))
 
     def train_many(
@@ -148,7 +148,7 @@ class ClientHandler:
             for message, context in zip(messages, contexts, strict=True):
                 before = tasks[-1] if tasks else None
                 split = self._split(plan, context)
-                tasks.append(plan.begin(plan.receive(message, context, split, before)))
+                tasks.append(self._begin(plan, plan.receive(message, context, split, before)))
             trained = self.trainer.train_cohort(
                 [task.weights for task in tasks],
                 [task.split.train for task in tasks],
@@ -251,6 +251,13 @@ class ClientHandler:
             )
         return self._plans[key]
 
+    def _begin(self, plan: "Plan", task: "_Received") -> "_Received":
+        """The task with what the layers ask for before training."""
+        if "start-loss" in plan.stack.needs:
+            found = self.trainer.evaluate(task.weights, task.split.train, plan.options)
+            task = replace(task, start_loss=found.metrics.get("loss"))
+        return plan.begin(task)
+
     def _split(self, plan: "Plan", context: Context) -> Split:
         key, node = (context.node_id, _options_key(context)), node_of(context)
         return self._holder.split(
@@ -274,6 +281,7 @@ class _Received:
     job: Job
     account: Charging
     sent: bytes
+    start_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -430,7 +438,7 @@ class Plan:
         measured = {**trained.metrics, EXAMPLES: trained.examples}
         buffers, examples = trained.weights.buffers, trained.examples
         told = self._told(task.message, task.job.round, task.job.learning_rate)
-        told = replace(told, steps=trained.steps)
+        told = replace(told, steps=trained.steps, start_loss=task.start_loss)
         del trained  # a model; from here on only its difference is needed
         encoded, said = self.stack.encode(update, config, task.context.state, measured, told)
         del update

@@ -294,5 +294,7 @@ def _play(stack: Stack, facts: Facts, rounds: int) -> None:
         cohort = max(1.0, facts.expected_replies)
         sum_ = Sum(torch.ones(bottom.size, dtype=torch.float64), cohort, round(cohort), cohort)
         generator = torch.Generator().manual_seed(number)
-        rnd = RoundContext(number, cohort, round(cohort), cohort, bottom, generator)
+        rnd = RoundContext(
+            number, cohort, round(cohort), cohort, bottom, generator, learning_rate=1.0
+        )
         _, states, _ = stack.decode(sum_, states, rnd, before)

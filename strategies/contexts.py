@@ -116,6 +116,8 @@ class NodeContext:
             trainer does not say.
         learning_rate: of the node's optimiser in this round; 0 where the app leaves it to the
             trainer.
+        start_loss: of the model that was sent, on the node's training examples, for a layer that
+            says `needs = {"start-loss"}`.
         reports: what `report` was told.
     """
 
@@ -126,6 +128,7 @@ class NodeContext:
     round: int = 0
     steps: int = 0
     learning_rate: float = 0.0
+    start_loss: float | None = None
     reports: dict[str, float] = field(default_factory=dict)
 
     def report(self, name: str, value: float) -> None:

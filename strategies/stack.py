@@ -171,7 +171,7 @@ class Stack:
     @cached_property
     def _sees(self) -> list[bool]:
         # Kept: to ask whether a layer has a protocol's methods takes longer than its work.
-        return [bool(needs_of(layer)) for layer in self.layers]
+        return ["metrics" in needs_of(layer) for layer in self.layers]
 
     def begin(self, start: Tensor, told: NodeContext, state: RecordDict) -> Correction | None:
         """Node, before training: what all objectives add to its gradients; None is nothing.

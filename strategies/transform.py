@@ -84,13 +84,13 @@ class Needs(Protocol):
     """A layer that says what its node half needs beyond the update.
 
     `metrics`: what the node measured in training, to take it into the update instead of sending
-    it beside. `start-loss`: the loss of the model that was sent on the node's training examples,
-    before training, as `ctx.metrics["start-loss"]`; it costs a pass over them.
+    it beside. `steps`: `ctx.steps`, so that the trainer has to say them. `start-loss`:
+    `ctx.start_loss`, which costs a pass over the node's examples.
     """
 
     @property
     def needs(self) -> frozenset[str]:
-        """Some of `metrics` and `start-loss`."""
+        """Some of `metrics`, `steps` and `start-loss`."""
         ...
 
 

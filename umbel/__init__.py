@@ -50,6 +50,14 @@ if TYPE_CHECKING:
     from umbel.running import run as run
     from umbel.server.private.verify import verify as verify
     from umbel.strategies.collect import PlainSum as PlainSum
+    from umbel.strategies.contexts import Broadcast as Broadcast
+    from umbel.strategies.contexts import NodeContext as NodeContext
+    from umbel.strategies.contexts import RoundContext as RoundContext
+    from umbel.strategies.methods.fedprox import FedProx as FedProx
+    from umbel.strategies.methods.scaffold import Scaffold as Scaffold
+    from umbel.strategies.objective import Correction as Correction
+    from umbel.strategies.objective import LocalObjective as LocalObjective
+    from umbel.strategies.objective import Objective as Objective
     from umbel.strategies.private.adaptive_clip import AdaptiveClip as AdaptiveClip
     from umbel.strategies.private.banded_gaussian import BandedGaussian as BandedGaussian
     from umbel.strategies.private.clip import Clip as Clip
@@ -131,6 +139,14 @@ _HOMES = {
     "Transform": "strategies.transform",
     "Weights": "clients.trainers.base",
     "UmbelError": "core.errors",
+    "Broadcast": "strategies.contexts",
+    "Correction": "strategies.objective",
+    "FedProx": "strategies.methods.fedprox",
+    "LocalObjective": "strategies.objective",
+    "NodeContext": "strategies.contexts",
+    "Objective": "strategies.objective",
+    "RoundContext": "strategies.contexts",
+    "Scaffold": "strategies.methods.scaffold",
     "ConfigError": "core.errors",
     "StackError": "core.errors",
     "RunError": "core.errors",

@@ -158,6 +158,16 @@ def check_honours(trainer: Trainer, stack: "Stack", options: Options) -> None:
     """
     found = trainer.chosen(options) if isinstance(trainer, ChosenByOptions) else trainer
     honours = found.honours if isinstance(found, Honours) else frozenset()
+    if "start-loss" in stack.needs and isinstance(found, RecordPrivate):
+        raise ConfigError(
+            f"{stack} looks at the exact loss of a node's records, which {type(found).__name__} "
+            "promises to hide; take a method without it, or privacy of whole nodes (epsilon)"
+        )
+    if "steps" in stack.needs and CORRECTION not in honours:
+        raise ConfigError(
+            f"{stack} counts the nodes' local steps, and {type(found).__name__} does not say them; "
+            "take TorchTrainer"
+        )
     if stack.objectives and CORRECTION not in honours:
         raise ConfigError(
             f"{stack.objectives[0].name} changes the gradients that nodes train with, and "

@@ -35,7 +35,7 @@ from umbel.strategies.transform import (
 from umbel.testing.laws import attributes, hold, same
 
 COHORT = 8
-MEASURED = {EXAMPLES: 3.0, "loss": 0.5, "start-loss": 0.7}
+MEASURED = {EXAMPLES: 3.0, "loss": 0.5}
 STEPS, RATE = 5, 0.1
 UNITS = ("client", "example")
 AGAINST = ("model-user", "server", "other-clients")
@@ -171,10 +171,11 @@ class _Trial:
             self.config,
             self.vectors,
             Memory(RecordDict(), self.name),
-            MEASURED if needs_of(self.layer) else {},
+            MEASURED if "metrics" in needs_of(self.layer) else {},
             round=1,
             steps=STEPS,
             learning_rate=RATE,
+            start_loss=0.7,
         )
 
     def _encode(self, what: str, update: Tensor) -> None:
