@@ -19,6 +19,7 @@ import typer
 
 from umbel.commands import run as run_commands
 from umbel.commands import server as server_commands
+from umbel.commands import upkeep as upkeep_commands
 from umbel.commands.groups import Commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
@@ -36,7 +37,7 @@ _GROUPS = {
     "data": "Data sets: list them, fetch them.",
     "client": "Be a node of a federation: stay connected, train when asked.",
 }
-"""Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
+"""Command groups, each in a module `umbel.commands.{name}` of its own, as `app`."""
 
 app = Commands(
     name="umbel",
@@ -172,6 +173,10 @@ app.command("key")(run_commands.key)
 app.command("server")(server_commands.server)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)
+app.command("backup")(upkeep_commands.backup)
+app.command("restore")(upkeep_commands.restore)
+app.command("prune")(upkeep_commands.prune)
+app.command("doctor")(upkeep_commands.doctor)
 app.add_typer(server_commands.nodes, name="nodes")
 
 
@@ -181,7 +186,7 @@ def _mount(arguments: list[str]) -> None:
     completing = "_UMBEL_COMPLETE" in os.environ  # a shell asks what could come next
     for name, text in _GROUPS.items():
         if completing or name == wanted:
-            module = importlib.import_module(f"umbel.{name}_commands")
+            module = importlib.import_module(f"umbel.commands.{name}")
             app.add_typer(module.app, name=name, help=text)
         else:
             app.add_typer(Commands(), name=name, help=text)
