@@ -53,7 +53,11 @@ if TYPE_CHECKING:
     from umbel.strategies.contexts import Broadcast as Broadcast
     from umbel.strategies.contexts import NodeContext as NodeContext
     from umbel.strategies.contexts import RoundContext as RoundContext
+    from umbel.strategies.methods.feddyn import FedDyn as FedDyn
+    from umbel.strategies.methods.fedexp import FedExP as FedExP
+    from umbel.strategies.methods.fednova import FedNova as FedNova
     from umbel.strategies.methods.fedprox import FedProx as FedProx
+    from umbel.strategies.methods.qfedavg import QFedAvg as QFedAvg
     from umbel.strategies.methods.scaffold import Scaffold as Scaffold
     from umbel.strategies.objective import Correction as Correction
     from umbel.strategies.objective import LocalObjective as LocalObjective
@@ -129,9 +133,9 @@ _HOMES = {
     "run": "running",
     "Interrupted": "running",
     "Result": "result",
-    "Claim": "strategies.transform",
+    "Claim": "strategies.facts",
     "Evaluated": "clients.trainers.base",
-    "Facts": "strategies.transform",
+    "Facts": "strategies.facts",
     "Job": "clients.trainers.base",
     "Round": "strategies.transform",
     "Trained": "clients.trainers.base",
@@ -142,6 +146,10 @@ _HOMES = {
     "Broadcast": "strategies.contexts",
     "Correction": "strategies.objective",
     "FedProx": "strategies.methods.fedprox",
+    "QFedAvg": "strategies.methods.qfedavg",
+    "FedNova": "strategies.methods.fednova",
+    "FedExP": "strategies.methods.fedexp",
+    "FedDyn": "strategies.methods.feddyn",
     "LocalObjective": "strategies.objective",
     "NodeContext": "strategies.contexts",
     "Objective": "strategies.objective",
