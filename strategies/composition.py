@@ -77,7 +77,7 @@ def compose(stack: Stack, options: Options, size: Callable[[], int]) -> Stack:
     asked = Asked.read(options)
     stack = with_proximal(stack, float(options.get(PROXIMAL, 0.0)))
     try:
-        return _composed(stack, asked, SIZE)
+        return _composed(stack, asked, stack.model_size or SIZE)
     except Exception:
         if all(type(layer).__module__.startswith("umbel.") for layer in stack.layers):
             raise
@@ -276,7 +276,7 @@ def check_rounds(stack: Stack, facts: Facts, rounds: int = 2) -> None:
     """
     stack.check(facts.replace(round=1), stack.init(facts.size))
     try:
-        _play(stack, facts.replace(size=SIZE), rounds)
+        _play(stack, facts.replace(size=stack.model_size or SIZE), rounds)
     except StackError:
         raise
     except Exception:

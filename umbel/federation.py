@@ -219,7 +219,7 @@ class Federation:
             buffers=first.buffers,
             options=run_options,
             stack=stack,
-            evaluate=self._central_evaluation(options),
+            evaluate=None if stack.keeps_parts else self._central_evaluation(options),
             learning_rate=checked_rate(options),
             questions=questions,
             statistics=statistics_of(self.trainer, stack, options),
