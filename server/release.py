@@ -18,7 +18,7 @@ from umbel.server.output.progress import Progress
 from umbel.server.training_spec import TrainingSpec
 from umbel.strategies.collect import NO_REPLY, Aggregate
 from umbel.strategies.optimizers import ServerOptimizer, advance
-from umbel.strategies.transform import Facts, Round
+from umbel.strategies.transform import Facts, RoundContext
 
 PATIENCE_WITHOUT_REPLIES = 3
 """Rounds in a row without enough replies after which a run gives up."""
@@ -73,13 +73,14 @@ class Release:
         job = self._job
         if (sum_.replies < least and job.guard.seeded) or sum_.aborted:
             return self._abandon(position, number, sum_, least), {}
-        rnd = Round(
+        rnd = RoundContext(
             number=number,
             cohort=entering.expected_replies,
             replies=sum_.replies,
             weight=sum_.weight,
             facts=facts,
             generator=torch.Generator().manual_seed(job.options.seed * 1_000_003 + number),
+            learning_rate=job.options.rate_in(number, job.learning_rate) or 0.0,
         )
         average, layers, metrics = job.stack.decode(sum_, position.layers, rnd, entering)
         failed_rounds = 0 if job.guard.seeded else position.failed_rounds

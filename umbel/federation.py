@@ -22,9 +22,10 @@ from umbel.clients.given import check_functions, check_trainer, trainer_of, unde
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, promising
+from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_honours, promising
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.options import Options, Value, checked, override, renamed
+from umbel.core.records import Tree
 from umbel.server.output.report import write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
@@ -37,6 +38,7 @@ from umbel.strategies.composition import Asked, compose
 from umbel.strategies.contract import Contract
 from umbel.strategies.exchange import Advises
 from umbel.strategies.layout import shows_statistics
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
@@ -147,6 +149,7 @@ class Federation:
             **RunOptions.defaults(),
             **PrivacyOptions.defaults(),
             **SecureOptions.defaults(),
+            **MethodOptions.defaults(),
             **default_names(self._parts),
         }
         trainer = self.trainer_for({**known, **own, **renamed(given or {})})
@@ -222,6 +225,7 @@ class Federation:
         trainer = self.trainer_for(options)
         if isinstance(trainer, ChecksOptions):
             trainer.check_options(options)
+        MethodOptions.read(options).check_for(str(options["method"]))
         required_part("optimizer", self.optimizer, options)
         required_part("sampler", self.sampler, options)
         self.stack_for(options, asked)
@@ -246,17 +250,23 @@ class Federation:
                 )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
         aggregator = part_for("aggregator", self.aggregator, options)
-        objective = part_for("objective", self.objective, options)
+        objective = part_for("objective", self.objective, options, lambda: self._first(options))
         if aggregator is not None:
             stack = replace(stack, collect=aggregator)
         if objective is not None:
             stack = replace(stack, layers=(objective, *stack.layers))
-        return compose(stack, asked or options, lambda: self._size(options))
+        stack = compose(stack, options, lambda: self._size(options), asked)
+        check_honours(self.trainer_for(options), stack, options)
+        return stack
+
+    def _first(self, options: Options) -> tuple[Tree, Tree]:
+        """Parameters and buffers of the first model."""
+        first = self.trainer_for(options).initial(options, int(options["seed"]))
+        return first.parameters, first.buffers
 
     def _size(self, options: Options) -> int:
         """Coordinates of an update before any layer."""
-        first = self.trainer_for(options).initial(options, int(options["seed"]))
-        return sum(tensor.numel() for tensor in first.parameters.values())
+        return sum(tensor.numel() for tensor in self._first(options)[0].values())
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
@@ -294,7 +304,7 @@ class Federation:
             options=asked.run,
             privacy=asked.privacy,
             stack=stack,
-            evaluate=self._central_evaluation(trainer, options),
+            evaluate=None if stack.keeps_parts else self._central_evaluation(trainer, options),
             learning_rate=checked_rate(options),
             questions=questions,
             statistics=statistics_of(trainer, stack, options),

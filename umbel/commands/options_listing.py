@@ -17,6 +17,7 @@ from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
@@ -25,6 +26,7 @@ GROUPS: Mapping[str, type[Any]] = {
     "every run": RunOptions,
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
+    "methods": MethodOptions,
 }
 """Who reads an option, and the group that holds it."""
 
