@@ -74,6 +74,11 @@ class Position:
     answered: tuple[str, ...] = ()
     history: Mapping[str, NodeHistory] = field(default_factory=dict)
 
+    @property
+    def delivered(self) -> Tensor:
+        """The model that the run would end with now, flat."""
+        return self.parameters if self.average is None else self.average
+
     def replace(self, **changes: Any) -> "Position":
         """This position with some of it replaced."""
         return replace(self, **changes)

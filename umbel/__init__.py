@@ -50,6 +50,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    name = former.NAMES.get(name, name)
     if name not in _HOMES:
         raise AttributeError(f"module 'umbel' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -33,6 +33,9 @@ ADDRESSES = {
 }
 """Former addresses of what people import, and today's, below `umbel`."""
 
+NAMES = {"Featured": "PrecomputedFeatures", "Recipe": "FeatureMap"}
+"""Public names as they were, and today's."""
+
 
 class _Former(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds a module under its former address."""

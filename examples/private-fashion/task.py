@@ -17,11 +17,11 @@ from torch.nn.functional import group_norm
 
 from umbel import (
     ConfigError,
-    Featured,
+    FeatureMap,
     Federation,
     OneStep,
+    PrecomputedFeatures,
     PrivateMean,
-    Recipe,
     Scattering,
     SoftmaxTrainer,
     TorchTrainer,
@@ -46,10 +46,10 @@ def blocks(options):
     return BLOCKS[options["recipe"]]
 
 
-def recipe(options) -> Recipe:
+def recipe(options) -> FeatureMap:
     """What a node computes of its photographs and keeps."""
     if options["recipe"] == "cnn":
-        return Recipe("pixels", 28 * 28, lambda images: scaled(images).flatten(1) * 2 - 1)
+        return FeatureMap("pixels", 28 * 28, lambda images: scaled(images).flatten(1) * 2 - 1)
     parts = blocks(options)
 
     def describe(images) -> Tensor:
@@ -57,7 +57,7 @@ def recipe(options) -> Recipe:
         return torch.cat([group_norm(s(pixels), groups).flatten(1) for s, groups, _ in parts], 1)
 
     name = "best" if options["recipe"] == "best" else "quick"
-    return Recipe(f"scattering-{name}", width(options), describe)
+    return FeatureMap(f"scattering-{name}", width(options), describe)
 
 
 def scaled(images) -> Tensor:
@@ -215,7 +215,7 @@ def trainer(options):
 federation = Federation(
     name="private-fashion",
     trainer=trainer,
-    data=Featured("fashion-mnist", recipe),
+    data=PrecomputedFeatures("fashion-mnist", recipe),
     questions=questions,
     options={"recipe": "quick"},
     derived_options=derived,

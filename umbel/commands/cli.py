@@ -19,6 +19,7 @@ import typer
 
 from umbel.commands import run as run_commands
 from umbel.commands import server as server_commands
+from umbel.commands import upkeep as upkeep_commands
 from umbel.commands.groups import Commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
@@ -99,15 +100,20 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Train an app on this machine and write a report."""
+    from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
     from umbel.core.options import parse
-    from umbel.running import Interrupted, run
-    from umbel.server.output import strict
-    from umbel.server.output.report import write_report
 
     if resume is not None and (path is not None or out is not None):
         raise ConfigError("--resume names the run to continue; leave out APP and --out")
     options = parse(config or [])
+    if path is not None:
+        open_app(path)  # what is no app is refused before anything heavy is imported
+
+    from umbel.running import Interrupted, run
+    from umbel.server.output import strict
+    from umbel.server.output.report import write_report
+
     try:
         result = run(
             path,
@@ -177,6 +183,10 @@ app.command("key")(run_commands.key)
 app.command("server")(server_commands.server)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)
+app.command("backup")(upkeep_commands.backup)
+app.command("restore")(upkeep_commands.restore)
+app.command("prune")(upkeep_commands.prune)
+app.command("doctor")(upkeep_commands.doctor)
 app.add_typer(server_commands.nodes, name="nodes")
 
 
@@ -231,7 +241,9 @@ def _forget_our_handler() -> None:
 
 def _stopped(stop: BaseException | None) -> int:
     """Say how to go on after a signal; the exit status."""
-    run = getattr(stop, "run", None)
+    from umbel.core.errors import Interrupted
+
+    run = stop.run if isinstance(stop, Interrupted) else None
     _say("stopped" if run is None else f"stopped; continue with: umbel run --resume {run}")
     return INTERRUPTED
 
