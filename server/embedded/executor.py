@@ -116,7 +116,9 @@ class Executor:
                 replies = app.train_many([self._message(task) for task in tasks], contexts)
             except (Exception, SystemExit):
                 return None  # one bad node must not fail its group: each will stand alone
-            return replies and [
+            if replies is None:
+                return None
+            return [
                 Done(reply, self._saved(context, task))
                 for reply, context, task in zip(replies, contexts, tasks, strict=True)
             ]
