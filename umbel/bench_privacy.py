@@ -1,6 +1,5 @@
 """`umbel bench privacy`: attack the stack that will run."""
 
-import json
 import sys
 import time
 from enum import StrEnum
@@ -76,6 +75,7 @@ def privacy(
     from rich.console import Console
 
     from umbel.benchmarks.attack import report as privacy_report
+    from umbel.server.output import strict
     from umbel.strategies.errors import ConfigError
 
     if table is not None:
@@ -92,7 +92,7 @@ def privacy(
     files = privacy_report.write(report, out)
     problems = report.problems()
     if as_json:
-        typer.echo(json.dumps({**privacy_report.to_json(report), "report": str(files[-1])}))
+        typer.echo(strict.dumps({**privacy_report.to_json(report), "report": str(files[-1])}))
     else:
         for half in privacy_report.tables(report):
             Console().print(half)
@@ -111,11 +111,12 @@ def privacy(
 def _table(run: Path) -> str:
     """The rows of an earlier report that people ask for, as Markdown."""
     from umbel.benchmarks.attack import report as privacy_report
+    from umbel.server.output import strict
     from umbel.strategies.errors import ConfigError
 
     file = run / "report.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = strict.loads(file.read_text(encoding="utf-8"))
         return privacy_report.markdown(content, privacy_report.BRIEF).rstrip()
     except (OSError, ValueError, KeyError):
         raise ConfigError(
@@ -136,6 +137,7 @@ def _utility(
     """Accuracy against epsilon, by whole private runs."""
     from umbel.benchmarks.speed import utility
     from umbel.running import example, run
+    from umbel.server.output import strict
     from umbel.server.output.rundir import machine, versions
     from umbel.strategies.errors import ConfigError
 
@@ -162,7 +164,7 @@ def _utility(
         typer.echo(line)
     typer.echo(f"written: {out / 'utility.json'}, {out / 'utility.png'}")
     if as_json:
-        typer.echo(json.dumps(json.loads((out / "utility.json").read_text(encoding="utf-8"))))
+        typer.echo(strict.dumps(strict.loads((out / "utility.json").read_text(encoding="utf-8"))))
 
 
 def _measured(

@@ -6,7 +6,6 @@ need when they run, so that `umbel --help` is quick.
 """
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -137,6 +136,7 @@ def options_command(
     from umbel import options_listing
     from umbel.federation import FederationServerApp
     from umbel.running import example
+    from umbel.server.output import strict
     from umbel.strategies.app import open_app
 
     if markdown:
@@ -147,7 +147,7 @@ def options_command(
     federation = server.federation if isinstance(server, FederationServerApp) else None
     rows = options_listing.listing(federation, folder.options)
     if as_json:
-        typer.echo(json.dumps({"app": folder.name, "options": options_listing.as_json(rows)}))
+        typer.echo(strict.dumps({"app": folder.name, "options": options_listing.as_json(rows)}))
         return
     from umbel.options_table import show
 
