@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import Result, Strategy
 
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.contents import records_of
+from umbel.core.contents import records_of
 
 BY_STRATEGY = "what the strategy returned"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas

@@ -23,9 +23,9 @@ from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
 from umbel.server.output.session import session
-from umbel.strategies.app import AppFolder, open_app
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options, override
+from umbel.core.app_folder import AppFolder, open_app
+from umbel.core.errors import ConfigError
+from umbel.core.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
 
 log = logging.getLogger("umbel.server")

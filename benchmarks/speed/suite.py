@@ -28,7 +28,7 @@ from umbel.benchmarks.speed import (
 )
 from umbel.server.output import strict
 from umbel.server.output.rundir import machine, versions
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 PRIVATE = ("noise", "private-sgd", "private-round")
 """What `--privacy` measures; private-fashion takes many minutes and is measured by name."""

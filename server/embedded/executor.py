@@ -16,9 +16,9 @@ from flwr.clientapp import ClientApp
 from threadpoolctl import ThreadpoolController
 
 from umbel.server.embedded.packing import unpack
-from umbel.strategies import streams
-from umbel.strategies.errors import described
-from umbel.transport.flower import RAISED, Envelope
+from umbel.core import streams
+from umbel.core.errors import described
+from umbel.core.flower import RAISED, Envelope
 
 
 @dataclass(frozen=True)

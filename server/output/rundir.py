@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from umbel.server.output import strict
-from umbel.strategies.errors import ConfigError, RunError, UmbelError
+from umbel.core.errors import ConfigError, RunError, UmbelError
 
 _PACKAGES = ("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio")
 

@@ -22,7 +22,7 @@ from umbel.server.private.coordinator_key import (
     signed_by,
 )
 from umbel.server.private.population import state_of
-from umbel.strategies.errors import UmbelError
+from umbel.core.errors import UmbelError
 
 SEAL = "seal.json"
 

@@ -41,8 +41,8 @@ from umbel.server.private.seal import SEAL, pages, sealed_text
 from umbel.server.private.shape import faults
 from umbel.server.private.statements import STATEMENTS, kept, signed_of, summary_of
 from umbel.strategies import statement
-from umbel.strategies.errors import ConfigError, UmbelError
-from umbel.strategies.text import plain as plain_text
+from umbel.core.errors import ConfigError, UmbelError
+from umbel.core.text import plain as plain_text
 
 CLOSE = 1e-3
 """Another version of the accountant may differ in the last digits, relatively."""

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from umbel.privacy.budget.banded import BandedSchedule
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Facts, Metrics, Round
+from umbel.core.errors import StackError
+from umbel.strategies.transform import Claim, Facts, Metrics, Round
 from umbel.strategies.private.gaussian import (
     check_multiplier,
     deviation_of,

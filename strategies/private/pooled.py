@@ -27,7 +27,7 @@ from umbel.strategies.collect import (
     numbers,
     read_vector,
 )
-from umbel.strategies.contents import take_record
+from umbel.core.contents import take_record
 from umbel.strategies.layout import MODEL
 
 POOL = "umbel_pool"

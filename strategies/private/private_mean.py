@@ -21,8 +21,8 @@ from torch import Tensor
 
 from umbel.privacy.bounds.bundle import Bundle, Grams, Vectors
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Facts
+from umbel.core.errors import StackError
+from umbel.strategies.transform import Claim, Facts
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.stack import Stack

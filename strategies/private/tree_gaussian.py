@@ -24,8 +24,8 @@ from torch import Tensor
 
 from umbel.privacy.budget.events import ZERO_OUT
 from umbel.privacy.budget.trees import TreeSchedule, level
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Config, Facts, IdleNode, Metrics, Round
+from umbel.core.errors import StackError
+from umbel.strategies.transform import Claim, Config, Facts, IdleNode, Metrics, Round
 from umbel.strategies.private.gaussian import (
     check_multiplier,
     deviation_of,
@@ -50,7 +50,7 @@ class SteppedNoise(IdleNode):
     def check(self, facts: Facts, state: State) -> Facts:
         need_fixed_bound(facts, state, self.name)
         # A round that was aborted released nothing: what counts is this layer's own step.
-        return facts.but(round=state["step"] + 1)
+        return facts.replace(round=state["step"] + 1)
 
     def publish(self, state: State) -> Config:  # noqa: ARG002
         return {}
@@ -153,8 +153,8 @@ def correlated_claim(
         relation=ZERO_OUT,
         against="model-user",
         sampled=False,
-        again=again,
-        slack=slack_of(facts),
+        repeat_event=again,
+        extra_delta=slack_of(facts),
         separation=layer.separation,
         mechanism=mechanism,
     )

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any, cast
 
 from umbel.strategies.collect import Collect, PlainSum
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.layer import Layer
+from umbel.core.errors import ConfigError
+from umbel.strategies.transform import Transform
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.distributed_noise import DistributedNoise
 from umbel.strategies.secure.distributed_skellam import (
@@ -35,7 +35,7 @@ def share_layer(privacy: PrivacyOptions, secure: SecureOptions) -> DistributedNo
     )
 
 
-def whole_steps(below: Sequence[Layer[Any]], levels: int, rounding: str) -> list[Layer[Any]]:
+def whole_steps(below: Sequence[Transform[Any]], levels: int, rounding: str) -> list[Transform[Any]]:
     """The layers at the bottom of a stack, with those that make whole numbers of updates."""
     if any(isinstance(layer, Quantize) for layer in below):
         return list(below)

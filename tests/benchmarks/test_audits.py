@@ -19,7 +19,7 @@ from umbel.benchmarks.attack.defences import (
 from umbel.benchmarks.attack.jobs import audit_fault
 from umbel.federation import Federation
 from umbel.privacy.budget.accounting import epsilon
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 DELTA = 1e-5
 

@@ -19,7 +19,7 @@ from umbel.server.private.coordinator_key import data_folder
 from umbel.server.private.ledger import Ledger, entries
 from umbel.server.private.population import declaration, name_of
 from umbel.server.private.verify import charges_in, verify
-from umbel.strategies.errors import CheckError, ConfigError
+from umbel.core.errors import CheckError, ConfigError
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.private.coordinator_key import data_folder
 from umbel.server.private.ledger import entries
 from umbel.server.private.verify import charges_in, verify
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 
 class Heard(SilentProgress):

@@ -13,7 +13,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.private import budget
 from umbel.server.private.ledger import Ledger, entries
 from umbel.server.private.verify import charges_in, verify
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.core.errors import ConfigError, RunError
 
 
 class Impatient(Heard):

@@ -20,7 +20,7 @@ from umbel.server.private.coordinator_key import coordinator_key, sign
 from umbel.server.private.seal import seal
 from umbel.server.private.statements import STATEMENTS, Statements, kept, signed_of, summary_of
 from umbel.server.private.verify import schema, verify
-from umbel.strategies.errors import CheckError, ConfigError
+from umbel.core.errors import CheckError, ConfigError
 from umbel.strategies.statement import RECORD, Statement, attach, make
 
 CLIENT = """

@@ -21,7 +21,7 @@ from umbel.server.output.figures import Round, is_share, metric_text, plots_of, 
 from umbel.server.output.plots import BLUE, Line, clean, draw_lines, thin
 from umbel.server.output.report import Section, Table, write_report
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png>$\\frac{1$"
 

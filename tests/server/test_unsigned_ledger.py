@@ -16,7 +16,7 @@ from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge, to_json
 from umbel.server.private.coordinator_key import coordinator_key, public_text
 from umbel.server.private.ledger import Ledger, entries
 from umbel.server.private.verify import verify
-from umbel.strategies.errors import CheckError, ConfigError, RunError
+from umbel.core.errors import CheckError, ConfigError, RunError
 
 ROUND = Charge(poisson(2.0, 0.1), ADD_OR_REMOVE, 1e-12)
 OLD_SCHEMA = """

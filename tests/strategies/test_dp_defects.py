@@ -24,10 +24,10 @@ from umbel.privacy.budget.events import Charge
 from umbel.privacy.noise.gaussian import gaussian_delta
 from umbel.server.private.ledger import Ledger
 from umbel.server.private.plan import charge_for, claims_of
-from umbel.strategies.cohort import Poisson
+from umbel.strategies.samplers import Poisson
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Facts
+from umbel.core.errors import StackError
+from umbel.strategies.transform import Facts
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import MARGIN, Gaussian

@@ -18,8 +18,8 @@ from torch import Tensor
 from umbel.privacy.bounds.clipping import l2_norm
 from umbel.privacy.noise.lattice import grid_step, on_grid
 from umbel.strategies.collect import PlainSum, Sum
-from umbel.strategies.errors import ConfigError, StackError
-from umbel.strategies.layer import Facts, Round
+from umbel.core.errors import ConfigError, StackError
+from umbel.strategies.transform import Facts, Round
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.banded_gaussian import BandedGaussian
 from umbel.strategies.private.clip import Clip
@@ -273,7 +273,7 @@ def test_shared_noise_is_charged_as_it_grows() -> None:
     claim = claims(banded, 3)
     assert not claim.sampled
     assert claim.separation == 5
-    assert claim.again == GaussianDpEvent(3.0)
+    assert claim.repeat_event == GaussianDpEvent(3.0)
 
 
 def test_seeded_noise_claims_nothing() -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from umbel.privacy.bounds.clipping import clip, l2_norm
 from umbel.privacy.noise.lattice import on_grid
 from umbel.strategies.collect import Sum
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Facts, Round
+from umbel.core.errors import StackError
+from umbel.strategies.transform import Facts, Round
 from umbel.strategies.secure.quantize import Quantize, step_for, widened
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.stack import Stack
