@@ -26,9 +26,9 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from umbel.core.errors import ConfigError, RunError, UmbelError, place
+from umbel.core.flower import RAISED
 from umbel.strategies.node_policy import NodePolicy, PolicyError, policy_of
 from umbel.strategies.secure.wire import stage_of
-from umbel.core.flower import RAISED
 
 if TYPE_CHECKING:
     from umbel.clients.handler import FederationClientApp

@@ -23,6 +23,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from umbel.clients.data.examples import Node, Split
+from umbel.clients.gate import guarded
+from umbel.clients.holding import Holder
 from umbel.clients.ledger.charging import (
     Charging,
     answered,
@@ -30,9 +33,6 @@ from umbel.clients.ledger.charging import (
     leaves,
     releases_of,
 )
-from umbel.clients.data.examples import Node, Split
-from umbel.clients.gate import guarded
-from umbel.clients.holding import Holder
 from umbel.clients.pooling import (
     Questions,
     answer_pool,
@@ -57,6 +57,17 @@ from umbel.clients.trainers.base import (
     own_promise,
     promising,
 )
+from umbel.core.contents import find_record, take_record
+from umbel.core.errors import ConfigError
+from umbel.core.records import (
+    Manifest,
+    from_array,
+    from_kept,
+    kept_array,
+    record_of,
+    same_bits,
+    to_array,
+)
 from umbel.strategies.collect import (
     BUFFERS,
     COUNTED,
@@ -67,9 +78,7 @@ from umbel.strategies.collect import (
     Sealing,
     Seals,
 )
-from umbel.core.contents import find_record, take_record
 from umbel.strategies.contract import Contract
-from umbel.core.errors import ConfigError
 from umbel.strategies.layout import (
     CONFIG,
     HELLO,
@@ -81,15 +90,6 @@ from umbel.strategies.layout import (
 )
 from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.protection import Outlook, hides, quiet
-from umbel.core.records import (
-    Manifest,
-    from_array,
-    from_kept,
-    kept_array,
-    record_of,
-    same_bits,
-    to_array,
-)
 from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack
 

@@ -5,10 +5,10 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from umbel.clients.trainers.base import Options, Trainer, Tree
-from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS
 from umbel.core.contents import find_record
-from umbel.strategies.layout import shows_statistics
 from umbel.core.records import to_array
+from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS
+from umbel.strategies.layout import shows_statistics
 from umbel.strategies.stack import Stack
 
 TRAINED = "umbel.trained"

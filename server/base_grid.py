@@ -6,10 +6,10 @@ from flwr.app import Array, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from umbel.server.roster import NodeRef
 from umbel.core.errors import ConfigError
-from umbel.core.records import to_array
 from umbel.core.flower import NodeInfo, Run, empty_run, expired, is_over, take_identity
+from umbel.core.records import to_array
+from umbel.server.roster import NodeRef
 
 
 class BaseGrid(Grid):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from umbel.server.roster import NodeRef
 from umbel.core.errors import UmbelError
+from umbel.server.roster import NodeRef
 from umbel.strategies.transform import Claim, Facts
 
 

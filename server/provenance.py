@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umbel.server import checkpoint
-from umbel.server.training_spec import TrainingSpec
-from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.layout import averaged_buffers
 from umbel.core.records import Manifest
+from umbel.server import checkpoint
+from umbel.server.output.rundir import RunDirectory
+from umbel.server.training_spec import TrainingSpec
+from umbel.strategies.layout import averaged_buffers
 
 
 def model_digest(parameters: Tensor, buffers: Tensor) -> str:
@@ -39,7 +39,9 @@ def record_start(run: RunDirectory, job: TrainingSpec) -> Mapping[str, Any]:
     else:
         averaged = averaged_buffers(job.buffers, job.options.buffers)
         synced_buffers = Manifest.of(averaged)
-        buffers = synced_buffers.flatten(averaged) if synced_buffers.size else checkpoint.no_buffers()
+        buffers = (
+            synced_buffers.flatten(averaged) if synced_buffers.size else checkpoint.no_buffers()
+        )
         flat = Manifest.of(job.parameters).flatten(job.parameters)
         number, digest = 0, model_digest(flat, buffers)
     time = datetime.now(UTC).isoformat(timespec="seconds")

@@ -17,16 +17,16 @@ from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from umbel.core.errors import RunError
+from umbel.core.records import record_of, to_array
 from umbel.server.drive import ROUND_TTL, drive, stream
 from umbel.server.privacy_gate import PrivacyGate
 from umbel.server.roster import NodeRef
 from umbel.strategies.collect import Gather, Gathering
-from umbel.core.errors import RunError
-from umbel.strategies.transform import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL
 from umbel.strategies.private.pooled import ASK, MEMBERS, POOL, PUBLIC, QUESTION, gather_pools
-from umbel.core.records import record_of, to_array
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, Round
 
 if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean

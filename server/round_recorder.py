@@ -12,12 +12,12 @@ from typing import Any, Protocol, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
-from umbel.server.kept_model import KeptModel
-from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.collect import EXAMPLES, MeanMetrics
 from umbel.core.contents import records_of
 from umbel.core.errors import RunError
 from umbel.core.text import plain
+from umbel.server.kept_model import KeptModel
+from umbel.server.output.rundir import RunDirectory
+from umbel.strategies.collect import EXAMPLES, MeanMetrics
 
 
 class NamesNodes(Protocol):

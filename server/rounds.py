@@ -17,31 +17,31 @@ from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.records import Manifest, Tree, from_array, record_of, to_array
 from umbel.server import checkpoint
-from umbel.server.queries import QueryRunner, pool_requests, processes_of, public_arrays, trips
+from umbel.server.base_grid import BaseGrid
 from umbel.server.checkpoint import Best, Position
 from umbel.server.drive import ROUND_TTL, Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.failures import Failures
-from umbel.server.privacy_gate import BudgetSpentError
-from umbel.server.training_spec import Evaluate as Evaluate
-from umbel.server.training_spec import TrainingSpec as TrainingSpec
-from umbel.server.training_spec import Outcome as Outcome
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
-from umbel.server.base_grid import BaseGrid
+from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.private.statements import Statements
+from umbel.server.queries import QueryRunner, pool_requests, processes_of, public_arrays, trips
 from umbel.server.roster import NodeRef, newcomers
 from umbel.server.shortfall import Shortfall
 from umbel.server.statistics import ask_statistics
-from umbel.strategies.samplers import make_sampler
+from umbel.server.training_spec import Evaluate as Evaluate
+from umbel.server.training_spec import Outcome as Outcome
+from umbel.server.training_spec import TrainingSpec as TrainingSpec
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
 from umbel.strategies.composition import check_rounds
-from umbel.core.errors import ConfigError, RunError
-from umbel.strategies.transform import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.core.records import Manifest, Tree, from_array, record_of, to_array
+from umbel.strategies.samplers import make_sampler
+from umbel.strategies.transform import Facts, Round
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -452,7 +452,9 @@ class Rounds:
             return position
         timeout = options.round_timeout or None
         found = ask_statistics(self.grid, cohort, self.statistics, position.round, timeout)
-        return position if found is None else position.replace(buffers=self.statistics.flatten(found))
+        return (
+            position if found is None else position.replace(buffers=self.statistics.flatten(found))
+        )
 
     def _evaluate(self, position: Position) -> tuple[Position, Mapping[str, float]]:
         options = self.job.options

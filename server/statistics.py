@@ -16,12 +16,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from umbel.core.records import Manifest, Tree, from_array
 from umbel.server.drive import stream
 from umbel.server.roster import NodeRef
 from umbel.strategies.collect import BUFFERS, EXAMPLES, numbers
-from umbel.strategies.ordered_sum import OrderedSum
 from umbel.strategies.layout import CONFIG, STATISTICS
-from umbel.core.records import Manifest, Tree, from_array
+from umbel.strategies.ordered_sum import OrderedSum
 
 MEAN, VARIANCE = "running_mean", "running_var"
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from umbel.server.privacy_gate import PrivacyGate, NoGuard
-from umbel.strategies.contract import Contract
 from umbel.core.errors import ConfigError
 from umbel.core.records import Tree
+from umbel.server.privacy_gate import NoGuard, PrivacyGate
+from umbel.strategies.contract import Contract
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.stack import Stack
 

@@ -14,12 +14,12 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from umbel.core.records import from_array
 from umbel.privacy.bounds.clipping import is_within, l2_norm
 from umbel.privacy.noise.lattice import on_grid
 from umbel.strategies.example_weights import TIMES, Counted, LimitedFold, Patience
 from umbel.strategies.ordered_sum import OrderedSum, exact_block
 from umbel.strategies.transform import Facts, Metrics
-from umbel.core.records import from_array
 
 if TYPE_CHECKING:  # it is about stacks, which have a collect
     from umbel.strategies.contract import Contract

@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from umbel.strategies.collect import PlainSum, Sum, is_own
 from umbel.core.errors import ConfigError, StackError
-from umbel.strategies.transform import Claim, Facts, Round
 from umbel.core.options import Options, dashed
+from umbel.strategies.collect import PlainSum, Sum, is_own
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts, Round
 
 SIZE = 64
 """Coordinates for which a stack is asked what it does, where its layers take any number."""

@@ -1,7 +1,7 @@
 """Names that both sides of a federation's messages use, and which buffers travel."""
 
-from umbel.strategies.collect import Seals
 from umbel.core.records import Tree
+from umbel.strategies.collect import Seals
 from umbel.strategies.stack import Stack
 
 MODEL = "model"

@@ -24,8 +24,8 @@ from umbel.core.errors import StackError
 from umbel.strategies.transform import (
     Facts,
     Isometry,
-    Transform,
     Round,
+    Transform,
     acts_on_sums,
     acts_on_updates,
     claims_privacy,

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from umbel.strategies.collect import Seals
 from umbel.core.errors import StackError
-from umbel.strategies.transform import Facts, Transform, SeesMetrics
+from umbel.strategies.collect import Seals
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, SeesMetrics, Transform
 
 _EXACT = 1e-9
 """Relative difference of two machines' arithmetic on one bound."""

@@ -26,9 +26,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from umbel.strategies.collect import Collect, PlainSum
 from umbel.core.errors import ConfigError, StackError
-from umbel.strategies.transform import Facts, Transform
+from umbel.strategies.collect import Collect, PlainSum
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions, limits_of
@@ -42,6 +41,7 @@ from umbel.strategies.secure.secure_stack import secret_sum, share_layer, whole_
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.weigh import Weigh
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, Transform
 
 Layers = list[Transform[Any]]
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from umbel.strategies.samplers import make_sampler
 from umbel.core.errors import ConfigError
 from umbel.core.limits import above, at_least, check_limits, one_of, option, up_to_one
-from umbel.strategies.optimizers import OPTIMIZERS, optimizer_named
 from umbel.core.options import OptionGroup
+from umbel.strategies.optimizers import OPTIMIZERS, optimizer_named
+from umbel.strategies.samplers import make_sampler
 from umbel.strategies.schedules import SCHEDULES, factor
 
 

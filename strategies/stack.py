@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import RunError, StackError
 from umbel.privacy.bounds.clipping import is_within
 from umbel.strategies.collect import LENIENCE, Collect, PlainSum, Seals, Sum, is_own
-from umbel.core.errors import RunError, StackError
+from umbel.strategies.order import check_order, keeps_sums
 from umbel.strategies.transform import (
     Calibrated,
     Claim,
     EncodesMany,
     Facts,
-    Transform,
     Metrics,
     Round,
     Seeded,
     SeesMetrics,
     Separated,
     TellsFacts,
+    Transform,
     acts_on_sums,
     acts_on_updates,
     claims_privacy,
 )
-from umbel.strategies.order import check_order, keeps_sums
 
 if TYPE_CHECKING:
     from umbel.privacy.bounds.bundle import Bundle

@@ -15,12 +15,12 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from umbel.core.flower import Envelope
+from umbel.core.records import to_array
 from umbel.server.embedded.workers import ForkServer
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, Sum
-from umbel.strategies.transform import Facts, Stateless
-from umbel.core.records import to_array
 from umbel.strategies.stack import Stack
-from umbel.core.flower import Envelope
+from umbel.strategies.transform import Facts, Stateless
 
 APPS = Path(__file__).parent / "apps"
 

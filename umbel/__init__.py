@@ -25,12 +25,17 @@ if TYPE_CHECKING:
     from umbel.clients.data.partition import Shards as Shards
     from umbel.clients.data.partitioned import Partitioned as Partitioned
     from umbel.clients.data.scattering import Scattering as Scattering
-    from umbel.clients.trainers.function import FunctionTrainer as FunctionTrainer
-    from umbel.clients.trainers.private_sgd import PrivateSgd as PrivateSgd
     from umbel.clients.pytorch.one_step import OneStep as OneStep
     from umbel.clients.pytorch.trainer import TorchTrainer as TorchTrainer
+    from umbel.clients.trainers.function import FunctionTrainer as FunctionTrainer
+    from umbel.clients.trainers.private_sgd import PrivateSgd as PrivateSgd
     from umbel.clients.trainers.sklearn import SklearnTrainer as SklearnTrainer
     from umbel.clients.trainers.softmax import SoftmaxTrainer as SoftmaxTrainer
+    from umbel.core.errors import CheckError as CheckError
+    from umbel.core.errors import ConfigError as ConfigError
+    from umbel.core.errors import RunError as RunError
+    from umbel.core.errors import StackError as StackError
+    from umbel.core.errors import UmbelError as UmbelError
     from umbel.federation import Federation as Federation
     from umbel.loading import load as load
     from umbel.result import Result as Result
@@ -38,12 +43,6 @@ if TYPE_CHECKING:
     from umbel.running import run as run
     from umbel.server.private.verify import verify as verify
     from umbel.strategies.collect import PlainSum as PlainSum
-    from umbel.core.errors import CheckError as CheckError
-    from umbel.core.errors import ConfigError as ConfigError
-    from umbel.core.errors import RunError as RunError
-    from umbel.core.errors import StackError as StackError
-    from umbel.core.errors import UmbelError as UmbelError
-    from umbel.strategies.transform import Stateless as Stateless
     from umbel.strategies.private.adaptive_clip import AdaptiveClip as AdaptiveClip
     from umbel.strategies.private.banded_gaussian import BandedGaussian as BandedGaussian
     from umbel.strategies.private.clip import Clip as Clip
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from umbel.strategies.secure.secure_sum import SecureSum as SecureSum
     from umbel.strategies.secure.weigh import Weigh as Weigh
     from umbel.strategies.stack import Stack as Stack
+    from umbel.strategies.transform import Stateless as Stateless
 
 _HOMES = {
     "ByKey": "clients.data.partition",

@@ -20,10 +20,12 @@ from flwr.serverapp import Grid, ServerApp
 from umbel.clients.chosen_trainer import use_of
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.given import check_functions, check_trainer
-from umbel.clients.handler import FederationClientApp, ClientHandler
+from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
 from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, promising
+from umbel.core.errors import ConfigError, RunError, UmbelError, described
+from umbel.core.options import Options, Value, checked, override
 from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
@@ -31,15 +33,13 @@ from umbel.server.provenance import record_start
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.server.shortfall import Shortfall
-from umbel.strategies.samplers import make_sampler
 from umbel.strategies.composition import compose
 from umbel.strategies.contract import Contract
-from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.strategies.layout import shows_statistics
-from umbel.core.options import Options, Value, checked, override
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import make_sampler
 from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack

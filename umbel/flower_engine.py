@@ -27,6 +27,9 @@ from typing import Any
 
 import tomli_w
 
+from umbel.core.app_folder import AppFolder, open_app
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.options import Options
 from umbel.flower_node import toml
 from umbel.flower_process import FlowerProcess, environment, program
 from umbel.serve import resolve
@@ -36,9 +39,6 @@ from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import STATE
-from umbel.core.app_folder import AppFolder, open_app
-from umbel.core.errors import ConfigError, RunError
-from umbel.core.options import Options
 from umbel.transport.keyfiles import write_secret
 
 log = logging.getLogger("umbel.server")

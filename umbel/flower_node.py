@@ -19,8 +19,8 @@ from umbel.clients.ledger.names import COORDINATOR, STATE
 from umbel.clients.process.membership import Membership, NodeSettings
 from umbel.clients.process.policy_file import policy_file
 from umbel.clients.process.start import StartSettings, enrolled, gpu_environment
-from umbel.flower_process import FlowerProcess, environment, program
 from umbel.core.errors import ConfigError
+from umbel.flower_process import FlowerProcess, environment, program
 from umbel.strategies.node_policy import FORMER, POLICY
 from umbel.transport.certificates import load_key
 from umbel.transport.keyfiles import write_secret

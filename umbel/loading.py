@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from umbel.clients.trainers.base import Weights
-from umbel.federation import Federation, FederationServerApp
-from umbel.server.output.rundir import RunDirectory
 from umbel.core.app_folder import AppFolder, open_app
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options
+from umbel.federation import Federation, FederationServerApp
+from umbel.server.output.rundir import RunDirectory
 
 
 def load(run: Path | str, app: Path | str | Federation | None = None) -> Any:

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from dp_accounting import GaussianDpEvent
 
+from umbel.core.errors import ConfigError
+from umbel.core.options import Options, checked
 from umbel.privacy.budget.events import Charge
 from umbel.server.private.plan import charges_of, claims_of, cohort_options
-from umbel.strategies.samplers import Sampler, make_sampler
 from umbel.strategies.composition import compose
-from umbel.core.errors import ConfigError
-from umbel.strategies.transform import Claim, Facts
-from umbel.core.options import Options, checked
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import Sampler, make_sampler
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts
 
 DROWNED = 10.0
 """Noise that is longer than this many clipping norms in the average leaves little to learn from."""

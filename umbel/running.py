@@ -14,6 +14,9 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError
+from umbel.core.options import Options, override
 from umbel.federation import Federation, FederationServerApp
 from umbel.notebook import notebook_progress
 from umbel.result import Result
@@ -25,9 +28,6 @@ from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
 from umbel.server.output.session import session
-from umbel.core.app_folder import open_app
-from umbel.core.errors import ConfigError
-from umbel.core.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
 

@@ -14,9 +14,9 @@ from umbel.benchmarks.attack.tasks import LENGTH, CanaryTrainer, Coins
 from umbel.benchmarks.attack.views import Attackable, play
 from umbel.clients.trainers.base import Options
 from umbel.privacy.budget.calibrate import noise_multiplier
-from umbel.strategies.transform import Facts
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 
 Fault = Callable[[Stack], Stack]
 """Breaks a stack on purpose."""

@@ -16,14 +16,13 @@ from typing import Any, Literal
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.core.errors import ConfigError
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.privacy.budget.events import Charge
 from umbel.strategies.collect import Collect, Gather, Gathering, PlainSum
-from umbel.core.errors import ConfigError
-from umbel.strategies.transform import Facts, Transform, Metrics, Stateless
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.private.local_gaussian import LocalGaussian
@@ -32,6 +31,7 @@ from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, Metrics, Stateless, Transform
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,12 @@ def _shared_multiplier(epsilon: float, schedule: Schedule) -> float:
 
 def _with_shares(multiplier: float, schedule: Schedule) -> Stack:
     noise = DistributedSkellam(multiplier, min_cohort(schedule))
-    layers: list[Transform[Any]] = [Clip(schedule.norm), Rotate(), Quantize(64, "stochastic"), noise]
+    layers: list[Transform[Any]] = [
+        Clip(schedule.norm),
+        Rotate(),
+        Quantize(64, "stochastic"),
+        noise,
+    ]
     return Stack(layers, SecureSum(min_cohort=min_cohort(schedule), weighting="fixed"))
 
 

@@ -26,8 +26,8 @@ from umbel.benchmarks.attack.tasks import Pool
 from umbel.benchmarks.attack.views import Attackable, Played, play
 from umbel.clients.data.examples import Examples, Node, Split
 from umbel.clients.trainers.base import Options, Trainer, Weights
-from umbel.privacy.attacks.audit import Scores, one_run_audit
 from umbel.core.errors import ConfigError, UmbelError
+from umbel.privacy.attacks.audit import Scores, one_run_audit
 
 MOST_EXAMPLES = 400
 """Members, and as many others, whose losses are compared."""

@@ -34,13 +34,13 @@ from umbel.benchmarks.speed import superlink
 from umbel.benchmarks.speed.apps import write_echo
 from umbel.benchmarks.speed.processes import anonymous, resident
 from umbel.clients.process.membership import open_channel
+from umbel.core.app_folder import open_app
+from umbel.core.contents import take_record
+from umbel.core.errors import CheckError
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.grid import LinkGrid
 from umbel.server.link.hub import BEAT_S
 from umbel.server.link.service import ServerSettings, Service
-from umbel.core.app_folder import open_app
-from umbel.core.contents import take_record
-from umbel.core.errors import CheckError
 from umbel.transport.certificates import Identity, make_request, new_key
 from umbel.transport.frames import PROTOCOL, SERVICE, from_wire, to_wire
 from umbel.transport.join import write_join_file

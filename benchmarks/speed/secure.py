@@ -20,8 +20,8 @@ from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed.secure_link import measure_link
 from umbel.privacy.masking import masks, packing, shamir
 from umbel.privacy.masking.session import forget_checked
-from umbel.strategies.secure.message import Plain
 from umbel.strategies.secure.local_session import STAGES, LocalSession
+from umbel.strategies.secure.message import Plain
 
 TARGETS: dict[str, float] = {
     "client_masking_s": 0.15,

@@ -23,13 +23,13 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from umbel.clients.ledger.names import COORDINATOR, DATA, IDENTITY_FILE, LEDGER, STATE
 from umbel.core.contents import find_record
 from umbel.core.errors import StackError
-from umbel.strategies.transform import Facts, Stateless
 from umbel.strategies.layout import CONFIG
 from umbel.strategies.node_policy import policy_of
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.release import ChargesNode, Promise, Release
 from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, Stateless
 from umbel.transport.codec import decode, encode
 
 if TYPE_CHECKING:  # what accounts for privacy takes a second to import

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 from dp_accounting import NoOpDpEvent
 from flwr.app import ConfigRecord, RecordDict
 
+from umbel.core.contents import find_record
+from umbel.core.errors import RunError
 from umbel.privacy.budget.accounting import COARSE, spent
 from umbel.privacy.budget.events import (
     RELATIONS,
@@ -31,8 +33,6 @@ from umbel.privacy.budget.events import (
     relation_name,
     to_json,
 )
-from umbel.core.contents import find_record
-from umbel.core.errors import RunError
 from umbel.strategies.release import Release, Unit
 from umbel.strategies.statement import Signed
 

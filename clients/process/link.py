@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 
+from umbel.clients.process.app_process import Answer, AppProcess
 from umbel.clients.process.instruction import Receiving, Task, key
 from umbel.clients.process.membership import (
     ExpiredError,
@@ -30,13 +31,12 @@ from umbel.clients.process.membership import (
     open_channel,
     refusal,
 )
-from umbel.clients.process.app_process import Answer, AppProcess
 from umbel.core.errors import ConfigError, RunError
+from umbel.core.flower import CRASHED
 from umbel.core.text import plain
 from umbel.transport.allocator import LARGE, give_back
 from umbel.transport.certificates import Identity
 from umbel.transport.codec import size_of
-from umbel.core.flower import CRASHED
 from umbel.transport.frames import (
     INLINE,
     LARGEST_CONTENT,

@@ -36,10 +36,10 @@ from umbel.clients.process.pipe import BESIDE, HEAD_BYTES, lengths, pack
 from umbel.core.app_folder import open_app
 from umbel.core.contents import take_record
 from umbel.core.errors import ConfigError, described
+from umbel.core.flower import Envelope
 from umbel.strategies.secure.node import EXTERNAL_SESSION, SPENT
 from umbel.strategies.secure.wire import SECURE
 from umbel.transport.codec import Buffer, decode, encode, encode_values, size_of
-from umbel.core.flower import Envelope
 
 
 def shared_file() -> int:

@@ -20,8 +20,8 @@ from typing import Any
 from umbel.clients.ledger.database import settle
 from umbel.clients.ledger.names import LEDGER, STATE
 from umbel.clients.process.spent import SpentRounds
-from umbel.privacy.masking import keys
 from umbel.core.errors import RunError
+from umbel.privacy.masking import keys
 from umbel.strategies.secure.identity import TICKETS, enrolled, refuse_spent
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number
 from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from umbel.clients.ledger.names import COORDINATOR, STATE
+from umbel.clients.process.app_process import AppProcess, AppSettings
 from umbel.clients.process.link import NodeLink
 from umbel.clients.process.membership import ExpiredError, Membership, NodeSettings
 from umbel.clients.process.policy_file import policy_file
-from umbel.clients.process.app_process import AppSettings, AppProcess
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError, RunError
 from umbel.strategies.node_policy import FORMER, POLICY, policy_of

@@ -29,7 +29,7 @@ from umbel.clients.pytorch.loop import (
     fit,
     make_optimizer,
 )
-from umbel.clients.pytorch.losses import BatchMetrics, Loss, Objective, MetricAccumulator, objective
+from umbel.clients.pytorch.losses import BatchMetrics, Loss, MetricAccumulator, Objective, objective
 from umbel.clients.pytorch.module import (
     BUILD_SEED,
     Model,

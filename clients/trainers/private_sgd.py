@@ -31,15 +31,15 @@ from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.options import dashed
 from umbel.privacy.bounds.examples import zeros
 from umbel.privacy.bounds.ghost import PerExample
 from umbel.privacy.budget.accounting import poisson
 from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge
 from umbel.privacy.noise.entropy import Entropy
-from umbel.core.errors import ConfigError, RunError
 from umbel.strategies.layout import averaged_buffers
-from umbel.core.options import dashed
 from umbel.strategies.private.gaussian import noised
 from umbel.strategies.release import Release
 

@@ -18,9 +18,9 @@ from umbel.clients.data.arrays import not_a_number, plain_array
 from umbel.clients.data.examples import Examples, each_of
 from umbel.clients.data.features import Rows
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Tree, Weights
-from umbel.privacy.bounds.bundle import UNIT_STEP, Bundle, OuterProducts, UnitRows, Vectors
 from umbel.core.errors import ConfigError
 from umbel.core.options import checked
+from umbel.privacy.bounds.bundle import UNIT_STEP, Bundle, OuterProducts, UnitRows, Vectors
 
 WEIGHT = "weight"
 PIECE = 512

@@ -15,10 +15,10 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from threadpoolctl import ThreadpoolController
 
-from umbel.server.embedded.packing import unpack
 from umbel.core import streams
 from umbel.core.errors import described
 from umbel.core.flower import RAISED, Envelope
+from umbel.server.embedded.packing import unpack
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,11 @@ def work(pipe: socket.socket) -> None:
     """A worker: load the app, then run groups of tasks until the engine hangs up."""
     import torch  # here and not above: the nursery's preloading decides when this is imported
 
+    from umbel.core.app_folder import open_app
+    from umbel.core.streams import expendable
     from umbel.server.embedded.executor import Executor, Task
     from umbel.server.embedded.mapped import reuse_memory
     from umbel.server.embedded.packing import Packed, pack, receive, send, unpack
-    from umbel.core.app_folder import open_app
-    from umbel.core.streams import expendable
 
     try:
         reuse_memory()

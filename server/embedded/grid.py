@@ -24,17 +24,9 @@ import torch
 from flwr.app import Array, Message
 from flwr.clientapp import ClientApp
 
-from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, output_to
-from umbel.server.embedded.mapped import File
-from umbel.server.embedded.packing import BY_FILE, Packed, pack
-from umbel.server.embedded.workers import ForkServer, Workers
-from umbel.server.round_recorder import RoundRecorder
-from umbel.server.base_grid import BaseGrid, check_ttl, in_time, not_here
-from umbel.server.roster import NodeRef
 from umbel.core import streams
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
-from umbel.core.records import to_array
 from umbel.core.flower import (
     TOO_LATE,
     UNAVAILABLE,
@@ -45,6 +37,14 @@ from umbel.core.flower import (
     seconds_left,
     take_identity,
 )
+from umbel.core.records import to_array
+from umbel.server.base_grid import BaseGrid, check_ttl, in_time, not_here
+from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, output_to
+from umbel.server.embedded.mapped import File
+from umbel.server.embedded.packing import BY_FILE, Packed, pack
+from umbel.server.embedded.workers import ForkServer, Workers
+from umbel.server.roster import NodeRef
+from umbel.server.round_recorder import RoundRecorder
 
 log = logging.getLogger("flwr")  # what Flower's own grid says of such messages it says there
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.flower import CRASHED
 from umbel.server.embedded.executor import Done, Task
 from umbel.server.embedded.mapped import File, reuse_memory
 from umbel.server.embedded.packing import Packed, by_file, pack, receive, send, unpack
-from umbel.core.errors import ConfigError, RunError
-from umbel.core.flower import CRASHED
 
 PRELOAD = ("torch", "flwr.clientapp", "umbel.server.embedded.executor", "umbel.core.app_folder")
 """What the nursery imports once for all workers."""

@@ -13,14 +13,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from umbel.server.link.hub import Hub, Instruction, Reply
-from umbel.server.link.room import MARGIN, largest_reply
-from umbel.server.round_recorder import RoundRecorder
-from umbel.server.base_grid import BaseGrid, check_ttl, in_time, not_here
-from umbel.server.roster import NodeRef
 from umbel.core.errors import ConfigError
-from umbel.transport.allocator import LARGE, give_back
-from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
 from umbel.core.flower import (
     CRASHED,
     TOO_LATE,
@@ -33,6 +26,13 @@ from umbel.core.flower import (
     seconds_left,
     take_identity,
 )
+from umbel.server.base_grid import BaseGrid, check_ttl, in_time, not_here
+from umbel.server.link.hub import Hub, Instruction, Reply
+from umbel.server.link.room import MARGIN, largest_reply
+from umbel.server.roster import NodeRef
+from umbel.server.round_recorder import RoundRecorder
+from umbel.transport.allocator import LARGE, give_back
+from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
 from umbel.transport.frames import INLINE, LARGEST_CONTENT
 from umbel.transport.link_pb2 import Begin
 

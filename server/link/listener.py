@@ -22,12 +22,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
+from umbel.core.errors import ConfigError, UmbelError
+from umbel.core.text import plain
 from umbel.server.link.connection import Connection, next_frame
 from umbel.server.link.doorkeeper import Doorkeeper, most_connections
 from umbel.server.link.enrolment import Enrolment, RefusedError
 from umbel.server.link.hub import Hub, Session, unanswered
-from umbel.core.errors import ConfigError, UmbelError
-from umbel.core.text import plain
 from umbel.transport import loop
 from umbel.transport.certificates import Authority, Identity, common_name
 from umbel.transport.frames import (

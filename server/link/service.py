@@ -15,15 +15,16 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from umbel.core.errors import ConfigError
+from umbel.core.flower import UNAVAILABLE
+from umbel.core.lock import take_lock
+from umbel.core.text import plain
 from umbel.server.link.doorkeeper import check_room_for, raise_file_limit
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub, NodeState
 from umbel.server.link.listener import ListenConfig, Listener
-from umbel.core.lock import take_lock
 from umbel.server.output import strict
 from umbel.server.output.progress import Progress
-from umbel.core.errors import ConfigError
-from umbel.core.text import plain
 from umbel.transport.allocator import share_one_arena
 from umbel.transport.certificates import (
     Authority,
@@ -37,7 +38,6 @@ from umbel.transport.certificates import (
     renewal_due,
     save_identity,
 )
-from umbel.core.flower import UNAVAILABLE
 from umbel.transport.keyfiles import KeyFileError
 from umbel.transport.scheduling import work_in_batches
 
@@ -83,7 +83,9 @@ class Service:
         self.enrolment = Enrolment(settings.state)
         authority, identity = identities(settings, self.enrolment)
         self.hub = Hub(lost_after=settings.lost_after, lost_code=UNAVAILABLE, room=settings.room)
-        doors = ListenConfig(settings.listen, identity, authority, version, app_digest, settings.health)
+        doors = ListenConfig(
+            settings.listen, identity, authority, version, app_digest, settings.health
+        )
         self.listener = Listener(self.hub, self.enrolment, doors)
         self.changed = threading.Event()
         self.hub.on_change = self.changed.set

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 
 from dp_accounting.privacy_accountant import UnsupportedEventError
 
+from umbel.core.errors import ConfigError
 from umbel.privacy.budget.accounting import COARSE, FINE, Accountant, Spent, spent
 from umbel.privacy.budget.events import REPLACE, Charge
 from umbel.server.private.ledger import Against, Ledger
 from umbel.server.private.plan import PrivacyPlan, charges_of
 from umbel.server.private.population import Scope
 from umbel.server.roster import NodeRef
-from umbel.core.errors import ConfigError
 from umbel.strategies.transform import Claim, Facts
 
 

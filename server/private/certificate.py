@@ -50,7 +50,11 @@ COVERS = (
 
 
 def client_body(
-    run: RunDirectory, plan: PrivacyPlan, budget: Budget, place: LedgerLocation, elsewhere: Sequence[Elsewhere]
+    run: RunDirectory,
+    plan: PrivacyPlan,
+    budget: Budget,
+    place: LedgerLocation,
+    elsewhere: Sequence[Elsewhere],
 ) -> dict[str, Any]:
     """What a certificate says of a run whose unit is a node. The model has been written already.
 

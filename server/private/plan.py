@@ -21,18 +21,18 @@ from dp_accounting import (
     TruncatedSubsampledGaussianDpEvent,
 )
 
+from umbel.core.errors import ConfigError, StackError
 from umbel.privacy.budget.accounting import spent
 from umbel.privacy.budget.calibrate import calibrate
 from umbel.privacy.budget.events import REPLACE, Charge, relation_name
 from umbel.server.private.ledger import Ledger
 from umbel.server.private.population import Scope
-from umbel.strategies.samplers import Sampler, FixedSize, Poisson, make_sampler
-from umbel.core.errors import ConfigError, StackError
-from umbel.strategies.transform import Claim, Facts
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.private.private_mean import PrivateMean
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import FixedSize, Poisson, Sampler, make_sampler
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts
 
 SAFETY = 1 - 1e-7
 """The noise is chosen for a hair less than the budget, so that the last round is not refused for

@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from umbel.core.errors import CheckError, ConfigError
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.strict import canonical
 from umbel.server.private.coordinator_key import data_folder
-from umbel.core.errors import CheckError, ConfigError
 from umbel.strategies.private.options import PrivacyOptions
 
 Scope = Literal["run", "population"]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from umbel.core.errors import ConfigError
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import Session
 from umbel.server.output.strict import canonical, loads
@@ -22,7 +23,6 @@ from umbel.server.private.plan import PrivacyPlan, make_plan
 from umbel.server.private.population import Elsewhere, LedgerLocation, Register, place_of, state_of
 from umbel.server.roster import NodeRef
 from umbel.server.rounds import Job, Outcome
-from umbel.core.errors import ConfigError
 from umbel.strategies.private.options import PrivacyOptions
 
 _MAY_CHANGE = ("rounds", "nodes", "expected_cohort")

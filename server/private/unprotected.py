@@ -16,18 +16,18 @@ from typing import Any
 
 from dp_accounting import NonPrivateDpEvent
 
+from umbel.core.errors import ConfigError
 from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge
-from umbel.server.privacy_gate import NoGuard
-from umbel.server.training_spec import TrainingSpec
 from umbel.server.output.session import Session
+from umbel.server.privacy_gate import NoGuard
 from umbel.server.private.coordinator_key import coordinator_key
 from umbel.server.private.ledger import Ledger
 from umbel.server.private.population import Register, place_of, state_of
 from umbel.server.private.run import run_name
 from umbel.server.roster import NodeRef
-from umbel.core.errors import ConfigError
-from umbel.strategies.transform import Claim
+from umbel.server.training_spec import TrainingSpec
 from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.transform import Claim
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import clip_to_grid
 from umbel.privacy.noise.lattice import grid_step, round_to_zero
 from umbel.privacy.validate import inside_unit, positive
-from umbel.core.errors import StackError
-from umbel.strategies.transform import Config, Facts, Metrics, Round, Unclaimed
 from umbel.strategies.private.clip import bounded
+from umbel.strategies.transform import Config, Facts, Metrics, Round, Unclaimed
 
 LEAST = 1e-6
 """The norm never falls below this part of the first one: zero updates must not end it."""

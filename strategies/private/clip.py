@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.bundle import Bundle
 from umbel.privacy.bounds.clipping import clip, clip_to_grid
 from umbel.privacy.noise.lattice import grid_step
 from umbel.privacy.validate import positive
-from umbel.core.errors import StackError
 from umbel.strategies.transform import Config, Facts, Metrics, Stateless
 
 

@@ -17,11 +17,11 @@ import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.budget.events import ADD_OR_REMOVE
 from umbel.privacy.noise.entropy import Entropy
 from umbel.privacy.noise.lattice import STEPS, LatticeGaussian
 from umbel.privacy.validate import positive
-from umbel.core.errors import StackError
 from umbel.strategies.transform import Claim, Facts, Metrics, Round, Stateless
 
 MARGIN = 1 + 2.0**-20

@@ -21,14 +21,14 @@ from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import clip
 from umbel.privacy.budget.events import REPLACE, Charge
 from umbel.privacy.noise.gaussian import gaussian_noise
 from umbel.privacy.validate import count
-from umbel.core.errors import StackError
-from umbel.strategies.transform import Claim, Config, Facts, Metrics, Stateless
 from umbel.strategies.private.gaussian import MARGIN, entropy, need_bound, noised, slack_of
 from umbel.strategies.release import Promise, Release
+from umbel.strategies.transform import Claim, Config, Facts, Metrics, Stateless
 
 _FOR_SLACK = 1e-3
 """Part of delta that is left for the lattice's own error."""

@@ -20,11 +20,11 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.noise.lattice import grid_step, round_to_zero
 from umbel.privacy.validate import inside_unit, positive
-from umbel.core.errors import StackError
-from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
 from umbel.strategies.private.gaussian import need_bound
+from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
 
 
 @dataclass(frozen=True)

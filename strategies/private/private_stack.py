@@ -9,7 +9,6 @@ In which order they stand, and what else there is, is in `umbel.strategies.recip
 from collections.abc import Sequence
 from typing import Any
 
-from umbel.strategies.transform import Transform
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.banded_gaussian import BandedGaussian
 from umbel.strategies.private.clip import Clip
@@ -18,6 +17,7 @@ from umbel.strategies.private.local_gaussian import LocalGaussian
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.private.tree_gaussian import TreeGaussian
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.transform import Transform
 
 
 def clip_layer(privacy: PrivacyOptions, layers: Sequence[Transform[Any]]) -> Transform[Any]:

@@ -22,10 +22,9 @@ import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, NoOpDpEvent
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.budget.events import ZERO_OUT
 from umbel.privacy.budget.trees import TreeSchedule, level
-from umbel.core.errors import StackError
-from umbel.strategies.transform import Claim, Config, Facts, IdleNode, Metrics, Round
 from umbel.strategies.private.gaussian import (
     check_multiplier,
     deviation_of,
@@ -34,6 +33,7 @@ from umbel.strategies.private.gaussian import (
     noised,
     slack_of,
 )
+from umbel.strategies.transform import Claim, Config, Facts, IdleNode, Metrics, Round
 
 State = dict[str, Any]
 """`step`, the fixed `bound`, and for each open level l the tensors `sum.l` and `out.l`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from umbel.core.errors import RunError
 from umbel.privacy.masking import keys, shamir
 from umbel.privacy.masking.session import (
     MALICIOUS_FROM,
@@ -25,7 +26,6 @@ from umbel.privacy.masking.session import (
     unpack_fields,
     vector_key,
 )
-from umbel.core.errors import RunError
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number, signable, text
 from umbel.strategies.secure.policy import RefusalError, Trust
 

@@ -26,6 +26,7 @@ from dp_accounting import DpEvent, NonPrivateDpEvent, ZCDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import RunError, StackError
 from umbel.privacy.bounds.clipping import is_within
 from umbel.privacy.budget.events import ZERO_OUT, Charge
 from umbel.privacy.noise.discrete_gaussian import (
@@ -37,10 +38,9 @@ from umbel.privacy.noise.entropy import Entropy
 from umbel.privacy.noise.lattice import on_grid
 from umbel.privacy.noise.skellam import sample_skellam, skellam_event, skellam_slack
 from umbel.strategies.collect import LENIENCE
-from umbel.core.errors import RunError, StackError
-from umbel.strategies.transform import Claim, Config, Facts, Metrics, Stateless
 from umbel.strategies.private.gaussian import MARGIN, check_multiplier
 from umbel.strategies.release import Promise, Release
+from umbel.strategies.transform import Claim, Config, Facts, Metrics, Stateless
 
 Law = Literal["skellam", "discrete-gaussian"]
 

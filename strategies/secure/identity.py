@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from flwr.app import ConfigRecord, Context
 
-from umbel.privacy.masking import keys
 from umbel.core.contents import find_record
 from umbel.core.errors import ConfigError
+from umbel.privacy.masking import keys
 from umbel.strategies.node_policy import policy_of
 from umbel.strategies.secure.message import Plain, blob, number
 from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY, SPENT

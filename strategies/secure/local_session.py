@@ -17,7 +17,7 @@ from umbel.privacy.masking.session import Mode, Terms
 from umbel.strategies.secure.checks import AbortedError
 from umbel.strategies.secure.message import REFUSED, Plain
 from umbel.strategies.secure.policy import Policy, RefusalError
-from umbel.strategies.secure.protocol import Released, Party, advertise, respond, serve
+from umbel.strategies.secure.protocol import Party, Released, advertise, respond, serve
 
 STAGES = ("advertise", "share", "mask", "agree", "unmask")
 

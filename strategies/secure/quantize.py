@@ -24,9 +24,9 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import l2_norm
 from umbel.privacy.noise.entropy import Entropy
-from umbel.core.errors import StackError
 from umbel.strategies.transform import Config, Facts, Metrics, Stateless
 
 BETA = math.exp(-0.5)

@@ -15,10 +15,10 @@ from typing import ClassVar
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import clip, l2_norm
 from umbel.privacy.masking import keys
 from umbel.privacy.masking.hadamard import padded, rotate, rotate_back
-from umbel.core.errors import StackError
 from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
 
 

@@ -32,6 +32,9 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from umbel.core.contents import find_record, take_record
+from umbel.core.errors import StackError
+from umbel.core.records import from_array
 from umbel.privacy.masking import keys, masks
 from umbel.privacy.masking.session import MALICIOUS_FROM, Mode, Terms
 from umbel.strategies.collect import (
@@ -43,21 +46,17 @@ from umbel.strategies.collect import (
     Sealing,
     Sum,
 )
-from umbel.core.contents import find_record, take_record
 from umbel.strategies.contract import settings_digest
-from umbel.core.errors import StackError
-from umbel.strategies.transform import Facts
 from umbel.strategies.layout import CONFIG, MODEL
 from umbel.strategies.node_policy import policy_of
-from umbel.core.records import from_array
 from umbel.strategies.secure.checks import AbortedError
 from umbel.strategies.secure.identity import (
     check_fresh,
     keep_session,
+    load_party,
     remember,
     spend,
     take_session,
-    load_party,
 )
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number, text
 from umbel.strategies.secure.policy import RefusalError
@@ -70,6 +69,7 @@ from umbel.strategies.secure.wire import (
     plain_of,
     query_of,
 )
+from umbel.strategies.transform import Facts
 
 FEW = 20
 """Below this many nodes a run is told that its exact sums say much about each."""

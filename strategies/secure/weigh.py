@@ -20,8 +20,8 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
-from umbel.strategies.collect import EXAMPLES
 from umbel.core.errors import StackError
+from umbel.strategies.collect import EXAMPLES
 from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
 
 

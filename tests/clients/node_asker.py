@@ -12,15 +12,15 @@ from torch import nn
 
 from umbel.clients.data.examples import Examples, Node
 from umbel.clients.ledger.names import STATE
-from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.core.errors import UmbelError
+from umbel.core.flower import Envelope, give_id, take_identity
+from umbel.core.records import Manifest, from_array, to_array
 from umbel.federation import Federation
 from umbel.strategies.collect import Gathering, Sum
-from umbel.core.errors import UmbelError
-from umbel.strategies.transform import Facts
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
-from umbel.core.records import Manifest, from_array, to_array
-from umbel.core.flower import Envelope, give_id, take_identity
+from umbel.strategies.transform import Facts
 
 NODE = 1007
 

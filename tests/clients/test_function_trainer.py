@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from umbel.clients.trainers import function as function_trainer
 from umbel.clients.data.examples import Examples
-from umbel.clients.trainers.function import FunctionTrainer
+from umbel.clients.trainers import function as function_trainer
 from umbel.clients.trainers.base import Job, Options
+from umbel.clients.trainers.function import FunctionTrainer
 from umbel.core.errors import ConfigError
 
 EXAMPLES = Examples(np.arange(4.0), np.array([1.0, 3.0, 5.0, 7.0]))

@@ -12,14 +12,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from tests.fakes import APPS, PlusOne, Times, request
-from umbel.clients.holding import SEEN
 from umbel.clients.handler import LOCAL, job_seed, node_of
-from umbel.federation import Federation
+from umbel.clients.holding import SEEN
 from umbel.core.app_folder import load
-from umbel.strategies.collect import BUFFERS, METRICS, UPDATE
 from umbel.core.errors import ConfigError
-from umbel.strategies.layout import CONFIG, HELLO, MODEL, PARAMETERS
 from umbel.core.records import Manifest, from_array, to_array
+from umbel.federation import Federation
+from umbel.strategies.collect import BUFFERS, METRICS, UPDATE
+from umbel.strategies.layout import CONFIG, HELLO, MODEL, PARAMETERS
 from umbel.strategies.stack import Stack
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from umbel.clients.process.app_process import Answer, AppProcess, AppSettings
 from umbel.clients.process.membership import Membership, NodeSettings
 from umbel.clients.process.node_process import write_shared
 from umbel.clients.process.pipe import Pipe, pack
 from umbel.clients.process.start import gpu_environment
-from umbel.clients.process.app_process import Answer, AppSettings, AppProcess
 from umbel.core.errors import ConfigError
 from umbel.transport.codec import CodecError, decode, encode, size_of
 from umbel.transport.link_pb2 import Begin

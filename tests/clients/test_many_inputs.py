@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from tests.clients.tasks import classes, close, job, linear
 from umbel.clients.data.examples import Examples
-from umbel.clients.trainers.function import FunctionTrainer
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers.function import FunctionTrainer
 from umbel.clients.trainers.sklearn import SklearnTrainer
 from umbel.clients.trainers.softmax import SoftmaxTrainer
-from umbel.federation import Federation
 from umbel.core.errors import ConfigError, described
+from umbel.federation import Federation
 
 
 def counts(kind: Any, n: int = 12) -> Examples:

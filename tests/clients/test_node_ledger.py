@@ -33,19 +33,19 @@ from umbel.clients.ledger.file import KEPT_REPLIES, REPLIES, GoneError, LedgerFi
 from umbel.clients.ledger.names import DATA, LEDGER
 from umbel.clients.ledger.node_ledger import Limits, StateLedger, total
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.core.errors import ConfigError, RunError
 from umbel.federation import Federation
 from umbel.privacy.budget.accounting import spent
 from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge
 from umbel.privacy.masking import keys
 from umbel.strategies import statement as statements
 from umbel.strategies.collect import PlainSum
-from umbel.core.errors import ConfigError, RunError
-from umbel.strategies.transform import Claim, Facts, Stateless
 from umbel.strategies.node_policy import POLICY
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.release import Release
 from umbel.strategies.secure.identity import enrolled_key
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts, Stateless
 from umbel.transport.certificates import make_server_identity, open_authority, save_identity
 
 LOCAL = {"epsilon": 5.0, "mechanism": "local", "rounds": 1}
@@ -141,7 +141,9 @@ def test_another_population_is_the_same_data(tmp_path: Path) -> None:
     for number in range(1, 4):
         dp_sgd(tmp_path).ask(number)
     with pytest.raises(RunError, match="first run about the data 'default'"):
-        QueryRunner(DP_SGD, tmp_path, {"rounds": 3, "batch-size": 10, "population": "b"}, run=2).ask(1)
+        QueryRunner(
+            DP_SGD, tmp_path, {"rounds": 3, "batch-size": 10, "population": "b"}, run=2
+        ).ask(1)
     assert [r["name"] for r in LedgerFile(tmp_path).budget() if r["scope"] == "population"] == [
         "default"
     ]

@@ -11,13 +11,13 @@ from torch import nn
 
 from umbel.clients.data.examples import Examples
 from umbel.clients.ledger.node_ledger import StateLedger
-from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.base import Job, Options, Weights
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.core.errors import ConfigError, RunError
 from umbel.privacy.budget.accounting import epsilon as epsilon_of
 from umbel.privacy.budget.accounting import poisson
 from umbel.privacy.budget.events import Charge
-from umbel.core.errors import ConfigError, RunError
 
 
 def linear() -> nn.Module:

@@ -20,26 +20,26 @@ from umbel.benchmarks.speed.apps import write_federation
 from umbel.clients.ledger.database import LedgerDatabase
 from umbel.clients.ledger.file import LedgerFile
 from umbel.clients.ledger.names import STATE
+from umbel.clients.process.app_process import Answer, AppProcess, AppSettings
 from umbel.clients.process.node_process import write_shared
 from umbel.clients.process.pipe import BESIDE
 from umbel.clients.process.sessions import SecureSessions
 from umbel.clients.process.spent import SpentRounds
-from umbel.clients.process.app_process import Answer, AppSettings, AppProcess
-from umbel.strategies.collect import Gathering, Sum
 from umbel.core.errors import ConfigError
-from umbel.strategies.transform import Facts
+from umbel.core.flower import take_identity
+from umbel.core.records import Manifest, to_array
+from umbel.strategies.collect import Gathering, Sum
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.private.clip import Clip
-from umbel.core.records import Manifest, to_array
 from umbel.strategies.secure.distributed_skellam import DistributedSkellam
 from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.wire import SECURE, STAGES, query_of, stage_of
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 from umbel.transport.certificates import make_server_identity, open_authority, save_identity
 from umbel.transport.codec import decode, encode, encode_values
-from umbel.core.flower import take_identity
 from umbel.transport.link_pb2 import Begin
 
 NODES = (1001, 1002, 1003)

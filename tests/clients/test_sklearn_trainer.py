@@ -21,8 +21,8 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.svm import LinearSVC
 
 from umbel.clients.data.examples import Examples
-from umbel.clients.trainers.sklearn import SklearnTrainer
 from umbel.clients.trainers.base import Job, Trained, Weights
+from umbel.clients.trainers.sklearn import SklearnTrainer
 from umbel.core.errors import ConfigError
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from umbel.core.errors import ConfigError, RunError
 from umbel.server import checkpoint
 from umbel.server.checkpoint import Best, Position, load, load_nodes, save
-from umbel.core.errors import ConfigError, RunError
 
 
 def position(round_: int = 3, **more: Any) -> Position:

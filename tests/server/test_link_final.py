@@ -17,9 +17,9 @@ from tests.server.conftest import Lab, eventually
 from tests.server.test_link_faults import shut
 from tests.server.test_link_membership import join
 from umbel.clients.process import link as link_module
+from umbel.clients.process.app_process import AppProcess, AppSettings
 from umbel.clients.process.link import NodeLink
 from umbel.clients.process.membership import Membership, NodeSettings, RefusedError
-from umbel.clients.process.app_process import AppSettings, AppProcess
 from umbel.server.link.hub import Hub
 from umbel.server.link.listener import ListenConfig, Listener
 from umbel.transport import certificates

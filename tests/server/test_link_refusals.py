@@ -17,10 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.conftest import eventually
 from umbel.clients.process.membership import refusal
+from umbel.core.errors import ConfigError, RunError
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub
 from umbel.server.link.listener import ListenConfig, Listener
-from umbel.core.errors import ConfigError, RunError
 from umbel.transport.certificates import (
     Identity,
     make_request,

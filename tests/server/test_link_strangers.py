@@ -12,9 +12,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from tests.server.conftest import Lab, eventually
+from umbel.core.errors import ConfigError
 from umbel.server.link import doorkeeper
 from umbel.server.link.doorkeeper import Doorkeeper, check_room_for, most_connections
-from umbel.core.errors import ConfigError
 from umbel.transport.link_pb2 import Begin, Frame
 
 CONTENT = RecordDict({"a": ArrayRecord({"x": Array(np.arange(10, dtype=np.float32))})})

@@ -8,10 +8,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, Result
 
+from umbel.core.flower import take_identity
 from umbel.server.embedded.grid import ObservedGrid
 from umbel.server.kept_model import BY_STRATEGY, NO_MODEL, KeptModel, watching_strategies
 from umbel.server.output.rundir import RunDirectory
-from umbel.core.flower import take_identity
 
 
 def app() -> ClientApp:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tests.server.test_private_run import Lab, certificate, ledger_of
+from umbel.core.errors import CheckError, ConfigError, RunError
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge, to_json
 from umbel.server.private.coordinator_key import coordinator_key, public_text
 from umbel.server.private.ledger import Ledger, entries
 from umbel.server.private.verify import verify
-from umbel.core.errors import CheckError, ConfigError, RunError
 
 ROUND = Charge(poisson(2.0, 0.1), ADD_OR_REMOVE, 1e-12)
 OLD_SCHEMA = """

@@ -11,10 +11,10 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from tests.fakes import APPS, SharedNursery
+from umbel.core.errors import ConfigError, RunError
 from umbel.server.embedded.executor import FIRST_NODE
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.embedded.workers import ForkServer
-from umbel.core.errors import ConfigError, RunError
 
 
 @pytest.fixture

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from tests.fakes import PlusOne, Times, collected, gathering, reply
 from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import ConfigError, RunError, StackError, UmbelError
 from umbel.federation import Federation
 from umbel.privacy.noise.skellam import SkellamDpEvent
 from umbel.strategies import composition
 from umbel.strategies.collect import Gather, Gathering, PlainSum, Sum
-from umbel.core.errors import ConfigError, RunError, StackError, UmbelError
-from umbel.strategies.transform import Claim, Facts, Transform, Round, Stateless
 from umbel.strategies.private import banded_gaussian, gaussian, local_gaussian, tree_gaussian
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.banded_gaussian import BandedGaussian
@@ -48,6 +47,7 @@ from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.weigh import Weigh
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts, Round, Stateless, Transform
 
 SIZE = 6
 NODES = 9

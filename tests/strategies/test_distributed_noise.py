@@ -14,6 +14,7 @@ from scipy import stats
 from umbel.benchmarks.speed.apps import write_federation
 from umbel.clients.data.examples import Node
 from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import ConfigError, RunError, StackError
 from umbel.federation import Federation
 from umbel.privacy.noise.skellam import SkellamDpEvent
 from umbel.server.embedded.grid import EmbeddedGrid
@@ -21,8 +22,6 @@ from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
 from umbel.strategies.collect import PlainSum
-from umbel.core.errors import ConfigError, RunError, StackError
-from umbel.strategies.transform import Facts
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.secure.distributed_skellam import (
     DistributedDiscreteGaussian,
@@ -32,6 +31,7 @@ from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum, modulus_bits
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 
 SIZE = 4096
 

@@ -16,8 +16,8 @@ from tests.fakes import collected, gathering, reply
 from umbel.privacy.noise.lattice import on_grid
 from umbel.strategies.collect import PlainSum
 from umbel.strategies.ordered_sum import BLOCK, OrderedSum, exact_block
-from umbel.strategies.transform import Facts
 from umbel.strategies.private.clip import Clip
+from umbel.strategies.transform import Facts
 
 SIZE = 37
 

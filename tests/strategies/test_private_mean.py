@@ -8,16 +8,16 @@ from dp_accounting import GaussianDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.bundle import Grams
 from umbel.strategies.collect import Sum
-from umbel.core.errors import StackError
-from umbel.strategies.transform import Facts, Round
 from umbel.strategies.private.private_mean import (
     END,
     PrivateMean,
     private_histogram,
     private_second_moment,
 )
+from umbel.strategies.transform import Facts, Round
 
 
 def _rows(examples: Tensor, public: Any) -> Tensor:  # noqa: ARG001 - the contract

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from umbel.strategies.samplers import Sampler, Everyone, FixedSize, Poisson, make_sampler
 from umbel.core.errors import ConfigError
+from umbel.strategies.samplers import Everyone, FixedSize, Poisson, Sampler, make_sampler
 
 FALSE_ALARM = 1e-7
 """Of each statistical test below, when the code is right."""

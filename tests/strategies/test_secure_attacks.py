@@ -8,10 +8,10 @@ import pytest
 from umbel.privacy.masking import keys, shamir
 from umbel.privacy.masking.session import Member, Roster, bitmap, pack_fields, unpack_fields
 from umbel.strategies.secure.checks import AbortedError
+from umbel.strategies.secure.local_session import LocalSession
 from umbel.strategies.secure.message import REFUSED, Plain
 from umbel.strategies.secure.policy import Policy
 from umbel.strategies.secure.protocol import advertise, respond
-from umbel.strategies.secure.local_session import LocalSession
 
 NODES = (3, 14, 25, 36, 47, 58)
 VICTIM, OTHER = 25, 36

@@ -9,10 +9,10 @@ import pytest
 from umbel.privacy.masking import keys, masks, packing
 from umbel.privacy.masking.session import Member, Roster, vector_key
 from umbel.strategies.secure.checks import AbortedError
+from umbel.strategies.secure.local_session import LocalSession
 from umbel.strategies.secure.message import Plain
 from umbel.strategies.secure.policy import Policy, RefusalError
 from umbel.strategies.secure.protocol import Party, advertise, serve
-from umbel.strategies.secure.local_session import LocalSession
 
 NODES = (3, 14, 25, 36, 47, 58)
 VICTIM, OTHER = 25, 36

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from umbel.privacy.masking import graph, masks, packing
 from umbel.strategies.secure.checks import AbortedError
-from umbel.strategies.secure.message import Plain
 from umbel.strategies.secure.local_session import STAGES, LocalSession
+from umbel.strategies.secure.message import Plain
 
 
 def draw(count: int, size: int, bits: int, seed: int = 0) -> dict[int, masks.Words]:

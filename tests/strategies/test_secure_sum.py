@@ -13,14 +13,13 @@ from flwr.clientapp import ClientApp
 
 from umbel.clients.data.examples import Node
 from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import StackError
 from umbel.federation import Federation
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Outcome, Rounds
 from umbel.strategies.collect import PlainSum
-from umbel.core.errors import StackError
-from umbel.strategies.transform import Facts
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.secure.identity import check_fresh, keep_session, spend, take_session
 from umbel.strategies.secure.node import EXTERNAL_SESSION, SPENT
@@ -30,6 +29,7 @@ from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum, modulus_bits, to_words
 from umbel.strategies.secure.wire import SECURE
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 
 SIZE = 50
 

@@ -9,10 +9,10 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation
 from flwr.app import RecordDict
 
 from tests.fakes import PlusOne, Times, collected, gathering, reply
-from umbel.strategies.collect import PlainSum
 from umbel.core.errors import StackError
-from umbel.strategies.transform import Claim, Facts, Round, Stateless
+from umbel.strategies.collect import PlainSum
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts, Round, Stateless
 
 NODES = (1001, 1002, 1003)
 UPDATES = [torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]), torch.tensor([3.0, 3.0])]

@@ -9,14 +9,14 @@ import torch
 
 from umbel.clients.data.examples import Node
 from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import StackError
 from umbel.federation import Federation
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
-from umbel.core.errors import StackError
-from umbel.strategies.transform import Facts
 from umbel.strategies.secure.weigh import Weigh
+from umbel.strategies.transform import Facts
 
 EXAMPLES = (1, 10, 100, 1000, 40, 7)
 

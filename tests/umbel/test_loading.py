@@ -13,11 +13,11 @@ from safetensors.torch import load_model
 
 import umbel
 from umbel.clients.trainers.base import Weights
+from umbel.core.errors import ConfigError
 from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.report import write_report
 from umbel.server.output.rundir import RunDirectory
-from umbel.core.errors import ConfigError
 
 TASK = """
 import numpy as np

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import umbel
+from umbel.core.errors import ConfigError
 from umbel.notebook import NotebookProgress
 from umbel.server.output.progress import SilentProgress
-from umbel.core.errors import ConfigError
 
 
 def line(node: Any, options: Any) -> umbel.Examples:  # noqa: ARG001

@@ -75,8 +75,8 @@ def privacy(
     from rich.console import Console
 
     from umbel.benchmarks.attack import report as privacy_report
-    from umbel.server.output import strict
     from umbel.core.errors import ConfigError
+    from umbel.server.output import strict
 
     if table is not None:
         typer.echo(_table(table))
@@ -111,8 +111,8 @@ def privacy(
 def _table(run: Path) -> str:
     """The rows of an earlier report that people ask for, as Markdown."""
     from umbel.benchmarks.attack import report as privacy_report
-    from umbel.server.output import strict
     from umbel.core.errors import ConfigError
+    from umbel.server.output import strict
 
     file = run / "report.json"
     try:
@@ -136,10 +136,10 @@ def _utility(
 ) -> None:
     """Accuracy against epsilon, by whole private runs."""
     from umbel.benchmarks.speed import utility
+    from umbel.core.errors import ConfigError
     from umbel.running import example, run
     from umbel.server.output import strict
     from umbel.server.output.rundir import machine, versions
-    from umbel.core.errors import ConfigError
 
     try:
         epsilons = [float(text) for text in texts.replace(",", " ").split()]
@@ -207,11 +207,11 @@ def opened(app: Path, config: list[str]) -> tuple[Any, dict[str, Any], int, str]
     Raises:
         ConfigError: the app was not made with `Federation`, or an option is unknown.
     """
-    from umbel.federation import FederationServerApp
-    from umbel.running import NODES
     from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
     from umbel.core.options import override, parse
+    from umbel.federation import FederationServerApp
+    from umbel.running import NODES
 
     folder = open_app(app)
     server = folder.server_app()

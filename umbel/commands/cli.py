@@ -94,11 +94,11 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Train an app on this machine and write a report."""
+    from umbel.core.errors import ConfigError
+    from umbel.core.options import parse
     from umbel.running import Interrupted, run
     from umbel.server.output import strict
     from umbel.server.output.report import write_report
-    from umbel.core.errors import ConfigError
-    from umbel.core.options import parse
 
     if resume is not None and (path is not None or out is not None):
         raise ConfigError("--resume names the run to continue; leave out APP and --out")
@@ -135,10 +135,10 @@ def options_command(
 ) -> None:
     """List every option of an app: type, default, values, meaning, and who reads it."""
     from umbel.commands import options_listing
+    from umbel.core.app_folder import open_app
     from umbel.federation import FederationServerApp
     from umbel.running import example
     from umbel.server.output import strict
-    from umbel.core.app_folder import open_app
 
     if markdown:
         typer.echo(options_listing.reference(), nl=False)

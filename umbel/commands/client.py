@@ -7,8 +7,8 @@ from typing import Any
 import click
 import typer
 
-from umbel.commands import server as server_commands
 from umbel.clients.ledger.names import STATE
+from umbel.commands import server as server_commands
 from umbel.commands.groups import Commands, PlainGroup
 
 
@@ -38,9 +38,9 @@ def policy(state: server_commands.State, as_json: server_commands.AsJson = False
     """Show this node's policy: its file with comments, and what is in force."""
     from umbel.clients.process.membership import NodeSettings, settings_in
     from umbel.clients.process.policy_file import policy_file
-    from umbel.server.output import strict
     from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
+    from umbel.server.output import strict
     from umbel.strategies.node_policy import NodePolicy
 
     if not state.is_dir():
@@ -68,8 +68,8 @@ def budget(state: server_commands.State, as_json: server_commands.AsJson = False
     from umbel.clients.ledger.node_ledger import Limits
     from umbel.clients.process.membership import NodeSettings, settings_in
     from umbel.clients.process.policy_file import policy_file
-    from umbel.server.output import strict
     from umbel.core.errors import ConfigError
+    from umbel.server.output import strict
     from umbel.strategies.node_policy import NodePolicy
 
     if not state.is_dir():

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.federation import Federation
+from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
+from umbel.federation import Federation
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions

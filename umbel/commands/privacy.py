@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from umbel.commands.groups import Commands
+from umbel.core.errors import ConfigError
+from umbel.core.options import parse
 from umbel.privacy.budget.accounting import Spent, curve, poisson, spent
 from umbel.privacy.budget.calibrate import calibrate
 from umbel.privacy.budget.calibrate import noise_multiplier as noise_for
 from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge, relation_name
 from umbel.server.output import strict
 from umbel.server.output.progress import count
-from umbel.core.errors import ConfigError
-from umbel.core.options import parse
 
 if TYPE_CHECKING:
     from umbel.planning import Schedule

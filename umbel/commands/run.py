@@ -72,11 +72,11 @@ def key(
     as_json: AsJson = False,
 ) -> None:
     """Print the coordinator's public key, to publish it: who verifies a run compares with it."""
+    from umbel.core.errors import ConfigError
     from umbel.server.output import strict
     from umbel.server.output.rundir import RunDirectory
     from umbel.server.private.coordinator_key import coordinator_key, fingerprint, public_text
     from umbel.server.private.population import state_of
-    from umbel.core.errors import ConfigError
 
     if run is not None and state is not None:
         raise ConfigError("give a run or --state, not both: each says whose key is meant")

@@ -76,9 +76,9 @@ def server(
 ) -> None:
     """Coordinate a federation: wait for its nodes, run the app, end."""
     from umbel import __version__
+    from umbel.core.options import parse
     from umbel.server.link.grid import StoppedError
     from umbel.server.link.service import ServerSettings
-    from umbel.core.options import parse
 
     _begin()
     _check_engine(engine)
@@ -284,9 +284,9 @@ def nodes_revoke(
 
 def status(state: State, as_json: AsJson = False) -> None:
     """Show where a federation stands."""
+    from umbel.core.text import plain
     from umbel.server.link.service import read_status
     from umbel.server.output import strict
-    from umbel.core.text import plain
 
     found = read_status(state)
     if as_json:
@@ -317,8 +317,8 @@ def status(state: State, as_json: AsJson = False) -> None:
 
 def submit(state: State, config: Changes = None) -> None:
     """Ask a coordinator that stays (--serve) for another run."""
-    from umbel.serve import submit as submit_run
     from umbel.core.options import parse
+    from umbel.serve import submit as submit_run
 
     submit_run(state, parse(config or []))
     typer.echo("the coordinator will run it next")

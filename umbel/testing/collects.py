@@ -10,11 +10,11 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from umbel.core.flower import Envelope
+from umbel.core.records import to_array
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Collect, Gathering, Seals, Sum
 from umbel.strategies.transform import Facts
-from umbel.core.records import to_array
 from umbel.testing.laws import attributes, hold, same
-from umbel.core.flower import Envelope
 
 NODES = (11, 12, 13, 14, 15)
 COUNTS = (1, 2, 3, 4, 5)

@@ -11,24 +11,24 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import ConfigError, StackError
+from umbel.core.streams import seeded
 from umbel.privacy.bounds.clipping import clip_to_grid, is_within
 from umbel.privacy.noise.lattice import grid_step, on_grid
 from umbel.server.checkpoint import Position, load, save
 from umbel.strategies.collect import EXAMPLES, LENIENCE, PlainSum
-from umbel.core.errors import ConfigError, StackError
+from umbel.strategies.order import keeps_sums
+from umbel.strategies.stack import Stack
 from umbel.strategies.transform import (
     Calibrated,
     Facts,
-    Transform,
     Round,
     SeesMetrics,
+    Transform,
     acts_on_sums,
     acts_on_updates,
     claims_privacy,
 )
-from umbel.strategies.order import keeps_sums
-from umbel.strategies.stack import Stack
-from umbel.core.streams import seeded
 from umbel.testing.laws import attributes, hold, same
 
 COHORT = 8
@@ -328,7 +328,11 @@ class _Trial:
             ("relation", isinstance(claim.relation, NeighboringRelation), claim.relation),
             ("against", claim.against in AGAINST, claim.against),
             ("event", isinstance(claim.event, DpEvent), type(claim.event).__name__),
-            ("slack", math.isfinite(claim.extra_delta) and 0 <= claim.extra_delta < 1, claim.extra_delta),
+            (
+                "slack",
+                math.isfinite(claim.extra_delta) and 0 <= claim.extra_delta < 1,
+                claim.extra_delta,
+            ),
             ("separation", claim.separation >= 1, claim.separation),
         ):
             hold(

@@ -17,8 +17,8 @@ from umbel.clients.trainers.base import (
     Weights,
 )
 from umbel.core.errors import ConfigError
-from umbel.strategies.run_options import RunOptions
 from umbel.core.streams import seeded
+from umbel.strategies.run_options import RunOptions
 from umbel.testing.laws import hold, same
 
 UNKNOWN = "an-option-that-nobody-knows"
