@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.server.test_node_ledger_link import APP
 from tests.server.test_standalone import FILE
-from umbel.server.private.verify import schema
+from umbel.server.private.verify import check, schema
 
-NAMES = ("ada", "bob", "eve")
+NAMES = ("ada", "bob")
 
 
 def public_key_of(file: Path) -> bytes:
@@ -27,12 +27,13 @@ def public_key_of(file: Path) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_nodes_of_a_link_sign_what_their_records_have_spent(processes: Any) -> None:
     processes.write_app(APP, "rounds = 3\nbatch-size = 10\nexample-epsilon = 0.5")
     processes.invite(*NAMES)
-    processes.server("--nodes", "3")
+    processes.server("--nodes", "2")
     for at, name in enumerate(NAMES):
-        processes.node(name, "--node-config", f"partition-id={at} num-partitions=3")
+        processes.node(name, "--node-config", f"partition-id={at} num-partitions=2")
     assert processes.wait("server") == 0, processes.log("server")
     run = Path(processes.result()["run"])
     certificate = json.loads((run / "certificate.json").read_text())
@@ -49,7 +50,7 @@ def test_the_nodes_of_a_link_sign_what_their_records_have_spent(processes: Any) 
         ]
         assert row["epsilon"] == own["epsilon"] and row["participations"] == 3
     card = (run / "MODEL_CARD.md").read_text()
-    assert "Each record (such as one patient's) at each of the 3 nodes" in card
+    assert "Each record (such as one patient's) at each of the 2 nodes" in card
     # Whoever has published the coordinator's key can check it, with Umbel and without.
     hub = processes.folder / "hub.pub"
     hub.write_text(processes.umbel("key", "--state", "state").stdout)
@@ -64,16 +65,15 @@ def test_the_nodes_of_a_link_sign_what_their_records_have_spent(processes: Any) 
     body["epsilon"] = body["epsilon"] / 2
     lines[0]["statement"] = json.dumps(body, sort_keys=True, separators=(",", ":"))
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    refused = processes.umbel("verify", str(run), "--key", "hub.pub", check=False)
     named = f"the statement of node {lines[0]['node']!r} is not signed with the key it names"
-    assert refused.returncode == 3 and named in refused.stdout + refused.stderr
+    assert named in check(run).problems
     found = alone(run, "--key", str(hub))
     assert found.returncode == 3 and named in found.stdout + found.stderr
-    other = hashlib.sha256(b"another coordinator").digest()
-    wrong = processes.umbel(
-        "verify", str(run), "--key", base64.b64encode(other).decode(), check=False
+    wrong = base64.b64encode(hashlib.sha256(b"another coordinator").digest()).decode()
+    assert (
+        "the certificate is signed with another key than the one given"
+        in check(run, key=wrong).problems
     )
-    assert wrong.returncode == 3 and "another key than the one given" in wrong.stdout + wrong.stderr
 
 
 def alone(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
