@@ -45,13 +45,12 @@ _QUERIES = {
 }
 
 _HERE = Path(__file__).resolve().parent
-_PROTOCOL = tuple(
-    str(_HERE.parent / name)
-    for name in (
-        *("strategies", "core/contents.py", "core/limits.py", "core/options.py"),
-        *("core/records.py", "core/streams.py", "clients/ledger", "clients/handler.py"),
-        *("clients/admission.py", "clients/pooling.py", "clients/trainers/private_sgd.py"),
-    )
+_PROTOCOL = (
+    str(_HERE.parent / "core"),
+    str(_HERE.parent / "strategies"),
+    str(_HERE / "ledger"),
+    *(str(_HERE / name) for name in ("handler.py", "admission.py", "pooling.py")),
+    str(_HERE / "trainers" / "private_sgd.py"),
 )
 """Where Umbel's own sentences come from that say nothing about a node's data."""
 
