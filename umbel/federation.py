@@ -26,7 +26,7 @@ from umbel.clients.statistics import statistics_of
 from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, promising
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.options import Options, Value, checked, override
-from umbel.server.output.report import write_report
+from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
 from umbel.server.provenance import record_start
@@ -334,12 +334,14 @@ class FederationServerApp(ServerApp):
     def _say_what_is_not_asked(
         self, job: TrainingSpec, asked: RunOptions, session: Session
     ) -> None:
-        """Say why the table of the nodes' own measurements will be empty."""
+        """Say why the table of the nodes' own measurements will be empty; reports say it too."""
         if job.quiet and asked.federated_every >= 0:
-            session.progress.note(
+            reason = (
                 f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
                 "accuracies and numbers of examples would tell about them what that hides"
             )
+            session.progress.note(reason)
+            session.run.write_config({**session.run.config(), NOT_ASKED: reason})
 
     def _say_who_comes(self, asked: RunOptions, drawn: RunOptions, session: Session) -> None:
         """Write down how a private run draws its cohorts, where its options said another way."""

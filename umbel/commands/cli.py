@@ -6,7 +6,6 @@ need when they run, so that `umbel --help` is quick.
 """
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -140,6 +139,7 @@ def options_command(
     from umbel.core.app_folder import open_app
     from umbel.federation import FederationServerApp
     from umbel.running import example
+    from umbel.server.output import strict
 
     if markdown:
         typer.echo(options_listing.reference(), nl=False)
@@ -149,7 +149,7 @@ def options_command(
     federation = server.federation if isinstance(server, FederationServerApp) else None
     rows = options_listing.listing(federation, folder.options)
     if as_json:
-        typer.echo(json.dumps({"app": folder.name, "options": options_listing.as_json(rows)}))
+        typer.echo(strict.dumps({"app": folder.name, "options": options_listing.as_json(rows)}))
         return
     from umbel.commands.options_table import show
 
