@@ -25,6 +25,7 @@ from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.gate import guarded
+from umbel.clients.given import trainer_of
 from umbel.clients.holding import Holder
 from umbel.clients.ledger.charging import (
     Charging,
@@ -105,7 +106,7 @@ class ClientHandler:
     """What a node does with messages; the same object serves every virtual node of a process.
 
     Attributes:
-        trainer: knows the model.
+        trainer: knows the model; or a function of the options that gives one of several.
         data: the node's own examples.
         options: completes the run's configuration with defaults.
         stack: the layers, from the options.
@@ -113,7 +114,7 @@ class ClientHandler:
         app_digest: SHA-256 of the app's files in hex; empty where the engine has none.
     """
 
-    trainer: Trainer
+    trainer: Trainer | Callable[[Options], Trainer]
     data: Callable[[Node, Options], Split | Any]
     options: Callable[[Options], Options]
     stack: Callable[[Options], Stack]
@@ -132,7 +133,7 @@ class ClientHandler:
         if refused is not None:
             return Message(refused, reply_to=message)
         task = plan.receive(message, context, self._split(plan, context))
-        return plan.reply(task, self.trainer.train(task.weights, task.split.train, task.job))
+        return plan.reply(task, plan.trainer.train(task.weights, task.split.train, task.job))
 
     def train_many(
         self, messages: Sequence[Message], contexts: Sequence[Context]
@@ -141,14 +142,14 @@ class ClientHandler:
 
         None where the trainer cannot do that, or does not find it worth while.
         """
-        if isinstance(self.trainer, CohortTrainer) and len(messages) > 1:
-            plan = self.plan(contexts[0])
+        plan = self.plan(contexts[0])
+        if isinstance(plan.trainer, CohortTrainer) and len(messages) > 1:
             tasks: list[_Received] = []
             for message, context in zip(messages, contexts, strict=True):
                 before = tasks[-1] if tasks else None
                 split = self._split(plan, context)
                 tasks.append(plan.receive(message, context, split, before))
-            trained = self.trainer.train_cohort(
+            trained = plan.trainer.train_cohort(
                 [task.weights for task in tasks],
                 [task.split.train for task in tasks],
                 [task.job for task in tasks],
@@ -172,7 +173,7 @@ class ClientHandler:
         examples = 0
         if split.test is not None and len(split.test) > 0:
             task = plan.receive(message, context, split)
-            result = self.trainer.evaluate(task.weights, split.test, plan.options)
+            result = plan.trainer.evaluate(task.weights, split.test, plan.options)
             metrics, examples, counted = result.metrics, result.examples, result.counted
         content = RecordDict({METRICS: MetricRecord({**metrics, EXAMPLES: examples})})
         if counted:
@@ -207,7 +208,7 @@ class ClientHandler:
                 "running statistics would travel in the clear beside protected updates; "
                 "use buffers=never, or a model with group normalisation"
             )
-        names = statistics_of(self.trainer, plan.stack, plan.options)
+        names = statistics_of(plan.trainer, plan.stack, plan.options)
         return answer_statistics(message, names, plan.kept(context), context.state)
 
     def _ask(self, message: Message, context: Context) -> Message:
@@ -228,7 +229,7 @@ class ClientHandler:
             found = question_bundles(question, examples, public_of(message))
             return answer_pool(message, found, question.stack, question.size)
         task = plan.receive(message, context, Split(None))
-        bundles = training_bundles(self.trainer, task.weights, examples, task.job)
+        bundles = training_bundles(plan.trainer, task.weights, examples, task.job)
         return answer_pool(message, bundles, plan.stack, plan.manifest.size)
 
     def plan(self, context: Context) -> "Plan":
@@ -240,12 +241,14 @@ class ClientHandler:
         key = _options_key(context)
         if key not in self._plans:
             options = self.options(context.run_config)
+            trainer = trainer_of(self.trainer, options)
             self._plans.clear()
             self._plans[key] = Plan(
                 options,
                 self.stack(options),
-                _without_values(self.trainer.initial(options, int(options["seed"]))),
-                promising(self.trainer, options),
+                trainer,
+                _without_values(trainer.initial(options, int(options["seed"]))),
+                promising(trainer, options),
                 self.app_digest,
             )
         return self._plans[key]
@@ -282,6 +285,7 @@ class Plan:
     Attributes:
         options: complete ones.
         stack: as they build it.
+        trainer: of these options.
         first: the first model, its parameters without values.
         promise: the trainer, where it promises privacy for single records.
         app_digest: of the app's files.
@@ -289,6 +293,7 @@ class Plan:
 
     options: Options
     stack: Stack
+    trainer: Trainer
     first: Weights
     promise: Trainer | None = None
     app_digest: str = ""

@@ -14,6 +14,7 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from umbel.clients.trainers.base import SizesGroups
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options, override
@@ -123,8 +124,10 @@ class _Plan:
     @property
     def group_size(self) -> int:
         """How many nodes the app would train as one computation."""
-        size = getattr(self.federation and self.federation.trainer, "group_size", None)
-        return 1 if size is None else int(size(self.options))
+        if self.federation is None:
+            return 1
+        trainer = self.federation.trainer_for(self.options)
+        return trainer.group_size(self.options) if isinstance(trainer, SizesGroups) else 1
 
 
 @dataclass(frozen=True)

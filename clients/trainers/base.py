@@ -132,12 +132,17 @@ class ChecksOptions(Protocol):
 class ReadyTrainer(Protocol):
     """A trainer that can hand out its model for use outside of Umbel."""
 
-    USE: str
-    """How the model is used, in one expression of `model` and `x`, for reports."""
-
     def ready(self, weights: Weights, options: Options) -> Any:
         """The model with these weights, which shares nothing with the trainer."""
         ...
+
+
+@runtime_checkable
+class SaysUse(Protocol):
+    """A trainer that says how the model is used that `ready` gives."""
+
+    USE: str
+    """One expression of `model` and `x`, for reports."""
 
 
 @runtime_checkable
@@ -152,6 +157,24 @@ class CohortTrainer(Protocol):
 
 
 @runtime_checkable
+class SizesGroups(Protocol):
+    """A trainer that says how many nodes are worth training as one computation."""
+
+    def group_size(self, options: Options) -> int:
+        """How many nodes an engine should give to `train_cohort` at a time."""
+        ...
+
+
+@runtime_checkable
+class KeepsStatistics(Protocol):
+    """A trainer whose model has running statistics of the examples among its buffers."""
+
+    def statistics(self, options: Options) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
+
+@runtime_checkable
 class RecordPrivate(Protocol):
     """A trainer that promises privacy for each single record of a node."""
 
@@ -161,10 +184,9 @@ class RecordPrivate(Protocol):
 
 
 def promising(trainer: Trainer, options: Options) -> Trainer | None:
-    """The trainer of these options where it promises privacy for single records, else None."""
-    chosen = getattr(trainer, "chosen", None)
-    found: Trainer = chosen(options) if chosen is not None else trainer
-    return found if isinstance(found, RecordPrivate) else None
+    """The trainer where it promises privacy for single records under these options, else None."""
+    del options  # a trainer of one kind promises under all of them
+    return trainer if isinstance(trainer, RecordPrivate) else None
 
 
 def own_promise(trainer: Trainer | None) -> bool:

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -117,6 +117,7 @@ class PrivateSgd(ExamplePrivacy):
     """
 
     trainer: TorchTrainer
+    USE: ClassVar[str] = TorchTrainer.USE
     OPTIONS: Mapping[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
 from umbel.strategies.secure.wire import query_of
 
-OPTIONS = {"secure": True, "rounds": 5, "secure-norm": 1.0, "federated-every": -1}
+OPTIONS = {"secure": True, "rounds": 5, "secure-norm": 1.0, "client-eval-every": -1}
 NODES = 4
 
 
