@@ -32,12 +32,6 @@ if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean
 
 
-def processes_of(grid: Grid) -> int:
-    """How many processes share this grid's virtual nodes; 0 where nodes are their own."""
-    pids = getattr(grid, "worker_pids", None)
-    return 0 if pids is None else max(1, len(pids))
-
-
 def public_arrays(public: Mapping[str, Tensor]) -> dict[str, Array]:
     """What questions have released, as it travels beside the model."""
     return {PUBLIC + name: to_array(value) for name, value in public.items()}

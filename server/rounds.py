@@ -18,7 +18,7 @@ from umbel.core.records import Manifest, Tree
 from umbel.server import checkpoint
 from umbel.server.checkpoint import Position
 from umbel.server.delivered import DeliveredModel
-from umbel.server.drive import Phases, drive, stream
+from umbel.server.drive import Phases, drive, sharing, stream
 from umbel.server.observers.base import Observer, RoundDone
 from umbel.server.observers.checkpoints import Checkpoints
 from umbel.server.observers.client_evaluation import ClientEvaluation
@@ -30,7 +30,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.population import Population
 from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.private.statements import Statements
-from umbel.server.queries import QueryRunner, processes_of, trips
+from umbel.server.queries import QueryRunner, trips
 from umbel.server.release import Release
 from umbel.server.requests import Requests
 from umbel.server.roster import NodeRef
@@ -74,7 +74,7 @@ class Rounds:
         sampler: Sampler = job.sampler or options.part("sampler")
         self.population = Population(job, grid, nodes, sampler, self.manifest.size, progress)
         check_rounds(job.stack, self.facts)
-        self._processes = processes_of(grid) if job.pooled else 0
+        self._processes = sharing(grid) if job.pooled else 0
         self._timeout = options.round_timeout or None
         failures = self.population.failures
         self.statements = Statements(run, failures.names)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from umbel.core.flower import Envelope
 from umbel.core.records import to_array
-from umbel.server.embedded.workers import ForkServer
+from umbel.server.pools.processes import ForkServer
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, Sum
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Facts, Stateless

@@ -24,6 +24,7 @@ ADDRESSES = {
     "clients.softmax_trainer": "clients.trainers.softmax",
     "clients.trainer": "clients.trainers.base",
     "server.asking": "server.queries",
+    "server.embedded.workers": "server.pools.processes",
     "strategies.app": "core.app_folder",
     "strategies.errors": "core.errors",
     "strategies.layer": "strategies.transform",

@@ -6,6 +6,7 @@ from flwr.serverapp import Grid
 
 from umbel.server import checkpoint
 from umbel.server.checkpoint import Position
+from umbel.server.drive import states_of
 from umbel.server.observers.base import RoundDone, Watcher
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
@@ -31,11 +32,11 @@ class Checkpoints(Watcher):
     def __init__(
         self, run: RunDirectory, grid: Grid, collect: Collect, rounds: int, progress: Progress
     ) -> None:
-        self._run, self._grid, self._rounds, self._progress = run, grid, rounds, progress
+        self._run, self._rounds, self._progress = run, rounds, progress
         self._path = run.checkpoint_path
         self._saved_at = self._took = 0.0
-        goes_back = hasattr(grid, "restore_states")
-        self.once = isinstance(collect, Seals) and not goes_back
+        self._states = states_of(grid)
+        self.once = isinstance(collect, Seals) and self._states is None
         """Whether nodes answer a round once only: in secret sums, where their records stay."""
 
     def load(self) -> Position | None:
@@ -44,9 +45,8 @@ class Checkpoints(Watcher):
         if position is None:
             self._run.truncate_rounds(-1)
             return None
-        restore = getattr(self._grid, "restore_states", None)
-        if restore is not None:
-            restore(checkpoint.load_nodes(self._path, position.round))
+        if self._states is not None:
+            self._states.restore(checkpoint.load_nodes(self._path, position.round))
         if not self.once:
             self._tell_what_is_repeated(position.round)
         self._run.truncate_rounds(position.round)
@@ -75,8 +75,8 @@ class Checkpoints(Watcher):
     def save(self, position: Position) -> None:
         """Save a position now."""
         now = time.monotonic()
-        states = getattr(self._grid, "pickled_states", dict)
-        checkpoint.save(self._path, position, states())
+        changed = {} if self._states is None else self._states.take_changed()
+        checkpoint.save(self._path, position, changed)
         self._saved_at = time.monotonic()
         self._took = self._saved_at - now
 

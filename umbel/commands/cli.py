@@ -84,6 +84,10 @@ def run_command(
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; 0 is none. Default: one a core.", min=0)
     ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(help="Where nodes run: processes, threads, NAME or NAME://ADDRESS."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<run-id>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
     unprotected: Annotated[
@@ -110,6 +114,7 @@ def run_command(
             options=options,
             nodes=nodes,
             workers=workers,
+            pool=pool,
             out=out,
             resume=resume,
             unprotected=unprotected,
