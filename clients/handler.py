@@ -60,6 +60,7 @@ from umbel.clients.trainers.base import (
 )
 from umbel.core.contents import find_record, take_record
 from umbel.core.errors import ConfigError
+from umbel.core.names import ASK, POOL
 from umbel.core.records import (
     Manifest,
     from_array,
@@ -89,7 +90,6 @@ from umbel.strategies.layout import (
     averaged_buffers,
     local_buffers,
 )
-from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.protection import Outlook, hides, quiet
 from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack

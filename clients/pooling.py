@@ -24,10 +24,17 @@ from umbel.clients.data.examples import each_of
 from umbel.clients.trainers.base import BundleTrainer, Job, Options, Trainer, Weights
 from umbel.core.contents import take_record
 from umbel.core.errors import ConfigError
+from umbel.core.names import (
+    CONFIG,
+    EXAMPLES,
+    MEMBERS,
+    METRICS,
+    MODEL,
+    PUBLIC,
+    QUESTION,
+    UPDATE,
+)
 from umbel.core.records import from_array, to_array
-from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
-from umbel.strategies.layout import CONFIG, MODEL
-from umbel.strategies.private.pooled import MEMBERS, PUBLIC, QUESTION
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:

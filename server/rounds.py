@@ -30,7 +30,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.population import Population
 from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.private.statements import Statements
-from umbel.server.queries import QueryRunner, trips
+from umbel.server.queries import QueryRunner
 from umbel.server.release import Release
 from umbel.server.requests import Requests
 from umbel.server.roster import NodeRef
@@ -176,7 +176,7 @@ class Rounds:
             requests = self._requests.to_train(position, number, cohort, before)
             bytes_down = self._requests.size_of(requests)
         facts = stack.check(before, position.layers)
-        gathering = trips(stack, requests, self._gathering(number, facts))
+        gathering = stack.collect.gather(requests, self._gathering(number, facts))
         del requests  # with them goes the model that was sent, once all have answered
         with phases("train"):
             sum_ = drive(gathering, lambda messages: self._replies(messages, phases))

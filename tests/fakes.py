@@ -18,7 +18,7 @@ from torch import Tensor
 from umbel.core.flower import Envelope
 from umbel.core.records import to_array
 from umbel.server.pools.processes import ForkServer
-from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, Sum
+from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Aggregate, RoundSpec
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Facts, Stateless
 
@@ -89,19 +89,21 @@ def reply(
     return Message(content, reply_to=request(node_id))
 
 
-def gathering(size: int, **changes: Any) -> Gathering:
+def gathering(size: int, **changes: Any) -> RoundSpec:
     """What a collect knows of a round without privacy."""
-    return replace(Gathering(1, size, torch.float32, 1.0, Facts(size)), **changes)
+    return replace(RoundSpec(1, size, torch.float32, 1.0, Facts(size)), **changes)
 
 
-def collected(collect: Any, replies: Iterable[Message], nodes: Sequence[int], round_: Any) -> Sum:
+def collected(
+    collect: Any, replies: Iterable[Message], nodes: Sequence[int], round_: Any
+) -> Aggregate:
     """Drive a one-trip collect with these replies, in this order."""
     steps = collect.gather([request(node) for node in nodes], round_)
     assert [m.metadata.dst_node_id for m in next(steps)] == list(nodes)
     try:
         steps.send(iter(replies))
     except StopIteration as end:
-        assert isinstance(end.value, Sum)
+        assert isinstance(end.value, Aggregate)
         return end.value
     raise AssertionError("the collect made a second trip")
 

@@ -37,7 +37,13 @@ from umbel.result import Result as Result
 from umbel.running import Interrupted as Interrupted
 from umbel.running import run as run
 from umbel.server.private.verify import verify as verify
+from umbel.strategies.aggregator import Aggregate as Aggregate
+from umbel.strategies.aggregator import Aggregator as Aggregator
+from umbel.strategies.aggregator import Contribution as Contribution
+from umbel.strategies.aggregator import Judged as Judged
 from umbel.strategies.collect import PlainSum as PlainSum
+from umbel.strategies.exchange import Exchange as Exchange
+from umbel.strategies.exchange import PlainExchange as PlainExchange
 from umbel.strategies.optimizers import Adaptive as Adaptive
 from umbel.strategies.optimizers import FedAvg as FedAvg
 from umbel.strategies.optimizers import FedAvgM as FedAvgM

@@ -35,6 +35,7 @@ from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
 from umbel.strategies.composition import compose
 from umbel.strategies.contract import Contract
+from umbel.strategies.exchange import Advises
 from umbel.strategies.layout import shows_statistics
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
 from umbel.strategies.private.options import PrivacyOptions
@@ -448,9 +449,9 @@ class FederationServerApp(ServerApp):
 
     def _advise(self, job: TrainingSpec, rounds: Rounds, session: Session) -> None:
         """Say what a user would otherwise find out from a bad curve."""
-        advice = getattr(job.stack.collect, "advice", None)
-        if advice is not None:
-            for line in advice(rounds.facts.expected_replies, job.stack.private):
+        if isinstance(job.stack.collect, Advises):
+            expected = rounds.facts.expected_replies
+            for line in job.stack.collect.advice(expected, job.stack.private):
                 session.progress.note(line)
         self._say_what_is_lost(job, rounds, session)
         normed = any(LOCAL_STATISTICS in name for name in job.buffers)
