@@ -80,6 +80,7 @@ from umbel.strategies.collect import (
     Sealing,
     Seals,
 )
+from umbel.strategies.contexts import SENT, NodeContext
 from umbel.strategies.contract import Contract
 from umbel.strategies.layout import (
     CONFIG,
@@ -132,7 +133,7 @@ class ClientHandler:
         refused = plan.consider(message, context)
         if refused is not None:
             return Message(refused, reply_to=message)
-        task = plan.receive(message, context, self._split(plan, context))
+        task = self._begin(plan, plan.receive(message, context, self._split(plan, context)))
         return plan.reply(task, plan.trainer.train(task.weights, task.split.train, task.job))
 
     def train_many(
@@ -148,7 +149,7 @@ class ClientHandler:
             for message, context in zip(messages, contexts, strict=True):
                 before = tasks[-1] if tasks else None
                 split = self._split(plan, context)
-                tasks.append(plan.receive(message, context, split, before))
+                tasks.append(self._begin(plan, plan.receive(message, context, split, before)))
             trained = plan.trainer.train_cohort(
                 [task.weights for task in tasks],
                 [task.split.train for task in tasks],
@@ -253,6 +254,13 @@ class ClientHandler:
             )
         return self._plans[key]
 
+    def _begin(self, plan: "Plan", task: "_Received") -> "_Received":
+        """The task with what the layers ask for before training."""
+        if "start-loss" in plan.stack.needs:
+            found = plan.trainer.evaluate(task.weights, task.split.train, plan.options)
+            task = replace(task, start_loss=found.metrics.get("loss"))
+        return plan.begin(task)
+
     def _split(self, plan: "Plan", context: Context) -> Split:
         key, node = (context.node_id, _options_key(context)), node_of(context)
         return self._holder.split(
@@ -276,6 +284,7 @@ class _Received:
     job: Job
     account: Charging
     sent: bytes
+    start_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -409,13 +418,34 @@ class Plan:
         weights = Weights(parameters, buffers)
         return _Received(message, context, split, weights, vector, job, account, sent)
 
+    def begin(self, task: _Received) -> _Received:
+        """The task with what the stack's objectives add to its gradients."""
+        if not self.stack.objectives:
+            return task
+        told = self._told(task.message, task.job.round, task.job.learning_rate)
+        correction = self.stack.begin(task.vector, told, task.context.state)
+        return replace(task, job=replace(task.job, correction=correction))
+
+    def _told(self, message: Message, number: int, rate: float | None) -> NodeContext:
+        """What the layers are told of a round, before training."""
+        model = take_record(message.content, MODEL, ArrayRecord)
+        sent = {
+            name.removeprefix(SENT): from_array(array)
+            for name, array in model.items()
+            if name.startswith(SENT)
+        }
+        config: Mapping[str, Any] = take_record(message.content, CONFIG, ConfigRecord)
+        return NodeContext(config=config, sent=sent, round=number, learning_rate=rate or 0.0)
+
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
         config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
         measured = {**trained.metrics, EXAMPLES: trained.examples}
         buffers, examples = trained.weights.buffers, trained.examples
+        told = self._told(task.message, task.job.round, task.job.learning_rate)
+        told = replace(told, steps=trained.steps, start_loss=task.start_loss)
         del trained  # a model; from here on only its difference is needed
-        encoded, said = self.stack.encode(update, config, task.context.state, measured)
+        encoded, said = self.stack.encode(update, config, task.context.state, measured, told)
         del update
         record, size = record_of({UPDATE: to_array(encoded)}), encoded.numel()
         del encoded

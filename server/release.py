@@ -18,7 +18,7 @@ from umbel.server.output.progress import Progress
 from umbel.server.training_spec import TrainingSpec
 from umbel.strategies.collect import NO_REPLY, Sum
 from umbel.strategies.optimizers import ServerOptimizer, advance
-from umbel.strategies.transform import Facts, Round
+from umbel.strategies.transform import Facts, RoundContext
 
 PATIENCE_WITHOUT_REPLIES = 3
 """Rounds in a row without enough replies after which a run gives up."""
@@ -49,7 +49,14 @@ class Release:
         self._failures, self._progress, self._log = failures, progress, log
 
     def apply(
-        self, position: Position, number: int, entering: Facts, facts: Facts, sum_: Sum, least: int
+        self,
+        position: Position,
+        number: int,
+        entering: Facts,
+        facts: Facts,
+        sum_: Sum,
+        least: int,
+        rate: float | None,
     ) -> tuple[Position, dict[str, float]]:
         """The position after round `number`, and what the stack says of it.
 
@@ -60,6 +67,7 @@ class Release:
             facts: see there.
             sum_: what was collected.
             least: the fewest replies that stand for a round.
+            rate: the nodes' learning rate of the round, where it is known.
 
         Raises:
             RunError: the model stopped being finite, or there were not enough replies too often.
@@ -67,13 +75,14 @@ class Release:
         job = self._job
         if (sum_.replies < least and job.guard.seeded) or sum_.aborted:
             return self._abandon(position, number, sum_, least), {}
-        rnd = Round(
+        rnd = RoundContext(
             number=number,
             cohort=entering.expected_replies,
             replies=sum_.replies,
             weight=sum_.weight,
             facts=facts,
             generator=torch.Generator().manual_seed(job.options.seed * 1_000_003 + number),
+            learning_rate=rate or 0.0,
         )
         average, layers, metrics = job.stack.decode(sum_, position.layers, rnd, entering)
         failed_rounds = 0 if job.guard.seeded else position.failed_rounds

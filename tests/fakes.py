@@ -20,7 +20,7 @@ from umbel.core.records import to_array
 from umbel.server.pools.processes import ForkServer
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Aggregate, RoundSpec
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, Stateless
+from umbel.strategies.transform import Broadcast, Facts, NodeContext, RoundContext, Stateless
 
 APPS = Path(__file__).parent / "apps"
 
@@ -34,16 +34,18 @@ class PlusOne(Stateless):
     def init(self, size: int) -> dict[str, Any]:  # type: ignore[override]
         return {"rounds": 0, "seen": torch.zeros(size)}
 
-    def publish(self, state: Mapping[str, Any]) -> dict[str, int]:  # type: ignore[override]
-        return {"rounds": state["rounds"]}
+    def broadcast(self, state: Mapping[str, Any], facts: Facts) -> Broadcast:  # noqa: ARG002
+        return Broadcast({"rounds": state["rounds"]})
 
-    def encode(self, update: Tensor, config: Mapping[str, Any], memory: RecordDict) -> Any:  # noqa: ARG002
-        return update + 1, {"rounds": float(config["rounds"])}
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
+        ctx.report("rounds", float(ctx.config["rounds"]))
+        return update + 1
 
-    def decode(self, total: Tensor, metrics: Any, state: Any, rnd: Any) -> Any:  # noqa: ARG002
-        total = total - rnd.weight
+    def decode(self, total: Tensor, state: Any, ctx: RoundContext) -> Any:
+        total = total - ctx.weight
         after = {"rounds": state["rounds"] + 1, "seen": state["seen"] + total.float()}
-        return total, after, {"replies": float(rnd.replies)}
+        ctx.report("replies", float(ctx.replies))
+        return total, after
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,11 @@ class Times(Stateless):
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         return facts if facts.l2_bound is None else facts.replace(l2_bound=facts.l2_bound * self.by)
 
-    def encode(self, update: Tensor, config: Any, memory: RecordDict) -> Any:  # noqa: ARG002
-        return update * self.by, {}
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:  # noqa: ARG002
+        return update * self.by
 
-    def decode(self, total: Tensor, metrics: Any, state: None, rnd: Any) -> Any:  # noqa: ARG002
-        return total / self.by, state, {}
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> Any:  # noqa: ARG002
+        return total / self.by, state
 
 
 def request(node_id: int = 1001, kind: str = "train", content: RecordDict | None = None) -> Message:

@@ -65,7 +65,7 @@ def test_the_round_names_the_methods_of_a_layer() -> None:
     from umbel.strategies.transform import Transform
 
     picture = (DOCS / "round.svg").read_text(encoding="utf-8")
-    for method in ("check", "publish", "encode", "decode", "claim"):
+    for method in ("check", "broadcast", "encode", "decode", "claim"):
         assert hasattr(Transform, method) and f">{method}: " in picture
 
 

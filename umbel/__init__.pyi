@@ -42,8 +42,16 @@ from umbel.strategies.aggregator import Aggregator as Aggregator
 from umbel.strategies.aggregator import Contribution as Contribution
 from umbel.strategies.aggregator import Judged as Judged
 from umbel.strategies.collect import PlainSum as PlainSum
+from umbel.strategies.contexts import Broadcast as Broadcast
+from umbel.strategies.contexts import NodeContext as NodeContext
+from umbel.strategies.contexts import RoundContext as RoundContext
 from umbel.strategies.exchange import Exchange as Exchange
 from umbel.strategies.exchange import PlainExchange as PlainExchange
+from umbel.strategies.methods.fedprox import FedProx as FedProx
+from umbel.strategies.methods.scaffold import Scaffold as Scaffold
+from umbel.strategies.objective import Correction as Correction
+from umbel.strategies.objective import LocalObjective as LocalObjective
+from umbel.strategies.objective import Objective as Objective
 from umbel.strategies.optimizers import Adaptive as Adaptive
 from umbel.strategies.optimizers import FedAvg as FedAvg
 from umbel.strategies.optimizers import FedAvgM as FedAvgM

@@ -22,7 +22,7 @@ from umbel.clients.given import check_functions, check_trainer, trainer_of, unde
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, promising
+from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_honours, promising
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.options import Options, Value, checked, override, renamed
 from umbel.server.output.report import NOT_ASKED, write_report
@@ -249,7 +249,9 @@ class Federation:
             stack = replace(stack, collect=aggregator)
         if objective is not None:
             stack = replace(stack, layers=(objective, *stack.layers))
-        return compose(stack, options, lambda: self._size(options))
+        stack = compose(stack, options, lambda: self._size(options))
+        check_honours(self.trainer_for(options), stack)
+        return stack
 
     def _size(self, options: Options) -> int:
         """Coordinates of an update before any layer."""
