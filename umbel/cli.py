@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from umbel import run_commands, server_commands
+from umbel import run_commands, runs_listing, server_commands
 from umbel.commands import Commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
@@ -165,6 +165,7 @@ def new_command(
     typer.echo(f"made {folder}; run it with: umbel run {name}")
 
 
+app.command("runs")(runs_listing.runs)
 app.command("report")(run_commands.report)
 app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)
