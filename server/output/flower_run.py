@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import UmbelError
+from umbel.core.app_folder import open_app
+from umbel.core.errors import UmbelError
 
 
 def app_name() -> str | None:

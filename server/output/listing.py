@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from umbel.server.lock import is_locked
+from umbel.core.errors import ConfigError
+from umbel.core.lock import is_locked
 from umbel.server.output.rundir import LOCK, RunDirectory
 from umbel.server.private.coordinator_key import data_folder
-from umbel.strategies.errors import ConfigError
 
 _NOTED = "flower-runs"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import APPS, WarmCommand
-from umbel.server.lock import locked
+from umbel.core.errors import ConfigError
+from umbel.core.lock import locked
 from umbel.server.output.flower_run import app_name, asked_from
 from umbel.server.output.listing import listed, note, noted
 from umbel.server.output.rundir import LOCK, RunDirectory
-from umbel.strategies.errors import ConfigError
 
 
 def run_of(folder: Path, app: str, rounds: int, *, ended: bool = True) -> RunDirectory:
