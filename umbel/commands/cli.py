@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import click
 import typer
 
-from umbel import runs
 from umbel.commands import run as run_commands
+from umbel.commands import runs as runs_command
 from umbel.commands import server as server_commands
 from umbel.commands.groups import Commands
 
@@ -37,7 +37,7 @@ _GROUPS = {
     "data": "Data sets: list them, fetch them.",
     "client": "Be a node of a federation: stay connected, train when asked.",
 }
-"""Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
+"""Command groups, each in a module `umbel.commands.{name}` of its own, as `app`."""
 
 app = Commands(
     name="umbel",
@@ -167,7 +167,7 @@ def new_command(
     typer.echo(f"made {folder}; run it with: umbel run {name}")
 
 
-app.command("runs")(runs.runs)
+app.command("runs")(runs_command.runs)
 app.command("report")(run_commands.report)
 app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)
@@ -183,7 +183,7 @@ def _mount(arguments: list[str]) -> None:
     completing = "_UMBEL_COMPLETE" in os.environ  # a shell asks what could come next
     for name, text in _GROUPS.items():
         if completing or name == wanted:
-            module = importlib.import_module(f"umbel.{name}_commands")
+            module = importlib.import_module(f"umbel.commands.{name}")
             app.add_typer(module.app, name=name, help=text)
         else:
             app.add_typer(Commands(), name=name, help=text)
