@@ -234,6 +234,8 @@ class Processes:
         return self.running[name]
 
     def _begin(self, words: Sequence[str], out: Path, err: Path) -> Running:
+        for file in (out, err):
+            file.touch()
         if "LD_PRELOAD" not in self._environment:
             where = {"cwd": self.folder, "environment": self._environment}
             return self._warm.start(*words, **where, out=out, err=err)
