@@ -356,7 +356,7 @@ class FederationServerApp(ServerApp):
     def _run(self, grid: Grid, context: Context) -> None:
         federation = self.federation
         options = federation.complete(context.run_config)
-        session = current(federation.name or "federation", dict(options))
+        session = current(federation.name, dict(options))
         nodes = roster(grid)
         job = federation.job(options, len(nodes))
         contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)

@@ -17,6 +17,7 @@ import click
 import typer
 
 from umbel.commands import run as run_commands
+from umbel.commands import runs as runs_command
 from umbel.commands import server as server_commands
 from umbel.commands import upkeep as upkeep_commands
 from umbel.commands.groups import Commands
@@ -172,6 +173,7 @@ def new_command(
     typer.echo(f"made {folder}; run it with: umbel run {name}")
 
 
+app.command("runs")(runs_command.runs)
 app.command("report")(run_commands.report)
 app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)
