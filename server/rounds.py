@@ -190,6 +190,7 @@ class Rounds:
         model = position.parameters
         with phases("aggregate"):
             least = self.population.least(len(cohort))
+            rate = self._requests.learning_rate(number)
             position, said = self._release.apply(position, number, before, facts, sum_, least)
         done = RoundDone(
             number=number,
@@ -199,7 +200,7 @@ class Rounds:
             bytes_down=bytes_down,
             used=position.parameters is not model,
             train=said,
-            learning_rate=self._requests.learning_rate(number),
+            learning_rate=rate,
             epsilon=guard.epsilon(),
         )
         del sum_, model

@@ -26,7 +26,7 @@ from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_h
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.options import Options, Value, checked, override, renamed
 from umbel.core.records import Tree
-from umbel.server.output.report import write_report
+from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
 from umbel.server.provenance import record_start
@@ -256,7 +256,7 @@ class Federation:
         if objective is not None:
             stack = replace(stack, layers=(objective, *stack.layers))
         stack = compose(stack, options, lambda: self._size(options), asked)
-        check_honours(self.trainer_for(options), stack, options)
+        check_honours(self.trainer_for(options), stack)
         return stack
 
     def _first(self, options: Options) -> tuple[Tree, Tree]:
@@ -366,7 +366,7 @@ class FederationServerApp(ServerApp):
     def _run(self, grid: Grid, context: Context) -> None:
         federation = self.federation
         options = federation.complete(context.run_config)
-        session = current(federation.name or "federation", dict(options))
+        session = current(federation.name, dict(options))
         nodes = roster(grid)
         job = federation.job(options, len(nodes))
         contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)
@@ -424,12 +424,14 @@ class FederationServerApp(ServerApp):
     def _say_what_is_not_asked(
         self, job: TrainingSpec, asked: RunOptions, session: Session
     ) -> None:
-        """Say why the table of the nodes' own measurements will be empty."""
+        """Say why the table of the nodes' own measurements will be empty; reports say it too."""
         if job.quiet and asked.client_eval_every >= 0:
-            session.progress.note(
+            reason = (
                 f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
                 "accuracies and numbers of examples would tell about them what that hides"
             )
+            session.progress.note(reason)
+            session.run.write_config({**session.run.config(), NOT_ASKED: reason})
 
     def _say_who_comes(self, asked: RunOptions, private: "PrivateRun", session: Session) -> None:
         """Write down how a private run draws its cohorts, where its options said another way."""
@@ -460,7 +462,8 @@ class FederationServerApp(ServerApp):
     def _advise(self, job: TrainingSpec, rounds: Rounds, session: Session) -> None:
         """Say what a user would otherwise find out from a bad curve."""
         if isinstance(job.stack.collect, Advises):
-            for line in job.stack.collect.advice(rounds.facts.expected_replies, job.stack.private):
+            expected = rounds.facts.expected_replies
+            for line in job.stack.collect.advice(expected, job.stack.private):
                 session.progress.note(line)
         self._say_what_is_lost(job, rounds, session)
         normed = any(LOCAL_STATISTICS in name for name in job.buffers)

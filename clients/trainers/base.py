@@ -141,42 +141,32 @@ class Honours(Protocol):
         ...
 
 
-@runtime_checkable
-class ChosenByOptions(Protocol):
-    """A trainer that stands for another one, which the options name."""
-
-    def chosen(self, options: Options) -> "Trainer":
-        """That one."""
-        ...
-
-
-def check_honours(trainer: Trainer, stack: "Stack", options: Options) -> None:
+def check_honours(trainer: Trainer, stack: "Stack") -> None:
     """Refuse a stack that asks for what a trainer would leave out.
 
     Raises:
         ConfigError: the trainer does not apply the corrections of the stack's objectives.
     """
-    found = trainer.chosen(options) if isinstance(trainer, ChosenByOptions) else trainer
-    honours = found.honours if isinstance(found, Honours) else frozenset()
-    if "start-loss" in stack.needs and isinstance(found, RecordPrivate):
+    honours = trainer.honours if isinstance(trainer, Honours) else frozenset()
+    if "start-loss" in stack.needs and isinstance(trainer, RecordPrivate):
         raise ConfigError(
-            f"{stack} looks at the exact loss of a node's records, which {type(found).__name__} "
+            f"{stack} looks at the exact loss of a node's records, which {type(trainer).__name__} "
             "promises to hide; take a method without it, or privacy of whole nodes (epsilon)"
         )
-    if stack.twice and isinstance(found, RecordPrivate):
+    if stack.twice and isinstance(trainer, RecordPrivate):
         raise ConfigError(
-            f"{stack.twice[0].name} trains a second model a round, which {type(found).__name__} "
+            f"{stack.twice[0].name} trains a second model a round, which {type(trainer).__name__} "
             "would charge a node's records for once more; take a method that trains one"
         )
     if "steps" in stack.needs and CORRECTION not in honours:
         raise ConfigError(
-            f"{stack} counts the nodes' local steps, and {type(found).__name__} does not say them; "
-            "take TorchTrainer"
+            f"{stack} counts the nodes' local steps, and {type(trainer).__name__} does not say "
+            "them; take TorchTrainer"
         )
     if stack.objectives and CORRECTION not in honours:
         raise ConfigError(
             f"{stack.objectives[0].name} changes the gradients that nodes train with, and "
-            f"{type(found).__name__} does not apply that; take TorchTrainer, or leave "
+            f"{type(trainer).__name__} does not apply that; take TorchTrainer, or leave "
             f"{stack.objectives[0].name} out"
         )
 
