@@ -86,8 +86,8 @@ from umbel.strategies.secure.rotate import Rotate as Rotate
 from umbel.strategies.secure.secure_sum import SecureSum as SecureSum
 from umbel.strategies.secure.weigh import Weigh as Weigh
 from umbel.strategies.stack import Stack as Stack
-from umbel.strategies.transform import Claim as Claim
-from umbel.strategies.transform import Facts as Facts
+from umbel.strategies.facts import Claim as Claim
+from umbel.strategies.facts import Facts as Facts
 from umbel.strategies.transform import Round as Round
 from umbel.strategies.transform import Stateless as Stateless
 from umbel.strategies.transform import Transform as Transform
