@@ -47,6 +47,8 @@ from umbel.strategies.contexts import NodeContext as NodeContext
 from umbel.strategies.contexts import RoundContext as RoundContext
 from umbel.strategies.exchange import Exchange as Exchange
 from umbel.strategies.exchange import PlainExchange as PlainExchange
+from umbel.strategies.facts import Claim as Claim
+from umbel.strategies.facts import Facts as Facts
 from umbel.strategies.methods.feddyn import FedDyn as FedDyn
 from umbel.strategies.methods.fedexp import FedExP as FedExP
 from umbel.strategies.methods.fednova import FedNova as FedNova
@@ -86,8 +88,6 @@ from umbel.strategies.secure.rotate import Rotate as Rotate
 from umbel.strategies.secure.secure_sum import SecureSum as SecureSum
 from umbel.strategies.secure.weigh import Weigh as Weigh
 from umbel.strategies.stack import Stack as Stack
-from umbel.strategies.facts import Claim as Claim
-from umbel.strategies.facts import Facts as Facts
 from umbel.strategies.transform import Round as Round
 from umbel.strategies.transform import Stateless as Stateless
 from umbel.strategies.transform import Transform as Transform
