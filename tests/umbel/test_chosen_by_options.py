@@ -9,6 +9,7 @@ from torch import nn
 
 import umbel
 from umbel import Federation, OneStep, TorchTrainer
+from umbel import former as former_names
 from umbel.clients.data.examples import Examples
 from umbel.clients.given import trainer_of
 from umbel.clients.trainers.base import Job, Trainer
@@ -98,7 +99,7 @@ def test_former_names_of_options_are_understood() -> None:
 
 
 def test_former_names_of_the_package_are_understood() -> None:
-    assert umbel.Featured is umbel.PrecomputedFeatures
-    assert umbel.Recipe is umbel.FeatureMap
+    for former, today in former_names.NAMES.items():
+        assert getattr(umbel, former) is getattr(umbel, today)
     assert replace(either, tuned=lambda _: {"rounds": 4}).complete({})["rounds"] == 4
     assert "Recipe" not in dir(umbel)
