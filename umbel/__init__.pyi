@@ -26,6 +26,7 @@ from umbel.clients.trainers.sklearn import SklearnTrainer as SklearnTrainer
 from umbel.clients.trainers.softmax import SoftmaxTrainer as SoftmaxTrainer
 from umbel.core.errors import CheckError as CheckError
 from umbel.core.errors import ConfigError as ConfigError
+from umbel.core.errors import Interrupted as Interrupted
 from umbel.core.errors import RunError as RunError
 from umbel.core.errors import StackError as StackError
 from umbel.core.errors import UmbelError as UmbelError
@@ -34,7 +35,6 @@ from umbel.federation import Federation as Federation
 from umbel.former import ChosenTrainer as ChosenTrainer
 from umbel.loading import load as load
 from umbel.result import Result as Result
-from umbel.running import Interrupted as Interrupted
 from umbel.running import run as run
 from umbel.server.private.verify import verify as verify
 from umbel.strategies.aggregator import Aggregate as Aggregate
