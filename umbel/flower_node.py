@@ -105,7 +105,9 @@ def toml(value: Any) -> str:
     """A plain value as TOML, for Flower's `K=V` options."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # inf, -inf and nan are words of TOML
-    return json.dumps(value) if not isinstance(value, bool) else str(value).lower()
+    return (
+        json.dumps(value, ensure_ascii=False) if not isinstance(value, bool) else str(value).lower()
+    )
 
 
 def _free_port() -> int:
