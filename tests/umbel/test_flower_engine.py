@@ -82,7 +82,7 @@ def test_the_app_that_flower_gets_names_every_option_that_was_changed(tmp_path: 
     assert (copy / "task.py").read_bytes() == (folder.path / "task.py").read_bytes()
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, 0.5, 3, True, 'a "b" \\ c', "ü"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 0.5, 3, True, 'a "b" \\ c', "ü 😀"])
 def test_every_value_of_an_option_reaches_flower_as_it_is(value: object) -> None:
     assert tomllib.loads(f"v = {toml(value)}")["v"] == value
 
