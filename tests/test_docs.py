@@ -65,13 +65,13 @@ def test_the_round_names_the_methods_of_a_layer() -> None:
     from umbel.strategies.transform import Transform
 
     picture = (DOCS / "round.svg").read_text(encoding="utf-8")
-    for method in ("check", "publish", "encode", "decode", "claim"):
+    for method in ("check", "broadcast", "encode", "decode", "claim"):
         assert hasattr(Transform, method) and f">{method}: " in picture
 
 
 def test_the_reference_has_every_public_name_once() -> None:
     named = re.findall(r"^::: ([\w.]+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
-    homes = {f"umbel.{home}.{name}" for name, home in umbel._HOMES.items()}
+    homes = {f"{home}.{name}" for name, home in umbel._HOMES.items() if "former" not in home}
     assert homes <= set(named)
     assert len(named) == len(set(named))
 

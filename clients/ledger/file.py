@@ -349,8 +349,8 @@ def _limits_as_json(limits: Limits) -> dict[str, Any]:
 
 
 def _limits_from_json(plain: Mapping[str, Any]) -> Limits:
-    known: dict[str, Any] = {k: math.inf if v == "unlimited" else v for k, v in plain.items()}
-    return Limits(**known)
+    read: dict[str, Any] = {k: math.inf if v == "unlimited" else v for k, v in plain.items()}
+    return Limits(**read)
 
 
 def _row(release: Release) -> list[Any]:

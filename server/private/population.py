@@ -128,8 +128,8 @@ def name_of(app: str, data: object) -> str:
 def declaration(data: object) -> str:
     """What an app says of where its data come from.
 
-    An object with a `source` says it itself (`umbel.Partitioned`, `umbel.Featured`); a data set
-    is its name, a function its own, an object its class.
+    An object with a `source` says it itself (`umbel.Partitioned`, `umbel.PrecomputedFeatures`); a
+    data set is its name, a function its own, an object its class.
     """
     source = getattr(data, "source", None)
     if source is not None:

@@ -106,6 +106,8 @@ def test_an_unmodified_flower_app_runs_under_watch_and_shuts_down(processes: Any
         assert processes.wait(name) == 0
     shown = json.loads(processes.umbel("status", "--state", "state", "--json").stdout)
     assert shown["phase"] == "stopped"
+    states = {node["name"]: node["state"] for node in shown["nodes"]}
+    assert states == {"n1": "away", "n2": "waiting"}, "one had left before the server did"
     modes = {path.stat().st_mode & 0o077 for path in processes.folder.rglob("*.pem")}
     assert modes == {0}
 

@@ -10,7 +10,7 @@ from dp_accounting import GaussianDpEvent, TruncatedSubsampledGaussianDpEvent, Z
 
 from tests.server.test_private_means import Blobs
 from tests.server.test_private_run import Lab, certificate, ledger_of
-from umbel import Dirichlet, Featured, Partitioned, Recipe
+from umbel import Dirichlet, FeatureMap, Partitioned, PrecomputedFeatures
 from umbel.core.errors import CheckError, ConfigError
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.events import REPLACE, ZERO_OUT, Charge
@@ -49,7 +49,7 @@ def test_the_data_name_the_population_and_not_how_they_are_divided() -> None:
     one = of(Partitioned("digits", Dirichlet(0.5)))
     assert one.startswith("app.digits-")
     assert one == of(Partitioned("digits", seed=3, test_fraction=0.2)) == of("digits")
-    assert one == of(Featured("digits", Recipe("pixels", 64, lambda rows: rows)))
+    assert one == of(PrecomputedFeatures("digits", FeatureMap("pixels", 64, lambda rows: rows)))
     assert one != of(Partitioned("wine"))
     assert one != name_of("other-app", Partitioned("digits"))
     assert declaration(ledger_of) == declaration(functools.partial(ledger_of, "x"))

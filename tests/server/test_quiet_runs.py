@@ -88,7 +88,7 @@ def test_nodes_are_not_asked_what_would_tell_what_a_run_hides(
     said = Said()
     for every in (0, 1):
         out = tmp_path / str(every)
-        given = {**PLAIN, **options, "federated-every": every}
+        given = {**PLAIN, **options, "client-eval-every": every}
         run(app, options=given, nodes=6, workers=0, out=out, progress=said)
         assert "train" in asked and "evaluate" not in asked
         assert any(f"not asked to evaluate the model, because {why}" in note for note in said.notes)

@@ -17,6 +17,7 @@ import click
 import typer
 
 from umbel.commands import run as run_commands
+from umbel.commands import runs as runs_command
 from umbel.commands import server as server_commands
 from umbel.commands import upkeep as upkeep_commands
 from umbel.commands.groups import Commands
@@ -84,6 +85,10 @@ def run_command(
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; 0 is none. Default: one a core.", min=0)
     ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(help="Where nodes run: processes, threads, NAME or NAME://ADDRESS."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<run-id>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
     unprotected: Annotated[
@@ -110,6 +115,7 @@ def run_command(
             options=options,
             nodes=nodes,
             workers=workers,
+            pool=pool,
             out=out,
             resume=resume,
             unprotected=unprotected,
@@ -167,6 +173,7 @@ def new_command(
     typer.echo(f"made {folder}; run it with: umbel run {name}")
 
 
+app.command("runs")(runs_command.runs)
 app.command("report")(run_commands.report)
 app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)
