@@ -21,10 +21,10 @@ from torch import Tensor
 
 from umbel.core.flower import Envelope
 from umbel.core.records import to_array
-from umbel.server.embedded.workers import ForkServer
-from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, Sum
+from umbel.server.pools.processes import ForkServer
+from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Aggregate, RoundSpec
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, Stateless
+from umbel.strategies.transform import Broadcast, Facts, NodeContext, RoundContext, Stateless
 
 APPS = Path(__file__).parent / "apps"
 
@@ -38,16 +38,18 @@ class PlusOne(Stateless):
     def init(self, size: int) -> dict[str, Any]:  # type: ignore[override]
         return {"rounds": 0, "seen": torch.zeros(size)}
 
-    def publish(self, state: Mapping[str, Any]) -> dict[str, int]:  # type: ignore[override]
-        return {"rounds": state["rounds"]}
+    def broadcast(self, state: Mapping[str, Any], facts: Facts) -> Broadcast:  # noqa: ARG002
+        return Broadcast({"rounds": state["rounds"]})
 
-    def encode(self, update: Tensor, config: Mapping[str, Any], memory: RecordDict) -> Any:  # noqa: ARG002
-        return update + 1, {"rounds": float(config["rounds"])}
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
+        ctx.report("rounds", float(ctx.config["rounds"]))
+        return update + 1
 
-    def decode(self, total: Tensor, metrics: Any, state: Any, rnd: Any) -> Any:  # noqa: ARG002
-        total = total - rnd.weight
+    def decode(self, total: Tensor, state: Any, ctx: RoundContext) -> Any:
+        total = total - ctx.weight
         after = {"rounds": state["rounds"] + 1, "seen": state["seen"] + total.float()}
-        return total, after, {"replies": float(rnd.replies)}
+        ctx.report("replies", float(ctx.replies))
+        return total, after
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ class Times(Stateless):
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         return facts if facts.l2_bound is None else facts.replace(l2_bound=facts.l2_bound * self.by)
 
-    def encode(self, update: Tensor, config: Any, memory: RecordDict) -> Any:  # noqa: ARG002
-        return update * self.by, {}
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:  # noqa: ARG002
+        return update * self.by
 
-    def decode(self, total: Tensor, metrics: Any, state: None, rnd: Any) -> Any:  # noqa: ARG002
-        return total / self.by, state, {}
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> Any:  # noqa: ARG002
+        return total / self.by, state
 
 
 def request(node_id: int = 1001, kind: str = "train", content: RecordDict | None = None) -> Message:
@@ -93,19 +95,21 @@ def reply(
     return Message(content, reply_to=request(node_id))
 
 
-def gathering(size: int, **changes: Any) -> Gathering:
+def gathering(size: int, **changes: Any) -> RoundSpec:
     """What a collect knows of a round without privacy."""
-    return replace(Gathering(1, size, torch.float32, 1.0, Facts(size)), **changes)
+    return replace(RoundSpec(1, size, torch.float32, 1.0, Facts(size)), **changes)
 
 
-def collected(collect: Any, replies: Iterable[Message], nodes: Sequence[int], round_: Any) -> Sum:
+def collected(
+    collect: Any, replies: Iterable[Message], nodes: Sequence[int], round_: Any
+) -> Aggregate:
     """Drive a one-trip collect with these replies, in this order."""
     steps = collect.gather([request(node) for node in nodes], round_)
     assert [m.metadata.dst_node_id for m in next(steps)] == list(nodes)
     try:
         steps.send(iter(replies))
     except StopIteration as end:
-        assert isinstance(end.value, Sum)
+        assert isinstance(end.value, Aggregate)
         return end.value
     raise AssertionError("the collect made a second trip")
 

@@ -18,7 +18,7 @@ from umbel.core.app_folder import open_app
 from umbel.core.flower import take_identity
 from umbel.core.records import to_array
 from umbel.server.embedded.grid import EmbeddedGrid
-from umbel.strategies.collect import Gathering
+from umbel.strategies.collect import RoundSpec
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.node_policy import POLICY, policy_of
 from umbel.strategies.stack import Stack
@@ -160,7 +160,7 @@ def _asked(stack: Stack) -> Message:
     model = ArrayRecord({PARAMETERS: to_array(torch.zeros(10))})
     requests = [Message(RecordDict({MODEL: model, CONFIG: told}), 1001, "train")] * 3
     facts = stack.check(before, states)
-    round_ = Gathering(1, facts.size, torch.float32, 3.0, facts, run_id=1)
+    round_ = RoundSpec(1, facts.size, torch.float32, 3.0, facts, run_id=1)
     return next(stack.collect.gather(requests, round_))[0]
 
 

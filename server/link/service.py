@@ -23,6 +23,7 @@ from umbel.server.link.doorkeeper import check_room_for, raise_file_limit
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub, NodeState
 from umbel.server.link.listener import ListenConfig, Listener
+from umbel.server.output import strict
 from umbel.server.output.progress import Progress
 from umbel.transport.allocator import share_one_arena
 from umbel.transport.certificates import (
@@ -280,7 +281,7 @@ def write_status(state: Path, status: Mapping[str, Any]) -> None:
     """Replace the status file; a full disk must not end a run for it."""
     part = state / ".status.json"
     try:
-        part.write_text(json.dumps(status, default=str))
+        part.write_text(strict.dumps(status))
         part.replace(state / "status.json")
     except OSError:
         part.unlink(missing_ok=True)
@@ -302,6 +303,8 @@ def read_status(state: Path) -> dict[str, Any]:
     status: dict[str, Any] = {"run": None, "round": 0, "phase": "stopped", "nodes": []}
     try:
         status |= json.loads((state / "status.json").read_text())
+        # Not of the whole: a node may be called Infinity.
+        status |= {name: strict.revived(status.get(name)) for name in ("metrics", "epsilon")}
     except (OSError, ValueError):
         status["at"] = 0.0
     running = time.time() - float(status["at"]) < STALE_S and not status.get("ended")

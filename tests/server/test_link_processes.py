@@ -122,7 +122,7 @@ def test_a_killed_server_says_that_an_app_with_its_own_rounds_begins_again(proce
         processes.node(name, "--node-config", f"partition-id={number} num-partitions=2")
     status = ("status", "--state", "state", "--json")
     wait_for(processes, lambda: json.loads(processes.umbel(*status).stdout)["round"] > 3)
-    processes.running.pop("server").kill()
+    processes.kill("server")
     processes.server(*words)
     assert processes.wait("server") == 0, processes.log("server")
     assert "started again, it begins at round 1" in processes.log("server")

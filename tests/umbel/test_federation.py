@@ -111,13 +111,13 @@ def test_the_same_app_gives_the_same_model_under_ray(
 
 
 def test_what_a_choice_implies_follows_it_and_yields_to_what_is_given(slope: Federation) -> None:
-    plans = {"a": {"rounds": 30, "tau": 0.5}, "b": {"rounds": 40, "tau": 0.25}}
+    plans = {"a": {"rounds": 30, "tau": 0.5}, "b": {"rounds": 40, "adaptive-epsilon": 0.25}}
     chosen = replace(slope, options={"way": "a"}, tuned=lambda options: plans[str(options["way"])])
     plain = chosen.complete({"rounds": 0})  # 0 rounds are none, so the choice decides
-    assert (plain["rounds"], plain["tau"]) == (30, 0.5)
+    assert (plain["rounds"], plain["adaptive-epsilon"]) == (30, 0.5)
     other = chosen.override(plain, {"way": "b"})
-    assert (other["rounds"], other["tau"]) == (40, 0.25)
+    assert (other["rounds"], other["adaptive-epsilon"]) == (40, 0.25)
     assert chosen.complete(other) == other, "a node or another engine completes it once more"
     by_hand = chosen.override(chosen.complete({"rounds": 7}), {"way": "b", "tau": 1.0})
-    assert (by_hand["rounds"], by_hand["tau"]) == (7, 1.0)
+    assert (by_hand["rounds"], by_hand["adaptive-epsilon"]) == (7, 1.0)
     assert chosen.complete({"way": "b", "rounds": 0})["rounds"] == 40
