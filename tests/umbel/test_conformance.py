@@ -352,7 +352,7 @@ BROKEN_LAYERS: list[tuple[dict[str, Any], str]] = [
     ({"claim": _claim(unit="house"), "decode": _decode}, "known unit"),
     ({"claim": _claim(relation="near"), "decode": _decode}, "known relation"),
     ({"claim": _claim(against="everybody"), "decode": _decode}, "known against"),
-    ({"claim": _claim(slack=-1.0), "decode": _decode}, "known slack"),
+    ({"claim": _claim(extra_delta=-1.0), "decode": _decode}, "known slack"),
     ({"claim": _claim()}, "does something for it"),
 ]
 
