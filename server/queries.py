@@ -24,16 +24,10 @@ from umbel.server.drive import ROUND_TTL, drive, stream
 from umbel.server.privacy_gate import PrivacyGate
 from umbel.server.roster import NodeRef
 from umbel.strategies.aggregator import RoundSpec
-from umbel.strategies.transform import Facts, Round
+from umbel.strategies.transform import Facts, RoundContext
 
 if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean
-
-
-def processes_of(grid: Grid) -> int:
-    """How many processes share this grid's virtual nodes; 0 where nodes are their own."""
-    pids = getattr(grid, "worker_pids", None)
-    return 0 if pids is None else max(1, len(pids))
 
 
 def public_arrays(public: Mapping[str, Tensor]) -> dict[str, Array]:
@@ -115,7 +109,7 @@ class QueryRunner:
                 f"{sum_.rejected[0].reason}"
             )
         self.guard.release(question.name, question.claims(number))
-        rnd = Round(
+        rnd = RoundContext(
             number=number,
             cohort=everyone,
             replies=sum_.replies,

@@ -28,10 +28,12 @@ from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Claim, Facts, Round
+from umbel.strategies.transform import Claim, Facts, RoundContext
 
 SIZE = 64
 """Coordinates for which a stack is asked what it does, where its layers take any number."""
+PROXIMAL = "proximal-mu"
+"""The option for the strength of FedProx; trainers that take corrections have it."""
 MANY = float(1 << 20)
 """Nodes of a round that is so large that no stack is too small for it."""
 
@@ -74,12 +76,31 @@ def compose(stack: Stack, options: Options, size: Callable[[], int]) -> Stack:
         StackError: layers that do not fit together.
     """
     asked = Asked.read(options)
+    stack = with_proximal(stack, float(options.get(PROXIMAL, 0.0)))
     try:
         return _composed(stack, asked, SIZE)
     except Exception:
         if all(type(layer).__module__.startswith("umbel.") for layer in stack.layers):
             raise
         return _composed(stack, asked, size())  # an app's layer may be made for one model
+
+
+def with_proximal(stack: Stack, mu: float) -> Stack:
+    """The stack with what the option `proximal-mu` asks for, above all layers.
+
+    Raises:
+        ConfigError: the app's stack has a proximal term of its own.
+    """
+    if not mu:
+        return stack
+    from umbel.strategies.methods.fedprox import FedProx
+
+    if any(isinstance(layer, FedProx) for layer in stack.layers):
+        raise ConfigError(
+            f"proximal-mu is {mu:g}, but the app's own stack {stack} has FedProx already; leave "
+            "the option out"
+        )
+    return replace(stack, layers=(FedProx(mu), *stack.layers))
 
 
 def _composed(stack: Stack, asked: Asked, size: int) -> Stack:
@@ -275,5 +296,7 @@ def _play(stack: Stack, facts: Facts, rounds: int) -> None:
             torch.ones(bottom.size, dtype=torch.float64), cohort, round(cohort), cohort
         )
         generator = torch.Generator().manual_seed(number)
-        rnd = Round(number, cohort, round(cohort), cohort, bottom, generator)
+        rnd = RoundContext(
+            number, cohort, round(cohort), cohort, bottom, generator, learning_rate=1.0
+        )
         _, states, _ = stack.decode(sum_, states, rnd, before)

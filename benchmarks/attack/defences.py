@@ -31,7 +31,7 @@ from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, Metrics, Stateless, Transform
+from umbel.strategies.transform import Facts, Metrics, NodeContext, Stateless, Transform
 
 
 @dataclass(frozen=True)
@@ -372,8 +372,9 @@ class _Telling(Stack):
         config: Mapping[str, Any],
         memory: RecordDict,
         measured: Metrics | None = None,
+        told: NodeContext | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        sent, _ = super().encode(update, config, memory, measured)
+        sent, _ = super().encode(update, config, memory, measured, told)
         return sent, dict(measured or {})
 
 

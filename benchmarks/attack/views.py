@@ -18,7 +18,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,7 +28,7 @@ from flwr.serverapp import ServerApp
 from torch import Tensor
 
 from umbel.clients.data.examples import Node
-from umbel.clients.trainers.base import Trainer
+from umbel.clients.trainers.base import SizesGroups, Trainer
 from umbel.core.contents import records_of, take_record
 from umbel.core.options import Options
 from umbel.core.records import Manifest, from_array
@@ -48,10 +48,9 @@ class Attackable(Protocol):
     """What is attacked: `umbel.Federation`, which must be a dataclass with a field `stack`."""
 
     @property
-    def trainer(self) -> Trainer: ...
-    @property
     def data(self) -> Callable[[Node, Options], Any]: ...
     def complete(self, given: Options) -> dict[str, Any]: ...
+    def trainer_for(self, options: Options) -> Trainer: ...
     def stack_for(self, options: Options) -> Stack: ...
     def client_app(self) -> ClientApp: ...
     def server_app(self) -> ServerApp: ...
@@ -191,9 +190,9 @@ def play(
         return replace(inner, collect=asking(overheard(inner.collect, heard, listen)))
 
     complete = federation.complete(options)
-    tapped: Attackable = replace(federation, stack=stack)  # type: ignore[type-var]
-    size = getattr(federation.trainer, "group_size", None)
-    group = int(size(complete)) if size is not None else 1
+    tapped: Attackable = as_it_is(federation, {"stack": stack})
+    trainer = federation.trainer_for(complete)
+    group = trainer.group_size(complete) if isinstance(trainer, SizesGroups) else 1
     with tempfile.TemporaryDirectory(prefix="umbel-bench-") as folder:
         config = {"options": complete, "rehearsal": True}
         run = RunDirectory.create(None, "bench", config, out=Path(folder) / "run")
@@ -203,13 +202,24 @@ def play(
         context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(complete))
         with grid, session(run, SilentProgress()) as opened:
             tapped.server_app()(grid, context)
-        first = federation.trainer.initial(complete, int(complete["seed"])).parameters
+        first = trainer.initial(complete, int(complete["seed"])).parameters
         manifest = Manifest.of(first)
         final = manifest.flatten(run.read_model())
         mechanism: Mapping[str, Any] = {}
         if run.certificate_path.is_file():
             mechanism = json.loads(run.certificate_path.read_text(encoding="utf-8"))["mechanism"]
         return Played(dict(opened.result), run.rounds(), heard, final, manifest, mechanism)
+
+
+def as_it_is(federation: Attackable, changes: Mapping[str, Any]) -> Any:
+    """The federation with a stack to which its options add nothing: that has happened already.
+
+    A broken layer is not recognised for what it claims to be, so it would be added again.
+    """
+    kind: Any = type(federation)
+    made = type(kind.__name__, (kind,), {"stack_for": lambda self, given: self.stack(given)})
+    known = {field.name: getattr(federation, field.name) for field in fields(kind) if field.init}
+    return made(**{**known, **changes})
 
 
 def overheard(collect: Exchange, heard: list[Heard], listen: Callable[[int], bool]) -> Exchange:

@@ -15,6 +15,7 @@ from umbel.benchmarks.speed import apps
 from umbel.benchmarks.speed.ray_side import echo_under_ray
 from umbel.clients.admission import admit
 from umbel.core.app_folder import open_app
+from umbel.core.flower import take_identity
 from umbel.core.records import to_array
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.strategies.collect import RoundSpec
@@ -130,6 +131,7 @@ def gate(*, repeats: int) -> dict[str, float]:
     that is done for a request to train beside training, sealing and sending.
     """
     found = {}
+    take_identity(1)  # no grid has been made yet
     with tempfile.TemporaryDirectory() as where:
         folder = apps.write_federation(Path(where) / "app", _TASK, name="ten", config="")
         app: Any = open_app(folder).client_app()
