@@ -82,7 +82,7 @@ def compose(stack: Stack, options: Options | Asked, size: Callable[[], int]) -> 
     asked = options if isinstance(options, Asked) else Asked.read(options)
     stack = with_proximal(stack, asked.proximal)
     try:
-        return _composed(stack, asked, SIZE)
+        return _composed(stack, asked, stack.model_size or SIZE)
     except Exception:
         if all(type(layer).__module__.startswith("umbel.") for layer in stack.layers):
             raise
@@ -280,7 +280,7 @@ def check_rounds(stack: Stack, facts: Facts, rounds: int = 2) -> None:
     """
     stack.check(facts.replace(round=1), stack.init(facts.size))
     try:
-        _play(stack, facts.replace(size=SIZE), rounds)
+        _play(stack, facts.replace(size=stack.model_size or SIZE), rounds)
     except StackError:
         raise
     except Exception:

@@ -47,7 +47,11 @@ from umbel.strategies.contexts import NodeContext as NodeContext
 from umbel.strategies.contexts import RoundContext as RoundContext
 from umbel.strategies.exchange import Exchange as Exchange
 from umbel.strategies.exchange import PlainExchange as PlainExchange
+from umbel.strategies.methods.feddyn import FedDyn as FedDyn
+from umbel.strategies.methods.fedexp import FedExP as FedExP
+from umbel.strategies.methods.fednova import FedNova as FedNova
 from umbel.strategies.methods.fedprox import FedProx as FedProx
+from umbel.strategies.methods.qfedavg import QFedAvg as QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold as Scaffold
 from umbel.strategies.objective import Correction as Correction
 from umbel.strategies.objective import LocalObjective as LocalObjective

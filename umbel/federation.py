@@ -296,7 +296,7 @@ class Federation:
             options=asked.run,
             privacy=asked.privacy,
             stack=stack,
-            evaluate=self._central_evaluation(trainer, options),
+            evaluate=None if stack.keeps_parts else self._central_evaluation(trainer, options),
             learning_rate=checked_rate(options),
             questions=questions,
             statistics=statistics_of(trainer, stack, options),
