@@ -34,6 +34,7 @@ from umbel.clients.frameworks.jax_step import (
     Program,
     own_loss,
     to_tensor,
+    words,
 )
 from umbel.clients.local_settings import LocalSettings
 from umbel.clients.pytorch.batches import plan
@@ -185,10 +186,10 @@ class JaxTrainer(JaxSettings):
             for number, rows in enumerate(plan(batches.size, settings, job.seed)):
                 x, y, count, size = self._batch(program, batches, rows, settings)
                 weight = (np.arange(size) < count).astype(np.float32)
-                key = program.key(job.seed, number + 1)
+                seed = words(job.seed, number)
                 try:
                     params, moments, state, loss = program.step(
-                        params, moments, state, x, y, weight, key, active, pull, strength, rate
+                        params, moments, state, x, y, weight, seed, active, pull, strength, rate
                     )
                 except Exception as error:
                     raise failed(error, x, y) from error
@@ -337,9 +338,9 @@ class JaxTrainer(JaxSettings):
             rows = [each or some for each in taken] + [some] * (places - len(taken))
             x, y = jax.tree.map(lambda *each: np.stack(each), *rows)
             weight = (np.arange(size) < counts[number][:, None]).astype(np.float32)
-            keys = jax.numpy.stack(
-                [program.key(job.seed, number + 1) for job in jobs]
-                + [program.key(0)] * (places - len(jobs))
+            seeds = np.stack(
+                [words(job.seed, number) for job in jobs]
+                + [words(0, number)] * (places - len(jobs))
             )
             params, moments, state, loss = program.step_many(
                 params,
@@ -348,7 +349,7 @@ class JaxTrainer(JaxSettings):
                 x,
                 y,
                 weight,
-                keys,
+                seeds,
                 counts[number] > 0,
                 (None, anchor),
                 strength,

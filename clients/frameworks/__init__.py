@@ -1,1 +1,1 @@
-"""What trainers for other frameworks than PyTorch share, and the inner parts of Keras' and JAX's."""
+"""What trainers of other frameworks than PyTorch share, and parts of Keras' and JAX's."""

@@ -106,16 +106,9 @@ def to_tensor(leaf: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
-@dataclass(frozen=True)
-class Pull:
-    """What is added to each gradient: offset + strength (w - anchor), pytrees like the parameters.
-
-    This is how local objectives reach the step: a proximal term, a control variate. None is zero.
-    """
-
-    offset: Any = None
-    anchor: Any = None
-    strength: float = 0.0
+def words(seed: int, *more: int) -> np.ndarray[Any, Any]:
+    """A seed of 63 bits as two words, and further words."""
+    return np.array([seed & 0x7FFFFFFF, (seed >> 31) & 0xFFFFFFFF, *more], np.uint32)
 
 
 class Program:
@@ -148,6 +141,7 @@ class Program:
         self._many = jax.jit(jax.vmap(self._step, in_axes=(0, 0, 0, 0, 0, 0, 0, 0, 0, None, None)))
         self._outputs = jax.jit(lambda p, s, x, k: model.apply(p, s, x, k, False)[0])
         self._shapes: dict[Any, Any] = {}
+        self._pads: dict[Any, bool] = {}
         self.unbatchable = ""
 
     def first(self, seed: int) -> Weights:
@@ -155,11 +149,13 @@ class Program:
         params, state = self.model.init(self.key(seed))
         return Weights(self.params.named(params), self.state.named(state))
 
-    def key(self, seed: int, step: int = 0) -> Any:
+    def key(self, seed: int) -> Any:
         """A key that depends on all 63 bits of a seed."""
-        jax = self.jax
-        key = jax.random.fold_in(jax.random.key(seed & 0x7FFFFFFF), (seed >> 31) & 0xFFFFFFFF)
-        return jax.random.fold_in(key, step) if step else key
+        return self._key(words(seed))
+
+    def _key(self, seed: Any) -> Any:
+        random = self.jax.random
+        return random.fold_in(random.key(seed[0]), seed[1])
 
     def shape_of(self, x: Any) -> Any:
         """Shape and type of the outputs for these inputs; nothing is computed."""
@@ -181,8 +177,11 @@ class Program:
         """Whether rows of weight zero leave the others' gradient as it is."""
         if self.state.names:
             return False
-        outputs = self.shape_of(x)
-        return self.jax.eval_shape(self.loss, outputs, y)[0].ndim > 0
+        known = (y.shape[1:], str(y.dtype))
+        if known not in self._pads:
+            outputs = self.shape_of(x)
+            self._pads[known] = self.jax.eval_shape(self.loss, outputs, y)[0].ndim > 0
+        return self._pads[known]
 
     def begin(self, params: Any, rate: Any) -> Any:
         """The optimiser's first state."""
@@ -217,7 +216,7 @@ class Program:
         x: Any,
         y: Any,
         weight: Any,
-        key: Any,
+        seed: Any,
         active: Any,
         pull: tuple[Any, Any],
         strength: Any,
@@ -232,16 +231,18 @@ class Program:
             x: inputs of the batch.
             y: its targets.
             weight: of each example, 0 where it only fills the batch.
-            key: for dropout.
+            seed: the job's two words and the number of the step, for dropout.
             active: whether the step counts; a node that is done stays as it is.
-            pull: offset and anchor of `Pull`.
-            strength: of `Pull`.
+            pull: offset and anchor, pytrees like the parameters, or None for none.
+            strength: g + offset + strength (w - anchor) takes the place of the gradient g; this
+                is how local objectives (a proximal term, a control variate) reach the step.
             rate: the learning rate.
 
         Returns:
             The new parameters, optimiser state and state, and the loss.
         """
         jax, jnp = self.jax, self.jax.numpy
+        key = jax.random.fold_in(self._key(seed), seed[2])
 
         def objective(values: Any) -> Any:
             outputs, after = self.model.apply(values, state, x, key, True)
