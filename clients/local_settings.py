@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.limits import at_least, check_limits, option
+from umbel.core.errors import ConfigError
+from umbel.core.limits import at_least, check_limits, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.core.errors import ConfigError, RunError
 
 _used: set[str] = set()
 _inherited: set[str] = set()

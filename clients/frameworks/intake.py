@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from umbel.clients.pytorch.batches import Source, open_source, to_model
-from umbel.clients.pytorch.losses import Objective, Tally
+from umbel.clients.pytorch.losses import MetricAccumulator, Objective
 from umbel.clients.pytorch.rows import first_shape
-from umbel.strategies.errors import ConfigError, UmbelError, described
+from umbel.core.errors import ConfigError, UmbelError, described
 
 Array = np.ndarray[Any, Any]
 
@@ -146,7 +146,7 @@ def judged(
         The number of examples, the metrics, and of those that only some have, how many.
     """
     own = None if metrics is None else _of_arrays(metrics)
-    tally = Tally(batches.objective, own, whole)
+    tally = MetricAccumulator(batches.objective, own, whole)
     for start in range(0, batches.size, size):
         rows = torch.arange(start, min(start + size, batches.size))
         x, y = batches.take(None if len(rows) == batches.size else rows)

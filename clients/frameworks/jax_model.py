@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from umbel.clients.frameworks.extras import needed
-from umbel.clients.trainer import Options
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Options
+from umbel.core.errors import ConfigError
 
 WHO = "JaxTrainer"
 EXTRA = "jax"

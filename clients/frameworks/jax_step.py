@@ -17,8 +17,8 @@ from torch import Tensor
 from umbel.clients.frameworks.extras import needed
 from umbel.clients.frameworks.jax_model import EXTRA, WHO, JaxModel
 from umbel.clients.local_settings import LocalSettings
-from umbel.clients.trainer import Tree, Weights
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Tree, Weights
+from umbel.core.errors import ConfigError
 
 MakeTransform = Callable[[Any], Any]
 """A learning rate to an `optax.GradientTransformation`, as `optax.adam`."""

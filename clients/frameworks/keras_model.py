@@ -19,8 +19,8 @@ from torch import Tensor
 from umbel.clients.frameworks.extras import needed
 from umbel.clients.local_settings import LocalSettings
 from umbel.clients.seeding import seeded
-from umbel.clients.trainer import Options, Tree, Weights
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Options, Tree, Weights
+from umbel.core.errors import ConfigError
 
 WHO = "KerasTrainer"
 EXTRA = "keras"
@@ -284,8 +284,10 @@ class Correction:
 
         class Corrected(kind):  # type: ignore[misc, valid-type]
             def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
-                variables = self._trainable_variables if trainable_variables is None else (
-                    trainable_variables
+                variables = (
+                    self._trainable_variables
+                    if trainable_variables is None
+                    else (trainable_variables)
                 )
                 return super().apply(shaped(list(grads), list(variables)), trainable_variables)
 

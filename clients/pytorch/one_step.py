@@ -21,10 +21,10 @@ from umbel.clients.pytorch.loop import explained
 from umbel.clients.pytorch.settings import choose_device
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.seeding import seeded
-from umbel.clients.trainer import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.core.errors import ConfigError
 from umbel.privacy.bounds.bundle import Vectors
 from umbel.privacy.bounds.ghost import PerExample
-from umbel.strategies.errors import ConfigError
 
 PIECE = 64
 """Examples at a time: their gradients stay in the cache until they are added up."""

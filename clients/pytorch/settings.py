@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from umbel.clients.local_settings import LocalSettings
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.limits import at_least, one_of, option
+from umbel.core.errors import ConfigError
+from umbel.core.limits import at_least, one_of, option
 
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
 BATCHED = ("auto", "on", "off")
