@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from umbel.clients.trainers.base import Weights as Weights
     from umbel.clients.trainers.function import FunctionTrainer as FunctionTrainer
     from umbel.clients.trainers.private_sgd import PrivateSgd as PrivateSgd
+    from umbel.clients.trainers.jax import JaxTrainer as JaxTrainer
+    from umbel.clients.trainers.keras import KerasTrainer as KerasTrainer
     from umbel.clients.trainers.sklearn import SklearnTrainer as SklearnTrainer
     from umbel.clients.trainers.softmax import SoftmaxTrainer as SoftmaxTrainer
     from umbel.core.errors import CheckError as CheckError
@@ -97,6 +99,8 @@ _HOMES = {
     "Split": "clients.data.examples",
     "Stack": "strategies.stack",
     "Stateless": "strategies.transform",
+    "JaxTrainer": "clients.trainers.jax",
+    "KerasTrainer": "clients.trainers.keras",
     "ChosenTrainer": "clients.chosen_trainer",
     "OneStep": "clients.pytorch.one_step",
     "TorchTrainer": "clients.pytorch.trainer",

@@ -34,8 +34,7 @@ from umbel.clients.frameworks.keras_model import (
 from umbel.clients.local_settings import LocalSettings
 from umbel.clients.pytorch.batches import plan
 from umbel.clients.pytorch.loop import diverged_on
-from umbel.clients.pytorch.losses import _BUILT_IN as NAMED
-from umbel.clients.pytorch.losses import Objective, objective
+from umbel.clients.pytorch.losses import NAMED, Objective, objective
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
@@ -315,7 +314,7 @@ class _Bench:
         return _Bench, ()
 
 
-def _unused(outputs: Any, targets: Any) -> Tensor:
+def _unused(*_: Any) -> Tensor:
     raise RunError("a loss of Keras's own is computed by Keras")
 
 
