@@ -173,8 +173,8 @@ def _split(tensors: dict[str, Tensor], is_state: Callable[[str], bool]) -> Weigh
     }
     if not real:
         raise ConfigError(
-            f"none of the arrays {', '.join(tensors)} holds real or complex numbers to train; "
-            "make the parameters float, and name in `state` what is only carried"
+            f"none of the arrays {', '.join(tensors)} holds real or complex numbers, so there is "
+            "nothing to train; make the parameters float, and leave them out of `state`"
         )
     return Weights(real, {name: value for name, value in tensors.items() if name not in real})
 
