@@ -63,7 +63,8 @@ class Federation:
     """A federated task: who trains what on which data, under which stack.
 
     Attributes:
-        trainer: knows the model; see `umbel.TorchTrainer`, `SklearnTrainer`, `FunctionTrainer`.
+        trainer: knows the model; see `umbel.TorchTrainer`, `KerasTrainer`, `JaxTrainer`,
+            `SklearnTrainer`, `FunctionTrainer`.
         data: a node's own examples; see `umbel.Partitioned`.
         test: held-out examples for central evaluation; left out, `data.central_test` is used
             where it exists.
