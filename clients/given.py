@@ -53,7 +53,8 @@ def check_trainer(trainer: Any) -> None:
     if missing:
         raise ConfigError(
             f"trainer is a {name} without the method {missing[0]}; give TorchTrainer, "
-            "KerasTrainer, JaxTrainer, SklearnTrainer, FunctionTrainer, or an object with initial, train and evaluate"
+            "KerasTrainer, JaxTrainer, SklearnTrainer, FunctionTrainer, or an object with initial, "
+            "train and evaluate"
         )
 
 

@@ -39,7 +39,10 @@ from torch import Tensor
 from umbel.core.errors import ConfigError, RunError, UmbelError
 from umbel.server.output import strict
 
-_PACKAGES = ("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio")
+_PACKAGES = (
+    *("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio"),
+    *("keras", "tensorflow", "jax", "flax", "optax"),  # where they are installed
+)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_a_framework_that_a_fork_has_inherited_in_use_is_refused(
     monkeypatch.setattr(extras, "_inherited", set())
     assert extras.needed("colorsys", "x", "It") is sys.modules["colorsys"]
     extras._forked()
-    with pytest.raises(RunError, match="It would wait forever: .* forked .* used colorsys"):
+    with pytest.raises(RunError, match=r"It would wait forever: .* forked .* used colorsys"):
         extras.needed("colorsys", "x", "It")
 
 

@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from sklearn.preprocessing import MinMaxScaler
 from torch import Tensor, nn
 
 from tests.clients.tasks import classes, close, job, linear

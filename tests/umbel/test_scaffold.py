@@ -43,7 +43,7 @@ def test_each_framework_has_a_template(framework: str, tmp_path: Path) -> None:
 
 
 def test_another_framework_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no template .* .mxnet.; choose one of torch, keras"):
+    with pytest.raises(ConfigError, match=r"no template .* .mxnet.; choose one of torch, keras"):
         new_app(tmp_path / "app", "mxnet")
 
 
