@@ -30,7 +30,6 @@ class Batches:
     Attributes:
         source: where they come from.
         objective: whose targets they are.
-        outputs: of the model for one example: how many classes there are; 0 if that is unknown.
     """
 
     source: Source

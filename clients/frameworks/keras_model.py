@@ -137,6 +137,7 @@ class Piece:
         correction: what is added to gradients.
         optimizer: the first values of the optimiser's own variables.
         rate: the optimiser's own learning rate; None where that is a schedule.
+        gathered: names of the buffers that training gathers from examples; None until asked for.
     """
 
     keras: Any
@@ -149,6 +150,7 @@ class Piece:
     correction: "Correction"
     optimizer: list[tuple[Any, Any]] = field(default_factory=list)
     rate: float | None = None
+    gathered: tuple[str, ...] | None = None
 
     def load(self, weights: Weights) -> None:
         """Fill the model; buffers that `weights` lacks are left.
@@ -219,11 +221,10 @@ def opened(keras: Any, model: Any, loss: Any, optimizer: Any, settings: LocalSet
     own = bool(getattr(model, "compiled", False)) and model.optimizer is not None
     scores = _ends_in_scores(model)
     if not own:
-        rate = settings.learning_rate or DEFAULT_RATE
         made = (
-            keras.optimizers.SGD(rate, momentum=settings.momentum)
+            keras.optimizers.SGD(DEFAULT_RATE, momentum=settings.momentum)
             if optimizer is None
-            else optimizer(rate)
+            else optimizer(DEFAULT_RATE)
         )
         jit = keras.backend.backend() == "jax"  # elsewhere each shape of a batch costs more
         model.compile(made, _loss(keras, loss, scores), jit_compile=jit)

@@ -165,18 +165,24 @@ class KerasTrainer(KerasSettings):
         """The weights that training gathers from examples: not trainable, and not only frozen."""
         with self.bench.lock:
             piece = self._piece(options, self.settings(options))
-            if not piece.buffers:
-                return ()
-            thawed = build(piece.keras, self.model, self.inputs, options, BUILD_SEED)
-            thawed.trainable = True
-            places = {id(v): place for place, v in enumerate(thawed.weights)}
-            gathered = {places[id(v)] for v in thawed.non_trainable_weights}
-            order = {id(v): place for place, v in enumerate(piece.model.weights)}
-            return tuple(
-                name
-                for name, v in piece.buffers.items()
-                if order[id(v)] in gathered and "float" in str(v.dtype)
-            )
+            if piece.gathered is None:
+                piece.gathered = self._gathered(piece, options)
+            return piece.gathered
+
+    def _gathered(self, piece: Piece, options: Options) -> tuple[str, ...]:
+        """What stays untrainable when every layer of a model is made trainable."""
+        if not piece.buffers:
+            return ()
+        thawed = build(piece.keras, self.model, self.inputs, options, BUILD_SEED)
+        thawed.trainable = True
+        places = {id(v): place for place, v in enumerate(thawed.weights)}
+        never = {places[id(v)] for v in thawed.non_trainable_weights}
+        order = {id(v): place for place, v in enumerate(piece.model.weights)}
+        return tuple(
+            name
+            for name, v in piece.buffers.items()
+            if order[id(v)] in never and "float" in str(v.dtype)
+        )
 
     def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
         """Train on a node's examples; `weights` is not mutated.
