@@ -19,6 +19,7 @@ import typer
 
 from umbel.commands import run as run_commands
 from umbel.commands import server as server_commands
+from umbel.commands import upkeep as upkeep_commands
 from umbel.commands.groups import Commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
@@ -176,6 +177,10 @@ app.command("key")(run_commands.key)
 app.command("server")(server_commands.server)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)
+app.command("backup")(upkeep_commands.backup)
+app.command("restore")(upkeep_commands.restore)
+app.command("prune")(upkeep_commands.prune)
+app.command("doctor")(upkeep_commands.doctor)
 app.add_typer(server_commands.nodes, name="nodes")
 
 
