@@ -15,7 +15,7 @@ step counter. State follows the option `buffers`; it is never clipped, noised or
 """
 
 import cmath
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -36,7 +36,9 @@ Arrays = Mapping[str, Any]
 """Names to arrays, in a fixed order; what functions return may be anything like an array."""
 
 Initial = Callable[[Options], Arrays]
-Train = Callable[[dict[str, Array], Any, Job], tuple[Arrays, int, Mapping[str, float]]]
+Trained3 = tuple[Arrays, int, Mapping[str, float]]
+Trained4 = tuple[Arrays, int, Mapping[str, float], int]
+Train = Callable[[dict[str, Array], Any, Job], Trained3 | Trained4]
 Evaluate = Callable[[dict[str, Array], Any], Mapping[str, float]]
 
 
@@ -46,9 +48,12 @@ class FunctionTrainer:
     Args:
         initial: the run's options to the first arrays.
         train: arrays, a node's examples and the job to new arrays (same names and shapes), the
-            number of examples, and metrics. The arrays that it gets are its own to change.
+            number of examples, and metrics; and the number of its steps, where it applies
+            corrections. The arrays that it gets are its own to change.
         evaluate: arrays and examples to metrics, means over the examples; None for none.
         options: options of the functions' own, with defaults; `job.options` has them all.
+        honours: what `train` does beyond plain training: `{"correction"}` where it adds
+            `job.correction` (see `umbel.Correction`) to every gradient and returns its steps.
         state: names of arrays that are carried and not trained, or patterns of such names.
     """
 
@@ -58,8 +63,10 @@ class FunctionTrainer:
         train: Train,
         evaluate: Evaluate | None = None,
         options: Options | None = None,
+        honours: Iterable[str] = (),
         state: Sequence[str] = (),
     ) -> None:
+        self.honours = frozenset(honours)
         self._initial, self._train, self._evaluate = initial, train, evaluate
         check_functions(self, "_initial", "_train", "_evaluate")
         if isinstance(state, str) or not all(isinstance(name, str) for name in state):
@@ -114,7 +121,8 @@ class FunctionTrainer:
         with seeded(job.seed):
             result = self._train(_arrays(before), examples, complete)
         try:
-            arrays, count, metrics = result
+            arrays, count, metrics, *more = result
+            (steps,) = more or (0,)
         except (TypeError, ValueError):
             raise ConfigError(
                 "the function `train` has to return three values: arrays, number of examples and "
@@ -134,6 +142,7 @@ class FunctionTrainer:
             ),
             int(count),
             named_numbers(metrics, "the function `train`"),
+            int(steps),
         )
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002
