@@ -138,7 +138,7 @@ class Program:
         if not self.params.names:
             raise ConfigError("the model has no parameters, so there is nothing to train")
         self._one = jax.jit(self._step)
-        self._many = jax.jit(jax.vmap(self._step, in_axes=(0, 0, 0, 0, 0, 0, 0, 0, 0, None, None)))
+        self._many = jax.jit(jax.vmap(self._step, in_axes=(0, 0, 0, 0, 0, 0, 0, 0, 0, None)))
         self._outputs = jax.jit(lambda p, s, x, k: model.apply(p, s, x, k, False)[0])
         self._shapes: dict[Any, Any] = {}
         self._pads: dict[Any, bool] = {}
@@ -218,8 +218,7 @@ class Program:
         weight: Any,
         seed: Any,
         active: Any,
-        pull: tuple[Any, Any],
-        strength: Any,
+        pull: tuple[Any, Any, Any],
         rate: Any,
     ) -> Any:
         """One gradient step.
@@ -233,9 +232,9 @@ class Program:
             weight: of each example, 0 where it only fills the batch.
             seed: the job's two words and the number of the step, for dropout.
             active: whether the step counts; a node that is done stays as it is.
-            pull: offset and anchor, pytrees like the parameters, or None for none.
-            strength: g + offset + strength (w - anchor) takes the place of the gradient g; this
-                is how local objectives (a proximal term, a control variate) reach the step.
+            pull: offset, anchor and strength, pytrees like the parameters, or None for none:
+                g + offset + strength (w - anchor) takes the place of the gradient g; this is how
+                local objectives (a proximal term, a control variate) reach the step.
             rate: the learning rate.
 
         Returns:
@@ -254,15 +253,15 @@ class Program:
             return (each * counts).sum() / jnp.maximum(counts.sum(), 1e-12), after
 
         (loss, after), gradient = jax.value_and_grad(objective, has_aux=True)(params)
-        gradient = self._shaped(gradient, params, pull, strength)
+        gradient = self._shaped(gradient, params, pull)
         moved, moments = self._moved(gradient, optimizer, params, rate)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(active, new, old))
         return keep(moved, params), keep(moments, optimizer), keep(after, state), loss
 
-    def _shaped(self, gradient: Any, params: Any, pull: tuple[Any, Any], strength: Any) -> Any:
+    def _shaped(self, gradient: Any, params: Any, pull: tuple[Any, Any, Any]) -> Any:
         """The gradient with what local objectives add to it, then its norm limited."""
         jax, jnp = self.jax, self.jax.numpy
-        offset, anchor = pull
+        offset, anchor, strength = pull
         if offset is not None:
             gradient = jax.tree.map(jnp.add, gradient, offset)
         if anchor is not None:

@@ -38,6 +38,7 @@ from umbel.clients.frameworks.jax_step import (
 )
 from umbel.clients.local_settings import LocalSettings
 from umbel.clients.pytorch.batches import plan
+from umbel.clients.pytorch.correcting import proximal
 from umbel.clients.pytorch.loop import diverged_on
 from umbel.clients.pytorch.losses import Objective, objective
 from umbel.clients.pytorch.settings import BATCHED
@@ -47,7 +48,8 @@ from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weight
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.limits import one_of, option
 from umbel.core.options import dashed
-from umbel.core.records import same_bits
+from umbel.core.records import Manifest, same_bits
+from umbel.strategies.objective import CORRECTION, Correction
 
 EVALUATION_BATCH = 512
 COHORT = 32
@@ -103,6 +105,7 @@ class JaxTrainer(JaxSettings):
     whole: bool = False
     target: str = ""
     USE: ClassVar[str] = "model(x)"
+    honours: ClassVar[frozenset[str]] = frozenset({CORRECTION})
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
     defaults: JaxSettings = field(init=False, repr=False, compare=False)
     objective: Objective = field(init=False, repr=False, compare=False)
@@ -179,8 +182,7 @@ class JaxTrainer(JaxSettings):
             params, state = self._filled(program, weights)
             rate = np.float32(settings.learning_rate)
             moments = program.begin(params, rate)
-            pull = (None, params if settings.proximal_mu else None)
-            strength = np.float32(settings.proximal_mu)
+            pull = _pull(program, job.correction or proximal(settings), weights, params)
             losses, counts = [], []
             active = np.bool_(True)
             for number, rows in enumerate(plan(batches.size, settings, job.seed)):
@@ -189,7 +191,7 @@ class JaxTrainer(JaxSettings):
                 seed = words(job.seed, number)
                 try:
                     params, moments, state, loss = program.step(
-                        params, moments, state, x, y, weight, seed, active, pull, strength, rate
+                        params, moments, state, x, y, weight, seed, active, pull, rate
                     )
                 except Exception as error:
                     raise failed(error, x, y) from error
@@ -197,7 +199,7 @@ class JaxTrainer(JaxSettings):
                 counts.append(count)
             mean = _mean(losses, counts, settings, examples)
         after = Weights(program.params.named(params), program.state.named(state))
-        return Trained(after, batches.size, {"loss": mean})
+        return Trained(after, batches.size, {"loss": mean}, len(losses))
 
     def train_cohort(
         self, weights: Sequence[Weights], examples: Sequence[Any], jobs: Sequence[Job]
@@ -317,9 +319,16 @@ class JaxTrainer(JaxSettings):
         def stacked(tree: Any) -> Any:
             return jax.tree.map(lambda leaf: jax.numpy.stack([leaf] * places), tree)
 
-        anchor = stacked(params) if settings.proximal_mu else None
+        pulls = [
+            _pull(program, job.correction or proximal(settings), start, params) for job in jobs
+        ]
+        if len({tuple(part is None for part in pull) for pull in pulls}) > 1:
+            return None  # corrected in different ways
+        pull = jax.tree.map(
+            lambda *each: jax.numpy.stack([*each] + [each[0]] * (places - len(each))), *pulls
+        )
         params, state = stacked(params), stacked(state)
-        rate, strength = np.float32(settings.learning_rate), np.float32(settings.proximal_mu)
+        rate = np.float32(settings.learning_rate)
         moments = jax.vmap(lambda p: program.begin(p, rate))(params)
         losses: list[Any] = []
         counts = np.zeros((max(map(len, steps)), places), np.int64)
@@ -351,8 +360,7 @@ class JaxTrainer(JaxSettings):
                 weight,
                 seeds,
                 counts[number] > 0,
-                (None, anchor),
-                strength,
+                pull,
                 rate,
             )
             losses.append(loss)
@@ -377,8 +385,33 @@ class JaxTrainer(JaxSettings):
             }
             loss = _mean(list(losses[:, place]), list(counts[:, place]), settings, None)
             after = Weights(own, dict(start.buffers))
-            results.append(Trained(after, batches.size, {"loss": loss}))
+            done = int((counts[:, place] > 0).sum())
+            results.append(Trained(after, batches.size, {"loss": loss}, done))
         return results
+
+
+def _pull(
+    program: Program, correction: Correction | None, start: Weights, params: Any
+) -> tuple[Any, Any, Any]:
+    """Offset, anchor and strength of a correction, laid out as the parameters are.
+
+    Args:
+        program: whose parameters they are.
+        correction: over flat vectors; None is none.
+        start: the weights that training starts from.
+        params: the same as the program has them.
+    """
+    if not correction:
+        return None, None, None
+    layout = Manifest.of(start.parameters)
+    offset = anchor = None
+    if correction.offset is not None:
+        offset = program.params.filled(layout.unflatten(correction.offset))
+    if correction.strength and correction.anchor is not None:
+        anchor = program.params.filled(layout.unflatten(correction.anchor))
+    elif correction.strength:
+        anchor = params
+    return offset, anchor, None if anchor is None else np.float32(correction.strength)
 
 
 class _Programs:

@@ -33,6 +33,7 @@ from umbel.clients.frameworks.keras_model import (
 )
 from umbel.clients.local_settings import LocalSettings
 from umbel.clients.pytorch.batches import plan
+from umbel.clients.pytorch.correcting import proximal
 from umbel.clients.pytorch.loop import diverged_on
 from umbel.clients.pytorch.losses import NAMED, Objective, objective
 from umbel.clients.seeding import seeded
@@ -41,6 +42,8 @@ from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weight
 from umbel.core.errors import ConfigError, RunError
 from umbel.core.limits import at_least, option
 from umbel.core.options import dashed
+from umbel.core.records import Manifest
+from umbel.strategies.objective import CORRECTION, Correction
 
 BUILD_SEED = 0
 EVALUATION_BATCH = 512
@@ -90,6 +93,7 @@ class KerasTrainer(KerasSettings):
     whole: bool = False
     target: str = ""
     USE: ClassVar[str] = "model(x)"
+    honours: ClassVar[frozenset[str]] = frozenset({CORRECTION})
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
     defaults: KerasSettings = field(init=False, repr=False, compare=False)
     objective: Objective = field(init=False, repr=False, compare=False)
@@ -199,14 +203,12 @@ class KerasTrainer(KerasSettings):
                 self._load(piece, weights)
                 piece.keras.utils.set_random_seed(job.seed & 0xFFFFFFFF)
                 piece.begin(job.seed, settings.learning_rate)
-                anchor = weights.parameters if settings.proximal_mu else None
-                if piece.correction.set(None, anchor, settings.proximal_mu):
-                    piece.model.make_train_function(force=True)
-                loss = self._fit(piece, batches, settings, job.seed)
+                self._correct(piece, job.correction or proximal(settings), weights)
+                loss, steps = self._fit(piece, batches, settings, job.seed)
                 if not math.isfinite(loss):
                     raise diverged_on(examples, _diverged(loss, piece))
                 after = piece.weights()
-        return Trained(_typed(after, weights), batches.size, {"loss": loss})
+        return Trained(_typed(after, weights), batches.size, {"loss": loss}, steps)
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         """Loss and metrics on examples, in batches of 512; `weights` is not mutated.
@@ -253,18 +255,36 @@ class KerasTrainer(KerasSettings):
         buffers = {**self.bench.first.buffers, **weights.buffers}
         piece.load(Weights(weights.parameters, buffers))
 
-    def _fit(self, piece: Piece, batches: Batches, settings: KerasSettings, seed: int) -> float:
-        """Take the job's steps; the mean loss over all of them."""
+    def _correct(self, piece: Piece, correction: Correction | None, start: Weights) -> None:
+        """Give the optimiser what local objectives add to every gradient of the job."""
+        layout = Manifest.of(start.parameters)
+        correction = correction or Correction()
+        offset, anchor = correction.offset, correction.anchor
+        added = piece.correction.set(
+            None if offset is None else layout.unflatten(offset),
+            (start.parameters if anchor is None else layout.unflatten(anchor))
+            if correction.strength
+            else None,
+            correction.strength,
+        )
+        if added:
+            piece.model.make_train_function(force=True)
+
+    def _fit(
+        self, piece: Piece, batches: Batches, settings: KerasSettings, seed: int
+    ) -> tuple[float, int]:
+        """Take the job's steps; the mean loss over all of them, and how many they were."""
         piece.model.reset_metrics()
         least = 2 if piece.buffers else 1
-        loss = math.nan
+        loss, steps = math.nan, 0
         for rows in plan(batches.size, settings, seed, least=least):
             x, y = self._pair(piece, batches, rows)
             try:
                 loss = piece.model.train_on_batch(x, y, return_dict=True)["loss"]
             except Exception as error:
                 raise failed(error, x, y) from error
-        return float(loss)
+            steps += 1
+        return float(loss), steps
 
     def _pair(self, piece: Piece, batches: Batches, rows: Tensor | None) -> tuple[Any, Any]:
         x, y = batches.take(rows)
