@@ -61,6 +61,7 @@ from umbel.clients.trainers.base import (
 )
 from umbel.core.contents import find_record, take_record
 from umbel.core.errors import ConfigError
+from umbel.core.names import ASK, POOL
 from umbel.core.records import (
     Manifest,
     from_array,
@@ -80,6 +81,7 @@ from umbel.strategies.collect import (
     Sealing,
     Seals,
 )
+from umbel.strategies.contexts import SENT, NodeContext
 from umbel.strategies.contract import Contract
 from umbel.strategies.layout import (
     CONFIG,
@@ -90,13 +92,12 @@ from umbel.strategies.layout import (
     averaged_buffers,
     local_buffers,
 )
-from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.protection import Outlook, hides, quiet
 from umbel.strategies.release import Promise
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.wire import action_of
-from umbel.strategies.stack import Stack
+from umbel.strategies.stack import Stack, own_context
 
 LOCAL = "umbel.buffers"
 """The node's own record of the buffers that stay on it."""
@@ -136,8 +137,10 @@ class ClientHandler:
         refused = plan.consider(message, context)
         if refused is not None:
             return Message(refused, reply_to=message)
-        task = plan.receive(message, context, self._split(plan, context))
-        return plan.reply(task, plan.trainer.train(task.weights, task.split.train, task.job))
+        task = self._begin(plan, plan.receive(message, context, self._split(plan, context)))
+        trained = plan.trainer.train(task.weights, task.split.train, task.job)
+        self._train_again(plan, task)
+        return plan.reply(task, trained)
 
     def train_many(
         self, messages: Sequence[Message], contexts: Sequence[Context]
@@ -149,16 +152,18 @@ class ClientHandler:
         plan = self.plan(contexts[0])
         if isinstance(plan.trainer, CohortTrainer) and len(messages) > 1:
             tasks: list[_Received] = []
+            before = None
             for message, context in zip(messages, contexts, strict=True):
-                before = tasks[-1] if tasks else None
-                split = self._split(plan, context)
-                tasks.append(plan.receive(message, context, split, before))
+                before = plan.receive(message, context, self._split(plan, context), before)
+                tasks.append(self._begin(plan, before))
             trained = plan.trainer.train_cohort(
                 [task.weights for task in tasks],
                 [task.split.train for task in tasks],
                 [task.job for task in tasks],
             )
             if trained is not None:
+                for task in tasks:
+                    self._train_again(plan, task)
                 return [plan.reply(*pair) for pair in zip(tasks, trained, strict=True)]
         return None
 
@@ -176,7 +181,7 @@ class ClientHandler:
         counted: dict[str, int] = {}
         examples = 0
         if split.test is not None and len(split.test) > 0:
-            task = plan.receive(message, context, split)
+            task = plan.with_own_model(plan.receive(message, context, split))
             result = plan.trainer.evaluate(task.weights, split.test, plan.options)
             metrics, examples, counted = result.metrics, result.examples, result.counted
         content = RecordDict({METRICS: MetricRecord({**metrics, EXAMPLES: examples})})
@@ -257,6 +262,23 @@ class ClientHandler:
             )
         return self._plans[key]
 
+    def _begin(self, plan: "Plan", task: "_Received") -> "_Received":
+        """The task with what the layers ask for before training."""
+        if "start-loss" in plan.stack.needs:
+            found = plan.trainer.evaluate(task.weights, task.split.train, plan.options)
+            task = replace(task, start_loss=found.metrics.get("loss"))
+        return plan.begin(task)
+
+    def _train_again(self, plan: "Plan", task: "_Received") -> None:
+        """Train the models that stay on the node, for layers that have such."""
+        for layer in plan.stack.twice:
+            ctx = own_context(plan.told(task), layer.name, task.context.state)
+            start, correction = layer.second(task.vector, ctx)
+            weights = Weights(plan.manifest.unflatten(start), task.weights.buffers)
+            job = replace(task.job, seed=task.job.seed ^ 1, correction=correction)
+            trained = plan.trainer.train(weights, task.split.train, job)
+            layer.keep(plan.manifest.flatten(trained.weights.parameters), ctx)
+
     def _split(self, plan: "Plan", context: Context) -> Split:
         key, node = (context.node_id, _options_key(context)), node_of(context)
         return self._holder.split(
@@ -280,6 +302,7 @@ class _Received:
     job: Job
     account: Charging
     sent: bytes
+    start_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -425,13 +448,48 @@ class Plan:
         weights = Weights(parameters, buffers)
         return _Received(message, context, split, weights, vector, job, account, sent)
 
+    def begin(self, task: _Received) -> _Received:
+        """The task as the layers want it: where training begins, what is added to gradients."""
+        if not (self.stack.objectives or self.stack.personal):
+            return task
+        told, state = self.told(task), task.context.state
+        task = self._with_model(task, self.stack.starts(task.vector, told, state))
+        correction = self.stack.begin(task.vector, told, state)
+        return replace(task, job=replace(task.job, correction=correction))
+
+    def with_own_model(self, task: _Received) -> _Received:
+        """The task with the model that this node uses."""
+        if not self.stack.personal:
+            return task
+        own = self.stack.own(task.vector, self.told(task), task.context.state)
+        return self._with_model(task, own)
+
+    def _with_model(self, task: _Received, vector: Tensor) -> _Received:
+        if vector is task.vector:
+            return task
+        weights = Weights(self.manifest.unflatten(vector), task.weights.buffers)
+        return replace(task, vector=vector, weights=weights)
+
+    def told(self, task: _Received) -> NodeContext:
+        """What the layers are told of a round, before training."""
+        message, number, rate = task.message, task.job.round, task.job.learning_rate
+        model = take_record(message.content, MODEL, ArrayRecord)
+        sent = {
+            name.removeprefix(SENT): from_array(array)
+            for name, array in model.items()
+            if name.startswith(SENT)
+        }
+        config: Mapping[str, Any] = take_record(message.content, CONFIG, ConfigRecord)
+        return NodeContext(config=config, sent=sent, round=number, learning_rate=rate or 0.0)
+
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
         config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
         measured = {**trained.metrics, EXAMPLES: trained.examples}
         buffers, examples = trained.weights.buffers, trained.examples
+        told = replace(self.told(task), steps=trained.steps, start_loss=task.start_loss)
         del trained  # a model; from here on only its difference is needed
-        encoded, said = self.stack.encode(update, config, task.context.state, measured)
+        encoded, said = self.stack.encode(update, config, task.context.state, measured, told)
         del update
         record, size = record_of({UPDATE: to_array(encoded)}), encoded.numel()
         del encoded

@@ -24,10 +24,17 @@ from umbel.clients.data.examples import each_of
 from umbel.clients.trainers.base import BundleTrainer, Job, Options, Trainer, Weights
 from umbel.core.contents import take_record
 from umbel.core.errors import ConfigError
+from umbel.core.names import (
+    CONFIG,
+    EXAMPLES,
+    MEMBERS,
+    METRICS,
+    MODEL,
+    PUBLIC,
+    QUESTION,
+    UPDATE,
+)
 from umbel.core.records import from_array, to_array
-from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
-from umbel.strategies.layout import CONFIG, MODEL
-from umbel.strategies.private.pooled import MEMBERS, PUBLIC, QUESTION
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
@@ -47,6 +54,15 @@ class PooledData(Protocol):
 
         Where nodes have more than one each, they are `umbel.clients.data.examples.Shares`.
         """
+        ...
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """Inputs that are stored in parts, each of which is worth reading at once."""
+
+    def parts(self) -> Iterator[Any]:
+        """Places of the rows, part by part."""
         ...
 
 
@@ -134,8 +150,8 @@ def question_bundles(
 
 def pieces(examples: Any, size: int = 128) -> Iterator[Any]:
     """Examples in pieces that fit a cache; data that is stored in parts says how."""
-    parts = getattr(examples.x, "parts", None)
-    for rows in parts() if parts is not None else (np.arange(len(examples)),):
+    stored = examples.x
+    for rows in stored.parts() if isinstance(stored, InParts) else (np.arange(len(examples)),):
         for start in range(0, len(rows), size):
             yield examples.take(rows[start : start + size])
 

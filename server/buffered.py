@@ -21,16 +21,16 @@ import numpy as np
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
+from umbel.core.names import NO_REPLY, UPDATE
 from umbel.core.records import from_array, to_array
 from umbel.server.checkpoint import Position
 from umbel.server.drive import ROUND_TTL, Phases, drive, mailbox
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
-from umbel.server.queries import trips
 from umbel.server.roster import NodeRef
 from umbel.server.rounds import Collected, Rounds
 from umbel.server.training_spec import Outcome, TrainingSpec
-from umbel.strategies.collect import NO_REPLY, UPDATE, Rejected
+from umbel.strategies.aggregator import Rejected
 from umbel.strategies.samplers import FixedSize
 from umbel.strategies.transform import Facts
 
@@ -79,7 +79,7 @@ class BufferedRounds(Rounds):
         facts = self.job.stack.check(before, position.layers)
         self._heard, self._behind, self._late = set(), [], []
         at_work = len(self._asked)
-        gathering = trips(self.job.stack, requests, self._gathering(number, facts))
+        gathering = self.job.stack.collect.gather(requests, self._spec(number, facts))
         with phases("train"):
             sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
         sent = len(self._asked) + len(self._heard) - at_work

@@ -1,4 +1,4 @@
-"""The loop that runs a collect's protocol over a grid, and the clock that watches it."""
+"""The loop that runs an exchange's protocol over a grid, and the clock that watches it."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,8 @@ from flwr.serverapp import Grid
 from umbel.server.base_grid import BaseGrid
 from umbel.server.mailbox import GridMailbox, Mailbox
 from umbel.server.node_states import NodeStates
-from umbel.strategies.collect import Gather, Sum
+from umbel.strategies.aggregator import Aggregate
+from umbel.strategies.exchange import Gather
 
 ROUND_TTL = 365 * 86400.0
 """Seconds that a message of a round is good for: what ends it is the option `round-timeout`, and
@@ -44,8 +45,8 @@ def sharing(grid: Grid) -> int:
     return grid.sharing if isinstance(grid, BaseGrid) else 0
 
 
-def drive(gathering: Gather, send: Callable[[Sequence[Message]], Iterator[Message]]) -> Sum:
-    """Run a collect's protocol over a way to send: requests out, replies in, until the sum."""
+def drive(gathering: Gather, send: Callable[[Sequence[Message]], Iterator[Message]]) -> Aggregate:
+    """Run an exchange's protocol over a way to send: requests out, replies in, until the end."""
     try:
         requests = next(gathering)
         while True:

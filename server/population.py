@@ -63,7 +63,12 @@ class Population:
     def _take(self, nodes: Sequence[NodeRef]) -> None:
         self.nodes = nodes
         expected, most = check_bounds(self._sampler, len(nodes))
-        self.facts = Facts(size=self._size, expected_replies=expected, max_replies=most)
+        self.facts = Facts(
+            size=self._size,
+            expected_replies=expected,
+            max_replies=most,
+            population=len(nodes),
+        )
 
     def welcome(self) -> bool:
         """Let nodes take part that have come since the run began; whether there are any.

@@ -16,9 +16,9 @@ from umbel.server.checkpoint import Position
 from umbel.server.failures import Failures
 from umbel.server.output.progress import Progress
 from umbel.server.training_spec import TrainingSpec
-from umbel.strategies.collect import NO_REPLY, Sum
+from umbel.strategies.collect import NO_REPLY, Aggregate
 from umbel.strategies.optimizers import ServerOptimizer, advance
-from umbel.strategies.transform import Facts, Round
+from umbel.strategies.transform import Facts, RoundContext
 
 PATIENCE_WITHOUT_REPLIES = 3
 """Rounds in a row without enough replies after which a run gives up."""
@@ -49,7 +49,13 @@ class Release:
         self._failures, self._progress, self._log = failures, progress, log
 
     def apply(
-        self, position: Position, number: int, entering: Facts, facts: Facts, sum_: Sum, least: int
+        self,
+        position: Position,
+        number: int,
+        entering: Facts,
+        facts: Facts,
+        sum_: Aggregate,
+        least: int,
     ) -> tuple[Position, dict[str, float]]:
         """The position after round `number`, and what the stack says of it.
 
@@ -67,13 +73,14 @@ class Release:
         job = self._job
         if (sum_.replies < least and job.guard.seeded) or sum_.aborted:
             return self._abandon(position, number, sum_, least), {}
-        rnd = Round(
+        rnd = RoundContext(
             number=number,
             cohort=entering.expected_replies,
             replies=sum_.replies,
             weight=sum_.weight,
             facts=facts,
             generator=torch.Generator().manual_seed(job.options.seed * 1_000_003 + number),
+            learning_rate=job.options.rate_in(number, job.learning_rate) or 0.0,
         )
         average, layers, metrics = job.stack.decode(sum_, position.layers, rnd, entering)
         failed_rounds = 0 if job.guard.seeded else position.failed_rounds
@@ -94,7 +101,7 @@ class Release:
         return self._averaged(after), metrics
 
     def count_failures(
-        self, position: Position, number: int, sum_: Sum, population: int
+        self, position: Position, number: int, sum_: Aggregate, population: int
     ) -> Position:
         """Of a private run: how many rounds in a row all nodes that were asked have failed.
 
@@ -117,7 +124,7 @@ class Release:
             )
         return after
 
-    def _abandon(self, position: Position, number: int, sum_: Sum, least: int) -> Position:
+    def _abandon(self, position: Position, number: int, sum_: Aggregate, least: int) -> Position:
         """A round without enough replies leaves the model as it was."""
         if not sum_.replies and not sum_.rejected and not sum_.aborted:
             self._progress.note(

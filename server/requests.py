@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from flwr.app import Array, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from umbel.core.contents import take_record
 from umbel.core.records import Manifest, from_array, record_of, to_array
 from umbel.server.base_grid import BaseGrid
 from umbel.server.checkpoint import Position
@@ -14,6 +15,7 @@ from umbel.server.queries import pool_requests, public_arrays
 from umbel.server.roster import NodeRef
 from umbel.server.training_spec import TrainingSpec
 from umbel.strategies.collect import BUFFERS
+from umbel.strategies.contexts import SENT
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.transform import Facts
 
@@ -46,9 +48,11 @@ class Requests:
     ) -> list[Message]:
         """Round `number`'s; `facts` are those of an update before the stack."""
         config = self._config(number)
-        for name, value in self._job.stack.publish(position.layers, facts).items():
+        told = self._job.stack.broadcast(position.layers, facts)
+        for name, value in told.scalars.items():
             config[name] = value
         model = self._model(position, position.parameters)
+        model |= {SENT + name: to_array(value) for name, value in told.vectors.items()}
         if self._processes:
             return pool_requests(model, config, cohort, self._processes)
         return self._messages("train", model, config, cohort)
@@ -72,9 +76,13 @@ class Requests:
         return shared
 
     def size_of(self, requests: Sequence[Message]) -> int:
-        """Bytes of the models in these messages."""
+        """Bytes of the models in these messages, and of what layers send beside them."""
+        if not requests:
+            return 0
+        model = take_record(requests[0].content, MODEL, ArrayRecord)
+        sent = sum(len(array.data) for name, array in model.items() if name.startswith(SENT))
         size = self._manifest.size * self._manifest.dtype.itemsize
-        return len(requests) * (size + self._synced_buffers.size * 4)
+        return len(requests) * (size + self._synced_buffers.size * 4 + sent)
 
     def _config(self, number: int) -> ConfigRecord:
         return ConfigRecord({"round": number, "manifest": self._manifest.digest})

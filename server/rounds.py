@@ -30,13 +30,13 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.population import Population
 from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.private.statements import Statements
-from umbel.server.queries import QueryRunner, trips
+from umbel.server.queries import QueryRunner
 from umbel.server.release import Release
 from umbel.server.requests import Requests
 from umbel.server.roster import NodeRef
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Outcome, TrainingSpec
-from umbel.strategies.collect import Gathering, Sum
+from umbel.strategies.aggregator import Aggregate, RoundSpec
 from umbel.strategies.composition import check_rounds
 from umbel.strategies.layout import averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer
@@ -58,7 +58,7 @@ class Collected:
 
     cohort: Sequence[NodeRef]
     facts: Facts
-    sum_: Sum
+    sum_: Aggregate
     bytes_down: int
     said: Mapping[str, float] = field(default_factory=dict)
 
@@ -202,6 +202,7 @@ class Rounds:
         model = position.parameters
         with phases("aggregate"):
             least = self.population.least(len(cohort))
+            rate = self._requests.learning_rate(number)
             position, said = self._release.apply(position, number, before, facts, sum_, least)
         done = RoundDone(
             number=number,
@@ -211,7 +212,7 @@ class Rounds:
             bytes_down=bytes_down,
             used=position.parameters is not model,
             train={**said, **more},
-            learning_rate=self._requests.learning_rate(number),
+            learning_rate=rate,
             epsilon=guard.epsilon(),
         )
         del sum_, model
@@ -237,14 +238,14 @@ class Rounds:
             requests = self._requests.to_train(position, number, cohort, before)
             bytes_down = self._requests.size_of(requests)
         facts = stack.check(before, position.layers)
-        gathering = trips(stack, requests, self._gathering(number, facts))
+        gathering = stack.collect.gather(requests, self._spec(number, facts))
         del requests  # with them goes the model that was sent, once all have answered
         with phases("train"):
             sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
         return Collected(cohort, facts, sum_, bytes_down)
 
-    def _gathering(self, number: int, facts: Facts) -> Gathering:
-        return Gathering(
+    def _spec(self, number: int, facts: Facts) -> RoundSpec:
+        return RoundSpec(
             number=number,
             size=facts.size,
             dtype=self.manifest.dtype,

@@ -22,11 +22,12 @@ from umbel.clients.given import check_functions, check_trainer, trainer_of, unde
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, promising
+from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_honours, promising
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.options import Options, Value, checked, override, renamed
+from umbel.core.records import Tree
 from umbel.server.buffered import BufferedRounds
-from umbel.server.output.report import write_report
+from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
 from umbel.server.provenance import record_start
@@ -37,7 +38,9 @@ from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
 from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
 from umbel.strategies.contract import Contract
+from umbel.strategies.exchange import Advises
 from umbel.strategies.layout import shows_statistics
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
@@ -149,6 +152,7 @@ class Federation:
             **AsyncOptions.defaults(),
             **PrivacyOptions.defaults(),
             **SecureOptions.defaults(),
+            **MethodOptions.defaults(),
             **default_names(self._parts),
         }
         trainer = self.trainer_for({**known, **own, **renamed(given or {})})
@@ -224,6 +228,7 @@ class Federation:
         trainer = self.trainer_for(options)
         if isinstance(trainer, ChecksOptions):
             trainer.check_options(options)
+        MethodOptions.read(options).check_for(str(options["method"]))
         required_part("optimizer", self.optimizer, options)
         required_part("sampler", self.sampler, options)
         stack = self.stack_for(options, asked)
@@ -250,17 +255,23 @@ class Federation:
                 )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
         aggregator = part_for("aggregator", self.aggregator, options)
-        objective = part_for("objective", self.objective, options)
+        objective = part_for("objective", self.objective, options, lambda: self._first(options))
         if aggregator is not None:
             stack = replace(stack, collect=aggregator)
         if objective is not None:
             stack = replace(stack, layers=(objective, *stack.layers))
-        return compose(stack, asked or options, lambda: self._size(options))
+        stack = compose(stack, options, lambda: self._size(options), asked)
+        check_honours(self.trainer_for(options), stack)
+        return stack
+
+    def _first(self, options: Options) -> tuple[Tree, Tree]:
+        """Parameters and buffers of the first model."""
+        first = self.trainer_for(options).initial(options, int(options["seed"]))
+        return first.parameters, first.buffers
 
     def _size(self, options: Options) -> int:
         """Coordinates of an update before any layer."""
-        first = self.trainer_for(options).initial(options, int(options["seed"]))
-        return sum(tensor.numel() for tensor in first.parameters.values())
+        return sum(tensor.numel() for tensor in self._first(options)[0].values())
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
@@ -301,7 +312,7 @@ class Federation:
             options=asked.run,
             privacy=asked.privacy,
             stack=stack,
-            evaluate=self._central_evaluation(trainer, options),
+            evaluate=None if stack.keeps_parts else self._central_evaluation(trainer, options),
             learning_rate=checked_rate(options),
             questions=questions,
             statistics=statistics_of(trainer, stack, options),
@@ -363,7 +374,7 @@ class FederationServerApp(ServerApp):
     def _run(self, grid: Grid, context: Context) -> None:
         federation = self.federation
         options = federation.complete(context.run_config)
-        session = current(federation.name or "federation", dict(options))
+        session = current(federation.name, dict(options))
         nodes = roster(grid)
         job = federation.job(options, len(nodes))
         contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)
@@ -422,12 +433,14 @@ class FederationServerApp(ServerApp):
     def _say_what_is_not_asked(
         self, job: TrainingSpec, asked: RunOptions, session: Session
     ) -> None:
-        """Say why the table of the nodes' own measurements will be empty."""
+        """Say why the table of the nodes' own measurements will be empty; reports say it too."""
         if job.quiet and asked.client_eval_every >= 0:
-            session.progress.note(
+            reason = (
                 f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
                 "accuracies and numbers of examples would tell about them what that hides"
             )
+            session.progress.note(reason)
+            session.run.write_config({**session.run.config(), NOT_ASKED: reason})
 
     def _say_who_comes(self, asked: RunOptions, private: "PrivateRun", session: Session) -> None:
         """Write down how a private run draws its cohorts, where its options said another way."""
@@ -457,9 +470,9 @@ class FederationServerApp(ServerApp):
 
     def _advise(self, job: TrainingSpec, rounds: Rounds, session: Session) -> None:
         """Say what a user would otherwise find out from a bad curve."""
-        advice = getattr(job.stack.collect, "advice", None)
-        if advice is not None:
-            for line in advice(rounds.facts.expected_replies, job.stack.private):
+        if isinstance(job.stack.collect, Advises):
+            expected = rounds.facts.expected_replies
+            for line in job.stack.collect.advice(expected, job.stack.private):
                 session.progress.note(line)
         self._say_what_is_lost(job, rounds, session)
         normed = any(LOCAL_STATISTICS in name for name in job.buffers)

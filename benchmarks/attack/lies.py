@@ -37,7 +37,7 @@ from umbel.clients.trainers.base import Options, promising
 from umbel.core.contents import records_of
 from umbel.core.errors import UmbelError
 from umbel.privacy.attacks.promises import deviation_ceiling
-from umbel.strategies.collect import Collect, Gather, Gathering, Seals
+from umbel.strategies.collect import Exchange, Gather, RoundSpec, Seals
 
 NODES, SPARE = 10, 2000
 VICTIM = 4
@@ -147,11 +147,11 @@ def asked_twice(federation: Attackable, options: Options) -> Verdict:
     return _verdict("asked twice", True, words + f"{played.heard[1].count} of them")
 
 
-def _again(collect: Collect, said: list[str]) -> Collect:
+def _again(collect: Exchange, said: list[str]) -> Exchange:
     """The collect, which asks for everything twice; what nodes said the second time is kept."""
     greedy = copy.copy(collect)
 
-    def gather(requests: Sequence[Message], round_: Gathering) -> Gather:
+    def gather(requests: Sequence[Message], round_: RoundSpec) -> Gather:
         again = [
             Message(
                 content=message.content,

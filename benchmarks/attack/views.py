@@ -37,7 +37,7 @@ from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import session
-from umbel.strategies.collect import UPDATE, Collect, Gather, Gathering, Sum, read_vector
+from umbel.strategies.collect import UPDATE, Aggregate, Exchange, Gather, RoundSpec, read_vector
 from umbel.strategies.layout import MODEL, PARAMETERS
 from umbel.strategies.stack import Stack
 
@@ -171,7 +171,7 @@ def play(
     *,
     listen: Callable[[int], bool] = bool,
     around: Callable[[ClientApp], ClientApp] = lambda app: app,
-    asking: Callable[[Collect], Collect] = lambda collect: collect,
+    asking: Callable[[Exchange], Exchange] = lambda collect: collect,
 ) -> Played:
     """Run a federation on the embedded engine with a listener at the server.
 
@@ -222,7 +222,7 @@ def as_it_is(federation: Attackable, changes: Mapping[str, Any]) -> Any:
     return made(**{**known, **changes})
 
 
-def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool]) -> Collect:
+def overheard(collect: Exchange, heard: list[Heard], listen: Callable[[int], bool]) -> Exchange:
     """The same collect, which writes down what passes through its `gather`.
 
     It is a shallow copy with one method replaced on the instance, so that it keeps its class:
@@ -230,7 +230,7 @@ def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool
     """
     listening = copy.copy(collect)
 
-    def gather(requests: Sequence[Message], round_: Gathering) -> Gather:
+    def gather(requests: Sequence[Message], round_: RoundSpec) -> Gather:
         replies: dict[int, Tensor] = {}
         wire: dict[int, bytes] = {}
         keep = listen(round_.number)
@@ -246,7 +246,7 @@ def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool
                 yield message
 
         gathering = collect.gather(requests, round_)
-        sum_: Sum
+        sum_: Aggregate
         try:
             sent = next(gathering)
             while True:
@@ -265,7 +265,7 @@ def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool
 
 
 def _write_down(
-    message: Message, round_: Gathering, replies: dict[int, Tensor], wire: dict[int, bytes]
+    message: Message, round_: RoundSpec, replies: dict[int, Tensor], wire: dict[int, bytes]
 ) -> None:
     node = message.metadata.src_node_id - FIRST_NODE
     if message.has_error():

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import ConfigError
+from umbel.strategies.objective import CORRECTION, Correction
+
 if TYPE_CHECKING:
     from umbel.clients.ledger.node_ledger import Receipt
     from umbel.privacy.bounds.bundle import Bundle
     from umbel.strategies.release import Release
+    from umbel.strategies.stack import Stack
 
 Options = Mapping[str, bool | int | float | str]
 """The run's options, as in `[tool.flwr.app.config]` and `-c`."""
@@ -62,6 +66,8 @@ class Job:
         node: the node's own configuration (`partition-id` and the like).
         memory: the node's own records, kept between rounds.
         ledger: of the node; None is one in `memory`.
+        correction: what is added to every gradient of this training; None is nothing. Only a
+            trainer that `honours` it is given one.
     """
 
     round: int
@@ -71,6 +77,7 @@ class Job:
     node: Options = field(default_factory=dict)
     memory: RecordDict = field(default_factory=RecordDict)
     ledger: Charges | None = None
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,13 @@ class Trained:
         weights: the model after training; the same names, shapes and order as before.
         examples: how many examples it was trained on; the weight in an average.
         metrics: of this node, e.g. {"loss": 0.3}.
+        steps: how many steps the local optimiser made; 0 where the trainer does not say.
     """
 
     weights: Weights
     examples: int
     metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,49 @@ class Trainer(Protocol):
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         """Judge a model on examples. `weights` is not mutated."""
         ...
+
+
+@runtime_checkable
+class Honours(Protocol):
+    """A trainer that says what it does beyond plain training.
+
+    `correction`: it adds `job.correction` to every gradient, and says its `steps`.
+    """
+
+    @property
+    def honours(self) -> frozenset[str]:
+        """What it does; a trainer that does not say does nothing of it."""
+        ...
+
+
+def check_honours(trainer: Trainer, stack: "Stack") -> None:
+    """Refuse a stack that asks for what a trainer would leave out.
+
+    Raises:
+        ConfigError: the trainer does not apply the corrections of the stack's objectives.
+    """
+    honours = trainer.honours if isinstance(trainer, Honours) else frozenset()
+    if "start-loss" in stack.needs and isinstance(trainer, RecordPrivate):
+        raise ConfigError(
+            f"{stack} looks at the exact loss of a node's records, which {type(trainer).__name__} "
+            "promises to hide; take a method without it, or privacy of whole nodes (epsilon)"
+        )
+    if stack.twice and isinstance(trainer, RecordPrivate):
+        raise ConfigError(
+            f"{stack.twice[0].name} trains a second model a round, which {type(trainer).__name__} "
+            "would charge a node's records for once more; take a method that trains one"
+        )
+    if "steps" in stack.needs and CORRECTION not in honours:
+        raise ConfigError(
+            f"{stack} counts the nodes' local steps, and {type(trainer).__name__} does not say "
+            "them; take TorchTrainer"
+        )
+    if stack.objectives and CORRECTION not in honours:
+        raise ConfigError(
+            f"{stack.objectives[0].name} changes the gradients that nodes train with, and "
+            f"{type(trainer).__name__} does not apply that; take TorchTrainer, or leave "
+            f"{stack.objectives[0].name} out"
+        )
 
 
 @runtime_checkable

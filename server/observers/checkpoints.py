@@ -10,7 +10,7 @@ from umbel.server.drive import states_of
 from umbel.server.observers.base import RoundDone, Watcher
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.collect import Collect, Seals
+from umbel.strategies.collect import Exchange, Seals
 
 EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -30,13 +30,13 @@ class Checkpoints(Watcher):
     """
 
     def __init__(
-        self, run: RunDirectory, grid: Grid, collect: Collect, rounds: int, progress: Progress
+        self, run: RunDirectory, grid: Grid, collect: Exchange, rounds: int, progress: Progress
     ) -> None:
-        self._run, self._grid, self._rounds, self._progress = run, grid, rounds, progress
+        self._run, self._rounds, self._progress = run, rounds, progress
         self._path = run.checkpoint_path
         self._saved_at = self._took = 0.0
-        goes_back = states_of(grid) is not None
-        self.once = isinstance(collect, Seals) and not goes_back
+        self._states = states_of(grid)
+        self.once = isinstance(collect, Seals) and self._states is None
         """Whether nodes answer a round once only: in secret sums, where their records stay."""
 
     def load(self) -> Position | None:
@@ -45,9 +45,8 @@ class Checkpoints(Watcher):
         if position is None:
             self._run.truncate_rounds(-1)
             return None
-        states = states_of(self._grid)
-        if states is not None:
-            states.restore(checkpoint.load_nodes(self._path, position.round))
+        if self._states is not None:
+            self._states.restore(checkpoint.load_nodes(self._path, position.round))
         if not self.once:
             self._tell_what_is_repeated(position.round)
         self._run.truncate_rounds(position.round)
@@ -76,8 +75,7 @@ class Checkpoints(Watcher):
     def save(self, position: Position) -> None:
         """Save a position now."""
         now = time.monotonic()
-        states = states_of(self._grid)
-        changed = {} if states is None else states.take_changed()
+        changed = {} if self._states is None else self._states.take_changed()
         checkpoint.save(self._path, position, changed)
         self._saved_at = time.monotonic()
         self._took = self._saved_at - now

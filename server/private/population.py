@@ -200,6 +200,14 @@ class Register:
             ).fetchone()
         return None if row is None else (int(row[0]), str(row[1]))
 
+    def knows(self, path: Path) -> bool:
+        """Whether there was a signed ledger in this file."""
+        with self._open() as database:
+            found = database.execute(
+                "SELECT 1 FROM ledger WHERE path = ?", (str(path.absolute()),)
+            ).fetchone()
+        return found is not None
+
     def keep(self, first: str, population: str, path: Path, number: int, head: str) -> None:
         """Remember how far a ledger has come."""
         with self._open() as database, database:

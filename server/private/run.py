@@ -63,6 +63,8 @@ class PrivateRun:
         register = Register(self._place.register)
         self._ledger = Ledger(self._place.path, self._place.population, self._key, register)
         weakref.finalize(self, self._ledger.close)  # also where the rounds end in an error
+        for line in self._ledger.notes():
+            session.progress.note(line)
         try:
             self._begin(job, privacy, nodes, start)
         except BaseException:

@@ -1,9 +1,7 @@
 """The same people under another directory, name or file are not taken for new ones."""
 
 import functools
-import sqlite3
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +112,6 @@ def test_a_ledger_that_somebody_else_wrote_is_refused(
     monkeypatch.setenv("UMBEL_KEY", str(mine))
     with pytest.raises(ConfigError, match="not signed with this coordinator's key"):
         lab.run(epsilon=2.0, population="people", ledger=str(tmp_path / "people.sqlite"))
-
-
-def test_a_ledger_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "old.sqlite")) as database:
-        database.execute("CREATE TABLE entry (number INTEGER, body TEXT, hash TEXT)")
-        database.commit()
-    with pytest.raises(ConfigError, match="earlier version"):
-        Ledger(tmp_path / "old.sqlite", "people")
 
 
 def test_a_long_history_of_unlike_releases_is_added_up_all_the_same() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from tests.written import HALVES
 from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 
@@ -31,8 +32,7 @@ def initial(options):
 
 federation = Federation(FunctionTrainer(initial, train), lambda node, _: node.partition + 1)
 """,
-    "server_app.py": "from task import federation\n\napp = federation.server_app()\n",
-    "client_app.py": "from task import federation\n\napp = federation.client_app()\n",
+    **HALVES,
 }
 
 

@@ -16,7 +16,7 @@ from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
 from umbel.strategies.secure.weigh import Weigh
-from umbel.strategies.transform import Facts
+from umbel.strategies.transform import Facts, NodeContext
 
 EXAMPLES = (1, 10, 100, 1000, 40, 7)
 
@@ -72,9 +72,12 @@ def test_weights_count_in_the_bound() -> None:
     layer = Weigh(10.0, {"loss": 1.0})
     update = torch.full((8,), 3.0 / 8**0.5)
     measured = {"num-examples": 1e9, "loss": float("inf")}
-    out = layer.attach(update, measured, {"bound": 3.0})
+    out = layer.encode(update, NodeContext({"bound": 3.0}, metrics=measured))
     assert float(out.norm()) <= (facts.l2_bound or 0) * (1 + 1e-9)
-    nothing = layer.attach(update, {"num-examples": -5.0, "loss": float("nan")}, {"bound": 3.0})
+    nothing = layer.encode(
+        update,
+        NodeContext({"bound": 3.0}, metrics={"num-examples": -5.0, "loss": float("nan")}),
+    )
     assert not bool(nothing.any())
 
 

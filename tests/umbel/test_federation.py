@@ -18,6 +18,7 @@ from umbel.core.errors import ConfigError
 from umbel.federation import Federation
 from umbel.running import run
 from umbel.server.output.progress import SilentProgress
+from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.stack import Stack
 
 
@@ -103,6 +104,7 @@ def test_the_same_app_gives_the_same_model_under_ray(
         ray.shutdown()
         logging.getLogger("flwr").setLevel(level)
     (simulated,) = (tmp_path / "runs").iterdir()
+    assert RunDirectory(simulated).config()["app"] == "slope", "the app's files say its name"
     plain = run(APPS / "slope", options={"rounds": 10}, workers=0, progress=SilentProgress())
     one, other = (load_file(Path(p) / "model.safetensors") for p in (simulated, plain["run"]))
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)

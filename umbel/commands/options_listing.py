@@ -18,6 +18,7 @@ from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
 from umbel.strategies.async_options import AsyncOptions
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
@@ -27,6 +28,7 @@ GROUPS: Mapping[str, type[Any]] = {
     "asynchronous rounds": AsyncOptions,
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
+    "methods": MethodOptions,
 }
 """Who reads an option, and the group that holds it."""
 
