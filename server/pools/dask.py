@@ -9,6 +9,7 @@ Dask runs the groups of a worker that dies elsewhere. A worker is a process: of 
 works at a time, because random generators belong to a process. Workers may come and go.
 """
 
+import logging
 import threading
 import time
 import weakref
@@ -47,6 +48,7 @@ def from_options(options: Mapping[str, Any]) -> Pool:
     """
     import dask
 
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters becomes a sentence
     _, _, address = str(options["pool"]).partition("://")
     if not address:
         raise ConfigError(
