@@ -21,6 +21,8 @@ from umbel.clients.trainers.base import Trained as Trained
 from umbel.clients.trainers.base import Trainer as Trainer
 from umbel.clients.trainers.base import Weights as Weights
 from umbel.clients.trainers.function import FunctionTrainer as FunctionTrainer
+from umbel.clients.trainers.jax import JaxTrainer as JaxTrainer
+from umbel.clients.trainers.keras import KerasTrainer as KerasTrainer
 from umbel.clients.trainers.private_sgd import PrivateSgd as PrivateSgd
 from umbel.clients.trainers.sklearn import SklearnTrainer as SklearnTrainer
 from umbel.clients.trainers.softmax import SoftmaxTrainer as SoftmaxTrainer

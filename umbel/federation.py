@@ -77,8 +77,9 @@ class Federation:
     """A federated task: who trains what on which data, under which stack.
 
     Attributes:
-        trainer: knows the model; see `umbel.TorchTrainer`, `SklearnTrainer`, `FunctionTrainer`. Or
-            a function of the options that gives one of several.
+        trainer: knows the model; see `umbel.TorchTrainer`, `KerasTrainer`, `JaxTrainer`,
+            `SklearnTrainer`, `FunctionTrainer`. Or a function of the options that gives one of
+            several.
         data: a node's own examples; see `umbel.Partitioned`.
         test: held-out examples for central evaluation; left out, `data.central_test` is used
             where it exists.
@@ -260,7 +261,7 @@ class Federation:
             stack = replace(stack, collect=aggregator)
         if objective is not None:
             stack = replace(stack, layers=(objective, *stack.layers))
-        stack = compose(stack, options, lambda: self._size(options), asked)
+        stack = compose(stack, asked or options, lambda: self._size(options))
         check_honours(self.trainer_for(options), stack)
         return stack
 

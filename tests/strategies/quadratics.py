@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from umbel.clients.data.examples import Examples
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.strategies.collect import Sum
-from umbel.strategies.contexts import NodeContext, RoundContext
+from umbel.strategies.contexts import Memory, NodeContext, RoundContext
 from umbel.strategies.facts import Facts
 from umbel.strategies.objective import Correction
-from umbel.strategies.stack import Stack
+from umbel.strategies.stack import Stack, own_context
 
 SIZE, NODES, ROWS = 4, 5, 40
 RATE = 0.03
@@ -62,6 +62,11 @@ def optimum(parts: Sequence[Examples], weights: Sequence[float] | None = None) -
     hessian = torch.stack([curvature(p) * a for p, a in zip(parts, w, strict=True)]).sum(0)
     right = torch.stack([slope(p) * a for p, a in zip(parts, w, strict=True)]).sum(0)
     return torch.linalg.solve(hessian, right)
+
+
+def near(found: Tensor, wanted: Tensor, within: float = 1e-8) -> bool:
+    """Whether every coordinate is where it should be."""
+    return float((found - wanted).abs().max()) < within
 
 
 def descended(
@@ -113,6 +118,14 @@ class Run:
             self._round(everyone if sampled is None else sampled[place % len(sampled)])
         return self.model
 
+    def own(self, node: int) -> Tensor:
+        """A node's own model."""
+        return self.stack.own(self.model, NodeContext(), self.memories[node])
+
+    def memory(self, node: int, layer: str) -> Memory:
+        """What a layer remembers on a node."""
+        return Memory(self.memories[node], layer)
+
     def _round(self, cohort: Sequence[int]) -> None:
         self.number += 1
         before = Facts(
@@ -148,12 +161,16 @@ class Run:
     def _update(self, node: int, told: NodeContext) -> Tensor:
         memory = self.memories[node]
         part = self.parts[node]
-        correction = self.stack.begin(self.model, told, memory)
+        start = self.stack.starts(self.model, told, memory)
+        correction = self.stack.begin(start, told, memory)
         if "start-loss" in self.stack.needs:
             told = replace(
                 told, start_loss=float((part.x @ self.model - part.y[:, 0]).square().mean())
             )
-        trained = descended(part, self.model, self.steps[node], self.rate, correction)
-        update = trained - self.model
+        update = descended(part, start, self.steps[node], self.rate, correction) - start
+        for layer in self.stack.twice:
+            ctx = own_context(told, layer.name, memory)
+            own, pull = layer.second(self.model, ctx)
+            layer.keep(descended(part, own, self.steps[node], self.rate, pull), ctx)
         told = replace(told, steps=self.steps[node])
         return self.stack.encode(update, dict(told.config), memory, {}, told)[0]

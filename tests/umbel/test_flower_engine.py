@@ -1,5 +1,6 @@
 """Around Flower's own programs: what is left behind is ended, what does not fit is refused."""
 
+import math
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,7 @@ from umbel.commands.server import client, server
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
 from umbel.flower_engine import _SuperLink
+from umbel.flower_node import toml
 from umbel.flower_process import FlowerProcess, end_earlier, environment, program
 from umbel.runner import Subject, prepare
 
@@ -78,6 +80,11 @@ def test_the_app_that_flower_gets_names_every_option_that_was_changed(tmp_path: 
         folder.options
     )
     assert (copy / "task.py").read_bytes() == (folder.path / "task.py").read_bytes()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 0.5, 3, True, 'a "b" \\ c', "ü 😀"])
+def test_every_value_of_an_option_reaches_flower_as_it_is(value: object) -> None:
+    assert tomllib.loads(f"v = {toml(value)}")["v"] == value
 
 
 def test_options_of_the_other_engine_are_refused(tmp_path: Path) -> None:

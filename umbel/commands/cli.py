@@ -170,11 +170,15 @@ def options_command(
 @app.command("new")
 def new_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to make.")],
+    framework: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="torch, keras, jax, sklearn or numpy."),
+    ] = "torch",
 ) -> None:
     """Make an app that runs at once."""
     from umbel.scaffold import new_app
 
-    folder = new_app(Path(name))
+    folder = new_app(Path(name), framework)
     typer.echo(f"made {folder}; run it with: umbel run {name}")
 
 
