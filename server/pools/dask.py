@@ -142,7 +142,13 @@ class DaskPool(Pool):
         """
         self._shipment = shipped(work)
         try:
-            self._client.run(probe, self._shipment)
+            self._sent_shipment = self._scattered(self._shipment)
+            self._client.gather(
+                [
+                    self._client.submit(probe, self._sent_shipment, workers=[worker], pure=False)
+                    for worker in self._client.nthreads()
+                ]
+            )
         except UmbelError:
             raise
         except ModuleNotFoundError as error:
@@ -154,7 +160,6 @@ class DaskPool(Pool):
             raise ConfigError(
                 f"the workers of {self._where} cannot load the app: {described(error)}"
             ) from error
-        self._sent_shipment = self._scattered(self._shipment)
 
     def _scattered(self, thing: Any) -> Any:
         return self._client.scatter(thing, broadcast=True, hash=False, direct=False)
