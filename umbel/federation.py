@@ -26,6 +26,7 @@ from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_h
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.options import Options, Value, checked, override, renamed
 from umbel.core.records import Tree
+from umbel.server.buffered import BufferedRounds
 from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
@@ -34,6 +35,7 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
+from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
 from umbel.strategies.contract import Contract
 from umbel.strategies.exchange import Advises
@@ -148,6 +150,7 @@ class Federation:
         own = renamed(self.options)
         known = {
             **RunOptions.defaults(),
+            **AsyncOptions.defaults(),
             **PrivacyOptions.defaults(),
             **SecureOptions.defaults(),
             **MethodOptions.defaults(),
@@ -229,7 +232,9 @@ class Federation:
         MethodOptions.read(options).check_for(str(options["method"]))
         required_part("optimizer", self.optimizer, options)
         required_part("sampler", self.sampler, options)
-        self.stack_for(options, asked)
+        stack = self.stack_for(options, asked)
+        promised = promising(trainer, options) is not None
+        AsyncOptions.read(options).check(asked.run, stack, promised)
 
     def stack_for(self, options: Options, asked: Asked | None = None) -> Stack:
         """The stack of these options (complete ones), which holds what they ask for.
@@ -298,8 +303,11 @@ class Federation:
                 f"would see every node's exact answer; under {stack} nodes give none, so leave "
                 "the private means out, or train with central privacy (epsilon alone)"
             )
-        pooled = can_pool(trainer, self.data, nodes, stack, options, questions)
+        how = AsyncOptions.read(options)
+        how.check(asked.run, stack, promising(trainer, options) is not None)
+        pooled = not how.on and can_pool(trainer, self.data, nodes, stack, options, questions)
         return TrainingSpec(
+            asynchronous=how,
             parameters=first.parameters,
             buffers=first.buffers,
             options=asked.run,
@@ -385,7 +393,8 @@ class FederationServerApp(ServerApp):
             from umbel.server.private.unprotected import unprotected
 
             job = unprotected(job, privacy, nodes, session, federation.data, start)
-        rounds = Rounds(job, grid, nodes, session.run, session.progress)
+        loop = BufferedRounds if job.asynchronous.on else Rounds
+        rounds = loop(job, grid, nodes, session.run, session.progress)
         job = rounds.job  # without the first model, which only the rounds need from here on
         if private is not None:
             private.job = job

@@ -17,6 +17,7 @@ from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
+from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
@@ -24,6 +25,7 @@ from umbel.strategies.secure.options import SecureOptions
 
 GROUPS: Mapping[str, type[Any]] = {
     "every run": RunOptions,
+    "asynchronous rounds": AsyncOptions,
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
     "methods": MethodOptions,
