@@ -25,6 +25,7 @@ from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.gate import guarded
+from umbel.clients.given import trainer_of
 from umbel.clients.holding import Holder
 from umbel.clients.ledger.charging import (
     Charging,
@@ -59,6 +60,7 @@ from umbel.clients.trainers.base import (
 )
 from umbel.core.contents import find_record, take_record
 from umbel.core.errors import ConfigError
+from umbel.core.names import ASK, POOL
 from umbel.core.records import (
     Manifest,
     from_array,
@@ -89,7 +91,6 @@ from umbel.strategies.layout import (
     averaged_buffers,
     local_buffers,
 )
-from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.protection import Outlook, hides, quiet
 from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack, own_context
@@ -106,7 +107,7 @@ class ClientHandler:
     """What a node does with messages; the same object serves every virtual node of a process.
 
     Attributes:
-        trainer: knows the model.
+        trainer: knows the model; or a function of the options that gives one of several.
         data: the node's own examples.
         options: completes the run's configuration with defaults.
         stack: the layers, from the options.
@@ -114,7 +115,7 @@ class ClientHandler:
         app_digest: SHA-256 of the app's files in hex; empty where the engine has none.
     """
 
-    trainer: Trainer
+    trainer: Trainer | Callable[[Options], Trainer]
     data: Callable[[Node, Options], Split | Any]
     options: Callable[[Options], Options]
     stack: Callable[[Options], Stack]
@@ -133,7 +134,7 @@ class ClientHandler:
         if refused is not None:
             return Message(refused, reply_to=message)
         task = self._begin(plan, plan.receive(message, context, self._split(plan, context)))
-        trained = self.trainer.train(task.weights, task.split.train, task.job)
+        trained = plan.trainer.train(task.weights, task.split.train, task.job)
         self._train_again(plan, task)
         return plan.reply(task, trained)
 
@@ -144,14 +145,14 @@ class ClientHandler:
 
         None where the trainer cannot do that, or does not find it worth while.
         """
-        if isinstance(self.trainer, CohortTrainer) and len(messages) > 1:
-            plan = self.plan(contexts[0])
+        plan = self.plan(contexts[0])
+        if isinstance(plan.trainer, CohortTrainer) and len(messages) > 1:
             tasks: list[_Received] = []
             before = None
             for message, context in zip(messages, contexts, strict=True):
                 before = plan.receive(message, context, self._split(plan, context), before)
                 tasks.append(self._begin(plan, before))
-            trained = self.trainer.train_cohort(
+            trained = plan.trainer.train_cohort(
                 [task.weights for task in tasks],
                 [task.split.train for task in tasks],
                 [task.job for task in tasks],
@@ -177,7 +178,7 @@ class ClientHandler:
         examples = 0
         if split.test is not None and len(split.test) > 0:
             task = plan.with_own_model(plan.receive(message, context, split))
-            result = self.trainer.evaluate(task.weights, split.test, plan.options)
+            result = plan.trainer.evaluate(task.weights, split.test, plan.options)
             metrics, examples, counted = result.metrics, result.examples, result.counted
         content = RecordDict({METRICS: MetricRecord({**metrics, EXAMPLES: examples})})
         if counted:
@@ -212,7 +213,7 @@ class ClientHandler:
                 "running statistics would travel in the clear beside protected updates; "
                 "use buffers=never, or a model with group normalisation"
             )
-        names = statistics_of(self.trainer, plan.stack, plan.options)
+        names = statistics_of(plan.trainer, plan.stack, plan.options)
         return answer_statistics(message, names, plan.kept(context), context.state)
 
     def _ask(self, message: Message, context: Context) -> Message:
@@ -233,7 +234,7 @@ class ClientHandler:
             found = question_bundles(question, examples, public_of(message))
             return answer_pool(message, found, question.stack, question.size)
         task = plan.receive(message, context, Split(None))
-        bundles = training_bundles(self.trainer, task.weights, examples, task.job)
+        bundles = training_bundles(plan.trainer, task.weights, examples, task.job)
         return answer_pool(message, bundles, plan.stack, plan.manifest.size)
 
     def plan(self, context: Context) -> "Plan":
@@ -245,12 +246,14 @@ class ClientHandler:
         key = _options_key(context)
         if key not in self._plans:
             options = self.options(context.run_config)
+            trainer = trainer_of(self.trainer, options)
             self._plans.clear()
             self._plans[key] = Plan(
                 options,
                 self.stack(options),
-                _without_values(self.trainer.initial(options, int(options["seed"]))),
-                promising(self.trainer, options),
+                trainer,
+                _without_values(trainer.initial(options, int(options["seed"]))),
+                promising(trainer, options),
                 self.app_digest,
             )
         return self._plans[key]
@@ -258,7 +261,7 @@ class ClientHandler:
     def _begin(self, plan: "Plan", task: "_Received") -> "_Received":
         """The task with what the layers ask for before training."""
         if "start-loss" in plan.stack.needs:
-            found = self.trainer.evaluate(task.weights, task.split.train, plan.options)
+            found = plan.trainer.evaluate(task.weights, task.split.train, plan.options)
             task = replace(task, start_loss=found.metrics.get("loss"))
         return plan.begin(task)
 
@@ -269,7 +272,7 @@ class ClientHandler:
             start, correction = layer.second(task.vector, ctx)
             weights = Weights(plan.manifest.unflatten(start), task.weights.buffers)
             job = replace(task.job, seed=task.job.seed ^ 1, correction=correction)
-            trained = self.trainer.train(weights, task.split.train, job)
+            trained = plan.trainer.train(weights, task.split.train, job)
             layer.keep(plan.manifest.flatten(trained.weights.parameters), ctx)
 
     def _split(self, plan: "Plan", context: Context) -> Split:
@@ -305,6 +308,7 @@ class Plan:
     Attributes:
         options: complete ones.
         stack: as they build it.
+        trainer: of these options.
         first: the first model, its parameters without values.
         promise: the trainer, where it promises privacy for single records.
         app_digest: of the app's files.
@@ -312,6 +316,7 @@ class Plan:
 
     options: Options
     stack: Stack
+    trainer: Trainer
     first: Weights
     promise: Trainer | None = None
     app_digest: str = ""

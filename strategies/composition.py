@@ -20,7 +20,8 @@ import torch
 
 from umbel.core.errors import ConfigError, StackError
 from umbel.core.options import Options, dashed
-from umbel.strategies.collect import PlainSum, Sum, is_own
+from umbel.strategies.aggregator import Aggregate
+from umbel.strategies.exchange import CapsExamples, Masks, is_own
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
@@ -135,12 +136,13 @@ def _limited(stack: Stack, most: int) -> Stack:
     collect = stack.collect
     if not most:
         return stack
-    if not (isinstance(collect, PlainSum) and collect.weighting == "examples"):
+    limited = collect.with_max_examples(most) if isinstance(collect, CapsExamples) else None
+    if limited is None:
         raise ConfigError(
             f"max-examples is {most}, but {stack} does not weigh nodes by their examples (a "
             "secure sum has secure-weight-cap); leave max-examples out"
         )
-    return replace(stack, collect=replace(collect, max_examples=most))
+    return replace(stack, collect=limited)
 
 
 def check_asked(stack: Stack, asked: Asked, size: int = SIZE) -> None:
@@ -183,9 +185,7 @@ def _check_secret(stack: Stack, bottom: Facts, secure: SecureOptions) -> None:
             f"secure-min-cohort is {secure.secure_min_cohort}, but the app's own collect makes "
             f"sums of {bottom.min_replies}; leave it out, or raise the app's min_cohort"
         )
-    from umbel.strategies.secure.secure_sum import SecureSum
-
-    mode = stack.collect.mode if isinstance(stack.collect, SecureSum) else ""
+    mode = stack.collect.mode if isinstance(stack.collect, Masks) else ""
     if secure.secure_mode not in ("auto", mode):
         raise ConfigError(
             f"secure-mode is {secure.secure_mode}, but the app's own collect is {mode}; leave it "
@@ -292,7 +292,9 @@ def _play(stack: Stack, facts: Facts, rounds: int) -> None:
         except StackError as error:
             raise StackError(f"{error} (in round {number})") from error
         cohort = max(1.0, facts.expected_replies)
-        sum_ = Sum(torch.ones(bottom.size, dtype=torch.float64), cohort, round(cohort), cohort)
+        sum_ = Aggregate(
+            torch.ones(bottom.size, dtype=torch.float64), cohort, round(cohort), cohort
+        )
         generator = torch.Generator().manual_seed(number)
         rnd = RoundContext(
             number, cohort, round(cohort), cohort, bottom, generator, learning_rate=1.0

@@ -1,4 +1,4 @@
-"""A stack: a flat list of layers over one collect."""
+"""A stack: a flat list of layers over one exchange and its aggregator."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from umbel.core.errors import RunError, StackError
 from umbel.privacy.bounds.clipping import is_within
-from umbel.strategies.collect import LENIENCE, Collect, PlainSum, Seals, Sum, is_own
+from umbel.strategies.aggregator import Aggregate, Aggregator
+from umbel.strategies.collect import PlainSum
 from umbel.strategies.contexts import Memory
+from umbel.strategies.exchange import LENIENCE, Exchange, Seals, exchange_of, is_own, takes_sums
 from umbel.strategies.objective import (
     Correction,
     LocalObjective,
@@ -50,7 +52,10 @@ States = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers in the order in which an update passes them on its node, over one collect.
+    """Layers in the order in which an update passes them on its node, over one exchange.
+
+    `collect` is an exchange, such as `PlainSum()`, or an aggregator, which then gets replies in
+    the clear.
 
     >>> print(Stack())
     plain-sum
@@ -64,9 +69,18 @@ class Stack:
     """
 
     layers: Sequence[Transform[Any]] = ()
-    collect: Collect = field(default_factory=PlainSum)
+    collect: Exchange = field(default_factory=PlainSum)
+
+    if TYPE_CHECKING:  # an aggregator is taken as well
+
+        def __init__(
+            self,
+            layers: Sequence[Transform[Any]] = (),
+            collect: Exchange | Aggregator[Any] = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "collect", exchange_of(self.collect))
         names = [layer.name for layer in self.layers]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -311,7 +325,7 @@ class Stack:
     def many(self) -> bool:
         """Whether `encode_many` applies: every layer can, and the server may add up in between."""
         return (
-            isinstance(self.collect, PlainSum)
+            takes_sums(self.collect)
             and not self.objectives
             and all(
                 isinstance(layer, EncodesMany) or not acts_on_updates(layer)
@@ -329,7 +343,7 @@ class Stack:
         return bundle
 
     def decode(
-        self, sum_: Sum, states: States, rnd: RoundContext, facts: Facts | None = None
+        self, sum_: Aggregate, states: States, rnd: RoundContext, facts: Facts | None = None
     ) -> tuple[Tensor | None, States, dict[str, float]]:
         """The server's half, in reverse: the average update, or None where there is none.
 

@@ -11,7 +11,7 @@ read again, and it has to be what was run: other code would give another model w
 from pathlib import Path
 from typing import Any
 
-from umbel.clients.trainers.base import Weights
+from umbel.clients.trainers.base import ReadyTrainer, Weights
 from umbel.core.app_folder import AppFolder, open_app
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options
@@ -48,8 +48,8 @@ def load(run: Path | str, app: Path | str | Federation | None = None) -> Any:
     federation = app if isinstance(app, Federation) else _federation(directory.path, config, app)
     options = federation.complete(config.get("options", {}))
     weights = weights_of(directory, federation, options)
-    ready = getattr(federation.trainer, "ready", None)
-    return weights if ready is None else ready(weights, options)
+    trainer = federation.trainer_for(options)
+    return trainer.ready(weights, options) if isinstance(trainer, ReadyTrainer) else weights
 
 
 def weights_of(directory: RunDirectory, federation: Federation, options: Options) -> Weights:
@@ -59,7 +59,7 @@ def weights_of(directory: RunDirectory, federation: Federation, options: Options
         ConfigError: they are not those of the app's model.
     """
     found = directory.read_model()
-    first = federation.trainer.initial(options, int(options["seed"]))
+    first = federation.trainer_for(options).initial(options, int(options["seed"]))
     own = {**first.parameters, **first.buffers}
     odd = sorted(found.keys() ^ own.keys())
     odd += [n for n in found if n in own and found[n].shape != own[n].shape]

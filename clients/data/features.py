@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FeatureMap:
     """How features are made of what a data set stores.
 
     Attributes:
@@ -150,7 +150,7 @@ def _prune(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Featured:
+class PrecomputedFeatures:
     """A `data` function: one example a node (or equal shares), as features.
 
     Attributes:
@@ -160,7 +160,7 @@ class Featured:
     """
 
     dataset: str | DataSet
-    recipe: Recipe | Callable[[Options], Recipe]
+    recipe: FeatureMap | Callable[[Options], FeatureMap]
     cache: Path | None = None
     FIXED: ClassVar[bool] = True
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
@@ -195,9 +195,9 @@ class Featured:
         """The data set."""
         return load(self.dataset) if isinstance(self.dataset, str) else self.dataset
 
-    def recipe_for(self, options: Options) -> Recipe:
+    def recipe_for(self, options: Options) -> FeatureMap:
         """The recipe under these options."""
-        return self.recipe if isinstance(self.recipe, Recipe) else self.recipe(options)
+        return self.recipe if isinstance(self.recipe, FeatureMap) else self.recipe(options)
 
     def _examples(self, part: str, index: Array, options: Options) -> Examples:
         stored = self.load().train if part == "train" else self.load().test
@@ -235,3 +235,9 @@ def features_of(examples: Examples, columns: slice = slice(None)) -> Tensor:
     if isinstance(examples.x, Rows):
         return examples.x.tensor()[:, columns].float()
     return torch.as_tensor(np.asarray(examples.x)).flatten(1)[:, columns].float()
+
+
+Recipe = FeatureMap
+"""The former name."""
+Featured = PrecomputedFeatures
+"""The former name."""

@@ -141,42 +141,32 @@ class Honours(Protocol):
         ...
 
 
-@runtime_checkable
-class ChosenByOptions(Protocol):
-    """A trainer that stands for another one, which the options name."""
-
-    def chosen(self, options: Options) -> "Trainer":
-        """That one."""
-        ...
-
-
-def check_honours(trainer: Trainer, stack: "Stack", options: Options) -> None:
+def check_honours(trainer: Trainer, stack: "Stack") -> None:
     """Refuse a stack that asks for what a trainer would leave out.
 
     Raises:
         ConfigError: the trainer does not apply the corrections of the stack's objectives.
     """
-    found = trainer.chosen(options) if isinstance(trainer, ChosenByOptions) else trainer
-    honours = found.honours if isinstance(found, Honours) else frozenset()
-    if "start-loss" in stack.needs and isinstance(found, RecordPrivate):
+    honours = trainer.honours if isinstance(trainer, Honours) else frozenset()
+    if "start-loss" in stack.needs and isinstance(trainer, RecordPrivate):
         raise ConfigError(
-            f"{stack} looks at the exact loss of a node's records, which {type(found).__name__} "
+            f"{stack} looks at the exact loss of a node's records, which {type(trainer).__name__} "
             "promises to hide; take a method without it, or privacy of whole nodes (epsilon)"
         )
-    if stack.twice and isinstance(found, RecordPrivate):
+    if stack.twice and isinstance(trainer, RecordPrivate):
         raise ConfigError(
-            f"{stack.twice[0].name} trains a second model a round, which {type(found).__name__} "
+            f"{stack.twice[0].name} trains a second model a round, which {type(trainer).__name__} "
             "would charge a node's records for once more; take a method that trains one"
         )
     if "steps" in stack.needs and CORRECTION not in honours:
         raise ConfigError(
-            f"{stack} counts the nodes' local steps, and {type(found).__name__} does not say them; "
-            "take TorchTrainer"
+            f"{stack} counts the nodes' local steps, and {type(trainer).__name__} does not say "
+            "them; take TorchTrainer"
         )
     if stack.objectives and CORRECTION not in honours:
         raise ConfigError(
             f"{stack.objectives[0].name} changes the gradients that nodes train with, and "
-            f"{type(found).__name__} does not apply that; take TorchTrainer, or leave "
+            f"{type(trainer).__name__} does not apply that; take TorchTrainer, or leave "
             f"{stack.objectives[0].name} out"
         )
 
@@ -194,12 +184,17 @@ class ChecksOptions(Protocol):
 class ReadyTrainer(Protocol):
     """A trainer that can hand out its model for use outside of Umbel."""
 
-    USE: str
-    """How the model is used, in one expression of `model` and `x`, for reports."""
-
     def ready(self, weights: Weights, options: Options) -> Any:
         """The model with these weights, which shares nothing with the trainer."""
         ...
+
+
+@runtime_checkable
+class SaysUse(Protocol):
+    """A trainer that says how the model is used that `ready` gives."""
+
+    USE: str
+    """One expression of `model` and `x`, for reports."""
 
 
 @runtime_checkable
@@ -214,6 +209,24 @@ class CohortTrainer(Protocol):
 
 
 @runtime_checkable
+class SizesGroups(Protocol):
+    """A trainer that says how many nodes are worth training as one computation."""
+
+    def group_size(self, options: Options) -> int:
+        """How many nodes an engine should give to `train_cohort` at a time."""
+        ...
+
+
+@runtime_checkable
+class KeepsStatistics(Protocol):
+    """A trainer whose model has running statistics of the examples among its buffers."""
+
+    def statistics(self, options: Options) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
+
+@runtime_checkable
 class RecordPrivate(Protocol):
     """A trainer that promises privacy for each single record of a node."""
 
@@ -223,9 +236,9 @@ class RecordPrivate(Protocol):
 
 
 def promising(trainer: Trainer, options: Options) -> Trainer | None:
-    """The trainer of these options where it promises privacy for single records, else None."""
-    found = trainer.chosen(options) if isinstance(trainer, ChosenByOptions) else trainer
-    return found if isinstance(found, RecordPrivate) else None
+    """The trainer where it promises privacy for single records under these options, else None."""
+    del options  # a trainer of one kind promises under all of them
+    return trainer if isinstance(trainer, RecordPrivate) else None
 
 
 def own_promise(trainer: Trainer | None) -> bool:

@@ -119,6 +119,7 @@ class PrivateSgd(ExamplePrivacy):
     """
 
     trainer: TorchTrainer
+    USE: ClassVar[str] = TorchTrainer.USE
     honours: ClassVar[frozenset[str]] = frozenset({CORRECTION})
     OPTIONS: Mapping[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
 
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options
-from umbel.core.records import Manifest, Tree
+from umbel.core.records import Manifest
+from umbel.core.registry import provide
 from umbel.strategies.methods.ditto import Ditto
 from umbel.strategies.methods.feddyn import FedDyn
 from umbel.strategies.methods.fedexp import FedExP
@@ -20,67 +24,70 @@ from umbel.strategies.methods.personal_parts import (
 )
 from umbel.strategies.methods.qfedavg import QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold
-from umbel.strategies.transform import Transform
 
-FirstModel = Callable[[], tuple[Tree, Tree]]
-"""Parameters and buffers of the first model, whose layout personal parts need."""
-
-Make = Callable[[MethodOptions, Options, FirstModel], Transform[Any] | None]
+KIND = "objective"
+"""The kind of part that the option `method` names."""
 
 
-def _fedprox(_: MethodOptions, options: Options, model: FirstModel) -> None:  # noqa: ARG001
+@dataclass(frozen=True)
+class KeptParts:
+    """Personal parts of a model that is not known yet.
+
+    Attributes:
+        patterns: of the names of parameters, as in `personal-layers`.
+        name: of the method.
+    """
+
+    patterns: str
+    name: Literal["fedper", "fedbn"]
+
+    def placed(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> PersonalParts:
+        """The layer for a model.
+
+        Raises:
+            ConfigError: the model has no such parts.
+        """
+        sizes = {name: Manifest.of({name: value}).size for name, value in parameters.items()}
+        parts = (
+            named_parts(sizes, self.patterns)
+            if self.name == "fedper"
+            else normalisation_parts(sizes, buffers)
+        )
+        return PersonalParts(parts, sum(sizes.values()), self.name)
+
+
+def _own(options: Options) -> MethodOptions:
+    return MethodOptions.read(options)
+
+
+def _fedprox(options: Options) -> None:
     if not float(options.get("proximal-mu", 0.0)) > 0:
         raise ConfigError(
             "method=fedprox needs proximal-mu above 0, the strength of the pull; give one such as "
             "proximal-mu=0.01, with a trainer that knows it (TorchTrainer)"
-        )  # and with it, the option makes the layer
+        )  # and with it, that option makes the layer
 
 
-def _fednova(_: MethodOptions, options: Options, model: FirstModel) -> FedNova:  # noqa: ARG001
-    return FedNova(float(options.get("momentum", 0.0)))
+provide(KIND, "fedavg", lambda options: None)  # noqa: ARG005
+provide(KIND, "fedprox", _fedprox)
+provide(KIND, "scaffold", lambda options: Scaffold())  # noqa: ARG005
+provide(KIND, "feddyn", lambda options: FedDyn(_own(options).feddyn_alpha))
+provide(KIND, "fednova", lambda options: FedNova(float(options.get("momentum", 0.0))))
+provide(KIND, "fedexp", lambda options: FedExP(_own(options).fedexp_eps))
+provide(KIND, "q-fedavg", lambda options: QFedAvg(_own(options).qfedavg_q))
+provide(KIND, "ditto", lambda options: Ditto(_own(options).ditto_lambda))
+provide(KIND, "fedper", lambda options: KeptParts(_own(options).personal_layers, "fedper"))
+provide(KIND, "fedbn", lambda options: KeptParts("", "fedbn"))  # noqa: ARG005
 
 
-def _fedper(own: MethodOptions, _: Options, model: FirstModel) -> PersonalParts:
-    sizes = _sizes(model()[0])
-    return PersonalParts(named_parts(sizes, own.personal_layers), sum(sizes.values()))
-
-
-def _fedbn(_: MethodOptions, options: Options, model: FirstModel) -> PersonalParts:  # noqa: ARG001
-    parameters, buffers = model()
-    sizes = _sizes(parameters)
-    parts = normalisation_parts(sizes, buffers)
-    return PersonalParts(parts, sum(sizes.values()), name="fedbn")
-
-
-def _sizes(parameters: Tree) -> dict[str, int]:
-    return {name: Manifest.of({name: value}).size for name, value in parameters.items()}
-
-
-METHODS: Mapping[str, Make] = {
-    "fedavg": lambda *_: None,
-    "fedprox": _fedprox,
-    "scaffold": lambda *_: Scaffold(),
-    "feddyn": lambda own, *_: FedDyn(own.feddyn_alpha),
-    "fednova": _fednova,
-    "fedexp": lambda own, *_: FedExP(own.fedexp_eps),
-    "q-fedavg": lambda own, *_: QFedAvg(own.qfedavg_q),
-    "ditto": lambda own, *_: Ditto(own.ditto_lambda),
-    "fedper": _fedper,
-    "fedbn": _fedbn,
-}
-
-
-def method_named(name: str, options: Options, model: FirstModel) -> Transform[Any] | None:
-    """The layer of a method; None where it needs none.
+def method_for(part: Any, first: Any) -> Any:
+    """A method as a layer.
 
     Args:
-        name: of the method.
-        options: complete ones.
-        model: gives the first model, asked for only where its layout is needed.
-
-    Raises:
-        ConfigError: there is no method of that name, or its options cannot be used.
+        part: what the option or the app gives; None is none.
+        first: a function that gives the first model's parameters and buffers; asked for only
+            where the method needs their layout.
     """
-    if name not in METHODS:
-        raise ConfigError(f"method is {name!r}; it can be {', '.join(METHODS)}")
-    return METHODS[name](MethodOptions.read(options), options, model)
+    return part.placed(*first()) if isinstance(part, KeptParts) else part

@@ -52,7 +52,7 @@ def federate(
         return -1 if node.partition < lost else 1
 
     federation = Federation(FunctionTrainer(initial, train), data, stack=stack)
-    given = federation.complete({"rounds": 1, "federated-every": -1, **(options or {})})
+    given = federation.complete({"rounds": 1, "client-eval-every": -1, **(options or {})})
     grid = EmbeddedGrid(federation.client_app(), nodes, run_config={"seed": 0})
     run = RunDirectory.create(None, "noise", {}, out=folder)
     rounds = Rounds(federation.job(given), grid, grid.roster(), run, SilentProgress())

@@ -36,7 +36,7 @@ def federate(folder: Path, **options: Any) -> tuple[torch.Tensor, dict[str, Any]
 
     federation = Federation(FunctionTrainer(initial, train), data)
     changes = {k.replace("_", "-"): v for k, v in options.items()}
-    given = federation.complete({"rounds": 1, "federated-every": -1, **changes})
+    given = federation.complete({"rounds": 1, "client-eval-every": -1, **changes})
     grid = EmbeddedGrid(federation.client_app(), len(EXAMPLES), run_config=given)
     run = RunDirectory.create(None, "weigh", {}, out=folder / str(len(list(folder.iterdir()))))
     rounds = Rounds(federation.job(given), grid, grid.roster(), run, SilentProgress())

@@ -16,6 +16,7 @@ from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
@@ -24,6 +25,7 @@ GROUPS: Mapping[str, type[Any]] = {
     "every run": RunOptions,
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
+    "method": MethodOptions,
 }
 """Who reads an option, and the group that holds it."""
 
@@ -64,7 +66,7 @@ def listing(federation: Federation | None, options: Mapping[str, Value]) -> list
     complete = federation.complete(options)
     rows = [
         _row(name, complete[name], limit, meaning, reader)
-        for name, (limit, meaning, reader) in _known(federation.trainer).items()
+        for name, (limit, meaning, reader) in _known(federation.trainer_for(complete)).items()
         if name in complete
     ]
     named = {row.name for row in rows}
