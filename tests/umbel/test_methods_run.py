@@ -27,7 +27,7 @@ class Net(nn.Module):
         return self.head(torch.relu(self.norm(self.body(x))))
 
 
-def data(node: Any, options: Any) -> Split:
+def data(node: Any, options: Any) -> Split:  # noqa: ARG001
     """Two groups of nodes, which call the same inputs by opposite labels."""
     generator = torch.Generator().manual_seed(node.partition)
     x = torch.randn(24, 3, generator=generator)
