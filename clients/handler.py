@@ -1,6 +1,6 @@
 """The node's half of a round: a Flower `ClientApp` around a trainer and a node's own data.
 
-    server -> node   train      model (flat), what the layers publish, the learning rate
+    server -> node   train      model (flat), the round, what the layers publish
     node -> server   update     trained minus received, through the stack's layers; metrics
     server -> node   evaluate   model
     node -> server   metrics    on the node's own test examples; nothing where updates are protected
@@ -32,6 +32,7 @@ from umbel.clients.ledger.charging import (
     answered,
     charging_layers,
     leaves,
+    promise_of,
     releases_of,
 )
 from umbel.clients.pooling import (
@@ -92,6 +93,9 @@ from umbel.strategies.layout import (
     local_buffers,
 )
 from umbel.strategies.protection import Outlook, hides, quiet
+from umbel.strategies.release import Promise
+from umbel.strategies.run_options import RunOptions
+from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack, own_context
 
@@ -387,6 +391,19 @@ class Plan:
         return Manifest.of(self.first.parameters)
 
     @functools.cached_property
+    def _promise(self) -> Promise:
+        return promise_of(self.options)
+
+    @functools.cached_property
+    def _run(self) -> RunOptions:
+        return RunOptions.read(self.options)
+
+    @functools.cached_property
+    def _rate(self) -> float | None:
+        """The learning rate before the schedule; None where the trainer has none."""
+        return checked_rate(self.options)
+
+    @functools.cached_property
     def charging(self) -> tuple[Any, ...]:
         """The layers that the node's ledger is charged for."""
         return charging_layers(self.stack)
@@ -418,13 +435,12 @@ class Plan:
             buffers |= self.synced_buffers.unflatten(from_array(model[BUFFERS]))
         buffers |= public_of(message)
         number = int(config["round"])  # type: ignore[arg-type]
-        rate = config.get("learning-rate")
         account = Charging(message, context, self.options)
         job = Job(
             round=number,
             seed=job_seed(int(self.options["seed"]), number, node_of(context).partition),
             options=self.options,
-            learning_rate=None if rate is None else float(rate),  # type: ignore[arg-type]
+            learning_rate=self._run.rate_in(number, self._rate),
             node=context.node_config,
             memory=context.state,
             ledger=account,
@@ -488,7 +504,11 @@ class Plan:
         if self._seals is not None:
             mine = self._sealing(task.message)
             content = self._seals.seal(content, task.message, task.context, mine)
-        releases = releases_of(self.stack, self.charging, config, size, self.options)
+        releases = (
+            releases_of(self.stack, self.charging, config, size, self._promise)
+            if self.charging
+            else []
+        )
         content = task.account.finish(content, releases, sealed=self._seals is not None)
         return Message(content, reply_to=task.message)
 

@@ -21,11 +21,14 @@ from umbel.clients.trainers.base import Trained as Trained
 from umbel.clients.trainers.base import Trainer as Trainer
 from umbel.clients.trainers.base import Weights as Weights
 from umbel.clients.trainers.function import FunctionTrainer as FunctionTrainer
+from umbel.clients.trainers.jax import JaxTrainer as JaxTrainer
+from umbel.clients.trainers.keras import KerasTrainer as KerasTrainer
 from umbel.clients.trainers.private_sgd import PrivateSgd as PrivateSgd
 from umbel.clients.trainers.sklearn import SklearnTrainer as SklearnTrainer
 from umbel.clients.trainers.softmax import SoftmaxTrainer as SoftmaxTrainer
 from umbel.core.errors import CheckError as CheckError
 from umbel.core.errors import ConfigError as ConfigError
+from umbel.core.errors import Interrupted as Interrupted
 from umbel.core.errors import RunError as RunError
 from umbel.core.errors import StackError as StackError
 from umbel.core.errors import UmbelError as UmbelError
@@ -34,7 +37,6 @@ from umbel.federation import Federation as Federation
 from umbel.former import ChosenTrainer as ChosenTrainer
 from umbel.loading import load as load
 from umbel.result import Result as Result
-from umbel.running import Interrupted as Interrupted
 from umbel.running import run as run
 from umbel.server.private.verify import verify as verify
 from umbel.strategies.aggregator import Aggregate as Aggregate
