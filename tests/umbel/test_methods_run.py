@@ -67,6 +67,8 @@ def test_memories_survive_a_stop(method: str, tmp_path: Path) -> None:
     one, other = whole.model().state_dict(), went_on.model().state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert went_on["metrics"] == whole["metrics"]
+    with pytest.raises(ConfigError, match=rf"method=fedavg \(it was {method}\) cannot change"):
+        umbel.run(FEDERATION, options={"rounds": 6, "method": "fedavg"}, resume=folder)
 
 
 def test_an_app_brings_its_own_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
