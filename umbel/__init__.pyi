@@ -51,10 +51,12 @@ from umbel.strategies.exchange import Exchange as Exchange
 from umbel.strategies.exchange import PlainExchange as PlainExchange
 from umbel.strategies.facts import Claim as Claim
 from umbel.strategies.facts import Facts as Facts
+from umbel.strategies.methods.ditto import Ditto as Ditto
 from umbel.strategies.methods.feddyn import FedDyn as FedDyn
 from umbel.strategies.methods.fedexp import FedExP as FedExP
 from umbel.strategies.methods.fednova import FedNova as FedNova
 from umbel.strategies.methods.fedprox import FedProx as FedProx
+from umbel.strategies.methods.personal_parts import PersonalParts as PersonalParts
 from umbel.strategies.methods.qfedavg import QFedAvg as QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold as Scaffold
 from umbel.strategies.objective import Correction as Correction

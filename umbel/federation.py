@@ -22,7 +22,13 @@ from umbel.clients.given import check_functions, check_trainer, trainer_of, unde
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_honours, promising
+from umbel.clients.trainers.base import (
+    ChecksOptions,
+    Trainer,
+    Weights,
+    check_honours,
+    promising,
+)
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.options import Options, Value, checked, override, renamed
 from umbel.core.records import Tree

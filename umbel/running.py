@@ -25,6 +25,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.pools.base import Pool
 from umbel.server.pools.choose import DEFAULT, PoolLike, make_pool
 from umbel.server.pools.processes import ForkServer
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
 
@@ -136,6 +137,7 @@ def _planned(
                     "umbel.run(federation, resume=...)"
                 )
         check_promise_stays(began, changes)
+        check_method_stays(began, changes)
         changes = {**before["changes"], **changes}
     if isinstance(app, Federation):
         subject = Subject.of(app)
@@ -167,6 +169,21 @@ def example(name: str = "fashion") -> Path:
     if (EXAMPLES / name).is_dir():
         return EXAMPLES / name
     return Path(__file__).resolve().parent.parent / "examples" / name
+
+
+def check_method_stays(began: Options, changes: Options) -> None:
+    """Refuse to go on with another method than the one whose states and memories there are.
+
+    Raises:
+        ConfigError: which option, and what it was.
+    """
+    for name in ("method", "proximal-mu", *MethodOptions.defaults()):
+        before = began.get(name, changes.get(name))
+        if name in changes and changes[name] != before:
+            raise ConfigError(
+                f"a run that goes on keeps its method, so {name}={changes[name]} (it was {before}) "
+                "cannot change; leave it out, or begin a new run"
+            )
 
 
 def check_promise_stays(began: Options, changes: Options) -> None:

@@ -26,6 +26,9 @@ from umbel.strategies.methods.qfedavg import QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold
 from umbel.strategies.transform import Transform
 
+KIND = "objective"
+"""The kind of part that the option `method` names."""
+
 FirstModel = Callable[[], tuple[Tree, Tree]]
 """Parameters and buffers of the first model, whose layout personal parts need."""
 
@@ -84,4 +87,4 @@ def _provided(make: Make) -> Callable[[Options, FirstModel], Transform[Any] | No
 
 
 for _name, _make in METHODS.items():
-    provide("objective", _name, _provided(_make))
+    provide(KIND, _name, _provided(_make))

@@ -50,6 +50,6 @@ class MethodOptions(OptionGroup):
             value = getattr(self, name)
             if value != getattr(MethodOptions, name) and method != owner:
                 raise ConfigError(
-                    f"{dashed(name)} is {value}, but the method is {method}; give "
+                    f"{dashed(name)} is {value}, but method is {method}; give "
                     f"method={owner}, or leave {dashed(name)} out"
                 )

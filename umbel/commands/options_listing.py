@@ -28,7 +28,7 @@ GROUPS: Mapping[str, type[Any]] = {
     "asynchronous rounds": AsyncOptions,
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
-    "methods": MethodOptions,
+    "method": MethodOptions,
 }
 """Who reads an option, and the group that holds it."""
 
