@@ -333,7 +333,7 @@ class Correction:
         ops = self._keras.ops
         if self.offset is None and self.anchor is None and not self.limit and not self.decay:
             return gradients
-        shaped = []
+        shaped: list[Any] = []
         for place, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
             if gradient is None:
                 shaped.append(None)

@@ -333,7 +333,7 @@ class JaxTrainer(JaxSettings):
         losses: list[Any] = []
         counts = np.zeros((max(map(len, steps)), places), np.int64)
         for number in range(len(counts)):
-            taken = []
+            taken: list[Any] = []
             for place, (batches, own) in enumerate(zip(opened, steps, strict=True)):
                 if number >= len(own):
                     taken.append(taken[0] if taken else None)
