@@ -162,13 +162,11 @@ FOREIGN = {
     ("clients/data/partitioned.py", "split"),
     ("clients/given.py", "fit"),
     ("clients/ledger/charging.py", "noise_multiplier"),
-    ("clients/trainers/sklearn.py", "average"),
-    ("clients/trainers/sklearn.py", "batch_size"),
-    ("clients/trainers/sklearn.py", "fit"),
-    ("clients/trainers/sklearn.py", "predict_proba"),
     ("server/pools/dask.py", "address"),
 }
 """Attributes of other libraries' objects that happen to be called like some of ours."""
+ABOUT_OTHERS = ("clients/frameworks/", "clients/trainers/sklearn.py", "clients/trainers/keras.py")
+"""Files whose subject is the objects of another library, of whatever kind a user gives."""
 
 
 def own_names() -> set[str]:
@@ -207,5 +205,6 @@ def test_no_decision_hangs_on_an_attribute_that_nobody_declares() -> None:
         for line, name in looked_up(ast.parse(file.read_text(encoding="utf-8")))
         if name in ours and not name.startswith("__")
         if (str(file.relative_to(ROOT)), name) not in FOREIGN
+        if not str(file.relative_to(ROOT)).startswith(ABOUT_OTHERS)
     ]
     assert wrong == []
