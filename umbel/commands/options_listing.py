@@ -16,6 +16,7 @@ from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
+from umbel.strategies.aggregators.named import RobustOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
@@ -24,6 +25,7 @@ GROUPS: Mapping[str, type[Any]] = {
     "every run": RunOptions,
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
+    "robust aggregation": RobustOptions,
 }
 """Who reads an option, and the group that holds it."""
 
