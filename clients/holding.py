@@ -13,7 +13,7 @@ others than before, the node says so and does not train.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
@@ -33,6 +33,19 @@ SEEN = "umbel.data"
 """The node's own record of which examples it had."""
 LOOKED_AT = 16
 """Rows of an array that its digest is of."""
+
+
+@runtime_checkable
+class SaysFixed(Protocol):
+    """A `data` function that says whether a node's examples can change during a run."""
+
+    FIXED: bool
+    """They cannot: the same options give the same examples, whoever asks and when."""
+
+
+def is_fixed(data: object) -> bool:
+    """Whether a node's examples stay as they are, by what their function says of itself."""
+    return isinstance(data, SaysFixed) and data.FIXED
 
 
 class Holder:
@@ -76,7 +89,7 @@ class Holder:
         with seeded(seed()):
             found = self.data(node, options)
         split = found if isinstance(found, Split) else Split(found)
-        if split.test is not None and not getattr(self.data, "FIXED", False):
+        if split.test is not None and not is_fixed(self.data):
             _compare(split, node, state)
         self._keep(key, split)
         return split

@@ -13,6 +13,7 @@ from umbel.core.records import Tree
 from umbel.server.privacy_gate import NoGuard, PrivacyGate
 from umbel.strategies.contract import Contract
 from umbel.strategies.optimizers import ServerOptimizer
+from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.samplers import Sampler
 from umbel.strategies.stack import Stack
@@ -32,6 +33,7 @@ class TrainingSpec:
         parameters: the first model.
         buffers: the first model's buffers.
         options: of the run.
+        privacy: what is asked of noise.
         stack: the layers and the collect.
         evaluate: central evaluation, where there is held-out data.
         learning_rate: of the nodes, before the schedule; None leaves it to the trainer.
@@ -51,6 +53,7 @@ class TrainingSpec:
     parameters: Tree
     buffers: Tree
     options: RunOptions
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     stack: Stack = field(default_factory=Stack)
     evaluate: Evaluate | None = None
     learning_rate: float | None = None

@@ -115,6 +115,17 @@ class RunOptions(OptionGroup):
         own: dict[str, Value] = {dashed(f.name): getattr(self, f.name) for f in fields(self)}
         return required_part(kind, None, own)
 
+    def rate_in(self, number: int, base: float | None) -> float | None:
+        """The nodes' learning rate in round `number`; None where the trainer has none.
+
+        Both sides work it out from the options, so it travels with them and not in each message.
+
+        Args:
+            number: the round, from 1.
+            base: the rate before the schedule; see `umbel.strategies.schedules.checked_rate`.
+        """
+        return None if base is None else base * self.learning_rate_factor(number)
+
     def learning_rate_factor(self, number: int) -> float:
         """What the nodes' learning rate is multiplied by in round `number`."""
         return factor(

@@ -38,7 +38,7 @@ from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
 from umbel.strategies.aggregators.named import RobustOptions
-from umbel.strategies.composition import compose
+from umbel.strategies.composition import Asked, compose
 from umbel.strategies.contract import Contract
 from umbel.strategies.exchange import Advises, ComparesWithOwn, Feeds, PlainExchange, compares
 from umbel.strategies.layout import shows_statistics
@@ -78,8 +78,9 @@ class Federation:
     """A federated task: who trains what on which data, under which stack.
 
     Attributes:
-        trainer: knows the model; see `umbel.TorchTrainer`, `SklearnTrainer`, `FunctionTrainer`. Or
-            a function of the options that gives one of several.
+        trainer: knows the model; see `umbel.TorchTrainer`, `KerasTrainer`, `JaxTrainer`,
+            `SklearnTrainer`, `FunctionTrainer`. Or a function of the options that gives one of
+            several.
         data: a node's own examples; see `umbel.Partitioned`.
         test: held-out examples for central evaluation; left out, `data.central_test` is used
             where it exists.
@@ -226,19 +227,20 @@ class Federation:
                 cannot be used.
             StackError: layers that do not fit together.
         """
-        RunOptions.read(options)
-        PrivacyOptions.read(options)
-        SecureOptions.read(options)
-        RobustOptions.read(options)
+        asked = Asked.read(options)
         trainer = self.trainer_for(options)
         if isinstance(trainer, ChecksOptions):
             trainer.check_options(options)
         required_part("optimizer", self.optimizer, options)
         required_part("sampler", self.sampler, options)
-        self.stack_for(options)
+        self.stack_for(options, asked)
 
-    def stack_for(self, options: Options) -> Stack:
+    def stack_for(self, options: Options, asked: Asked | None = None) -> Stack:
         """The stack of these options (complete ones), which holds what they ask for.
+
+        Args:
+            options: complete ones.
+            asked: what has been read of them already.
 
         Raises:
             ConfigError: they ask for what this app's stack or trainer does not do.
@@ -264,13 +266,13 @@ class Federation:
             )
         if objective is not None:
             stack = replace(stack, layers=(objective, *stack.layers))
-        stack = compose(stack, options, lambda: self._size(options))
+        stack = compose(stack, asked or options, lambda: self._size(options))
         check_honours(self.trainer_for(options), stack)
         return stack
 
     def _size(self, options: Options) -> int:
         """Coordinates of an update before any layer."""
-        first = self.trainer_for(options).initial(options, RunOptions.read(options).seed)
+        first = self.trainer_for(options).initial(options, int(options["seed"]))
         return sum(tensor.numel() for tensor in first.parameters.values())
 
     def client_app(self) -> FederationClientApp:
@@ -291,11 +293,11 @@ class Federation:
 
     def job(self, options: Options, nodes: int = 0) -> TrainingSpec:
         """What the coordinator trains under these options (complete ones) with so many nodes."""
-        stack = self.stack_for(options)
-        run_options = RunOptions.read(options)
+        asked = Asked.read(options)
+        stack = self.stack_for(options, asked)
         trainer = self.trainer_for(options)
-        first = trainer.initial(options, run_options.seed)
-        questions = self._questions(options)
+        first = trainer.initial(options, asked.run.seed)
+        questions = self._questions(options, asked.privacy.seed)
         if questions and (hides(stack) or promising(trainer, options) is not None):
             raise ConfigError(
                 f"the private mean {questions[0].name!r} takes its noise at the coordinator, which "
@@ -306,9 +308,10 @@ class Federation:
         return TrainingSpec(
             parameters=first.parameters,
             buffers=first.buffers,
-            options=run_options,
+            options=asked.run,
+            privacy=asked.privacy,
             stack=self._with_root(stack, options),
-            evaluate=self._central_evaluation(trainer, options),
+            evaluate=None if stack.keeps_parts else self._central_evaluation(trainer, options),
             learning_rate=checked_rate(options),
             questions=questions,
             statistics=statistics_of(trainer, stack, options),
@@ -356,9 +359,8 @@ class Federation:
             return "updates are hidden from the coordinator"
         return "the run is private" if quiet(stack) else ""
 
-    def _questions(self, options: Options) -> tuple["PrivateMean", ...]:
+    def _questions(self, options: Options, seed: int | None) -> tuple["PrivateMean", ...]:
         found = questions_of(self.questions, options)
-        seed = PrivacyOptions.read(options).seed
         return found if seed is None else tuple(replace(q, insecure_seed=seed) for q in found)
 
     def _central_evaluation(self, trainer: Trainer, options: Options) -> Evaluate | None:
@@ -406,7 +408,7 @@ class FederationServerApp(ServerApp):
         contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)
         job = replace(job, contract=contract)
         start = record_start(session.run, job)
-        privacy = PrivacyOptions.read(options)
+        privacy, asked = job.privacy, job.options
         private = None
         if job.stack.private:
             from umbel.server.private.run import PrivateRun
@@ -431,7 +433,7 @@ class FederationServerApp(ServerApp):
             len(nodes),
         )
         self._advise(job, rounds, session)
-        self._say_what_is_not_asked(job, RunOptions.read(options), session)
+        self._say_what_is_not_asked(job, asked, session)
         outcome = rounds.fit()
         missed = Shortfall.of(session.run.rounds()).sentences()
         if missed:

@@ -153,6 +153,11 @@ def check_honours(trainer: Trainer, stack: "Stack") -> None:
             f"{stack} looks at the exact loss of a node's records, which {type(trainer).__name__} "
             "promises to hide; take a method without it, or privacy of whole nodes (epsilon)"
         )
+    if stack.twice and isinstance(trainer, RecordPrivate):
+        raise ConfigError(
+            f"{stack.twice[0].name} trains a second model a round, which {type(trainer).__name__} "
+            "would charge a node's records for once more; take a method that trains one"
+        )
     if "steps" in stack.needs and CORRECTION not in honours:
         raise ConfigError(
             f"{stack} counts the nodes' local steps, and {type(trainer).__name__} does not say "

@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -190,7 +190,7 @@ class _Diverted(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def output_to(log: io.TextIOBase | None) -> Iterator[None]:
+def output_to(log: IO[str] | None) -> Iterator[None]:
     """Send what an app prints to the run's log, so that it does not tear the progress bar."""
     if log is None:
         yield

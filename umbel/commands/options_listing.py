@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from umbel.clients.given import HasOptions
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.limits import limits_of
@@ -138,9 +139,9 @@ def _with_parts(trainer: Any) -> Iterator[Any]:
     for value in vars(trainer).values():
         inner = value.values() if isinstance(value, Mapping) else [value]
         for part in inner:
-            if hasattr(part, "OPTIONS"):
+            if isinstance(part, HasOptions):
                 yield from _with_parts(part)
-    if hasattr(trainer, "OPTIONS"):
+    if isinstance(trainer, HasOptions):
         yield trainer
 
 
