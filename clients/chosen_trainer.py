@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from umbel.clients.exported import Exported, exported_by
 from umbel.clients.trainer import (
     BundleTrainer,
     ChecksOptions,
@@ -79,6 +80,10 @@ class ChosenTrainer:
         """The chosen trainer's model; its weights where that makes none."""
         ready = getattr(self.chosen(options), "ready", None)
         return weights if ready is None else ready(weights, options)
+
+    def exported(self, weights: Weights, options: Options) -> Exported:
+        """The chosen trainer's."""
+        return exported_by(self.chosen(options), weights, options)
 
     def statistics(self, options: Options) -> tuple[str, ...]:
         """The chosen trainer's."""

@@ -21,6 +21,7 @@ import torch
 from dp_accounting import NonPrivateDpEvent
 from torch import Tensor, nn
 
+from umbel.clients.exported import Exported
 from umbel.clients.node_ledger import StateLedger, total
 from umbel.clients.pytorch.batches import Source, to_device, to_model
 from umbel.clients.pytorch.intake import opened
@@ -153,6 +154,10 @@ class PrivateSgd(ExamplePrivacy):
     def ready(self, weights: Weights, options: Options) -> nn.Module:
         """The trained module."""
         return self.trainer.ready(weights, options)
+
+    def exported(self, weights: Weights, options: Options) -> Exported:
+        """The trained module for other formats."""
+        return self.trainer.exported(weights, options)
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         return self.trainer.evaluate(weights, examples, options)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from umbel.clients.data.arrays import not_a_number, plain_array
 from umbel.clients.data.examples import Examples
+from umbel.clients.exported import Exported
 from umbel.clients.seeding import seeded
 from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
 from umbel.strategies.errors import ConfigError
@@ -160,6 +161,17 @@ class SklearnTrainer:
         if self.steps is None:
             return estimator
         return Pipeline([*copy.deepcopy(self.steps).steps, ("model", estimator)])
+
+    def exported(self, weights: Weights, options: Options) -> Exported:
+        """The estimator of `ready` as a chain of matrices.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        from umbel.clients.sklearn_module import module_of
+
+        model = self.ready(weights, options)
+        return module_of(model, int(getattr(model, "n_features_in_", self.features)))
 
     @cached_property
     def _rate(self) -> str | None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from umbel import run_commands, server_commands
+from umbel import deliver_commands, run_commands, server_commands
 from umbel.commands import Commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
@@ -168,6 +168,7 @@ def new_command(
 app.command("report")(run_commands.report)
 app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)
+app.command("export")(deliver_commands.export)
 app.command("server")(server_commands.server)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from umbel.clients.chosen_trainer import use_of
 from umbel.clients.data.examples import Node, Split
+from umbel.clients.data.inputs import Inputs
 from umbel.clients.given import check_functions, check_trainer
 from umbel.clients.node import FederationClientApp, NodeHalf
 from umbel.clients.pooling import Questions, can_pool, questions_of
@@ -73,6 +74,9 @@ class Federation:
             of the options that makes them; see `umbel.PrivateMean`.
         summary: adds to the result of a run, e.g. a comparison with other ways to train.
         name: as it is shown; the app's own name if left out.
+        inputs: how what people have becomes what the model takes, for those who use it later;
+            left out, it is what `data` says of its data set.
+        labels: the names of the classes, likewise.
     """
 
     trainer: Trainer
@@ -84,6 +88,8 @@ class Federation:
     questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = ""
+    inputs: Inputs | None = None
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_trainer(self.trainer)

@@ -195,6 +195,10 @@ class Featured:
         """The data set."""
         return load(self.dataset) if isinstance(self.dataset, str) else self.dataset
 
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes, where the data set has any."""
+        return self.load().classes or ()
+
     def recipe_for(self, options: Options) -> Recipe:
         """The recipe under these options."""
         return self.recipe if isinstance(self.recipe, Recipe) else self.recipe(options)

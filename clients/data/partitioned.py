@@ -12,6 +12,7 @@ import numpy as np
 from umbel.clients.data import datasets
 from umbel.clients.data.datasets import DataSet
 from umbel.clients.data.examples import ArrayLike, Examples, Node, Split
+from umbel.clients.data.inputs import Inputs
 from umbel.clients.data.partition import ByKey, Iid, Partitioner, Rows, generator_of
 from umbel.clients.trainer import Options
 from umbel.strategies.errors import ConfigError
@@ -96,6 +97,14 @@ class Partitioned:
             self._memory["data"] = self._load()
         data: DataSet = self._memory["data"]
         return data
+
+    def inputs(self) -> Inputs | None:
+        """What the data set says of its inputs; None where they are transformed here."""
+        return self.load().inputs if self.transform is None else None
+
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes, where the data set has any."""
+        return self.load().classes or ()
 
     def rows(self, partitions: int, options: Options) -> list[Rows]:
         """The rows of the training examples that each node gets, sorted."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from umbel.clients.data.examples import Examples, each_of
 from umbel.clients.data.features import Rows
+from umbel.clients.exported import Exported
 from umbel.clients.pytorch.batches import to_device, to_model
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import explained
@@ -59,6 +60,10 @@ class OneStep:
     def ready(self, weights: Weights, options: Options) -> torch.nn.Module:
         """The trained module."""
         return self.trainer.ready(weights, options)
+
+    def exported(self, weights: Weights, options: Options) -> Exported:
+        """The trained module for other formats."""
+        return self.trainer.exported(weights, options)
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         return self.trainer.evaluate(weights, _read(examples), options)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from umbel.clients.exported import Exported, Output, TakenOutput
 from umbel.clients.pytorch import cohort as torch_cohort
 from umbel.clients.pytorch.batches import to_device, to_model
 from umbel.clients.pytorch.intake import opened
@@ -47,6 +48,12 @@ from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
 from umbel.strategies.errors import ConfigError, RunError
 
 EVALUATION_BATCH = 512
+
+_OUTPUTS: dict[str, Output] = {
+    "cross-entropy": "logits",
+    "binary-cross-entropy": "logit",
+    "mse": "number",
+}
 
 COHORT = 32
 """Nodes that are trained as one computation. Fixed, so that results do not depend on how many
@@ -129,6 +136,11 @@ class TorchTrainer(TorchSettings):
         piece = Workpiece.of(build(self.model, options, BUILD_SEED))
         piece.load(weights)
         return piece.module.eval()
+
+    def exported(self, weights: Weights, options: Options) -> Exported:
+        """The module of `ready`, which gives the one tensor that the loss is about."""
+        module: torch.nn.Module = TakenOutput(self.ready(weights, options), self.objective.outputs)
+        return Exported(module.float().eval(), _OUTPUTS.get(self.objective.name, "raw"))
 
     def statistics(self, options: Options) -> tuple[str, ...]:
         """The buffers that training gathers from examples: real ones that are no parameters."""
