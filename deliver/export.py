@@ -4,6 +4,7 @@ module ──▶ model.onnx ──▶ ONNX Runtime ┐
    └───────────────────▶ outputs       ┴─▶ largest difference on the held-out examples
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ import torch
 from torch import nn
 
 from umbel.deliver import claims, papers
+from umbel.deliver.made_up import example_of
 from umbel.deliver.metrics import scores
 from umbel.deliver.onnx_graph import LARGEST_BATCH, OnnxPredictor, write_onnx
 from umbel.deliver.parcel import CLAIMS, Step, described, fresh_folder
 from umbel.deliver.signature import Signature
-from umbel.deliver.trained import TrainedModel, example_of, outputs_of
+from umbel.deliver.trained import TrainedModel, outputs_of
 from umbel.strategies.errors import CheckError, ConfigError
 from umbel.strategies.errors import described as error_text
 
@@ -94,6 +96,10 @@ def _export(model: TrainedModel, form: str, folder: Path) -> Exported:
     if form == "safetensors":
         shutil.copy(model.run.model_path, file)
         metrics = _final_metrics(model)
+        with contextlib.suppress(ConfigError):  # its tensors can be delivered without
+            made = model.exported()
+            signature = model.described(made.module, made.output)
+            signature.write(folder)
     elif form == "keras":
         _keras(model, file)
     else:

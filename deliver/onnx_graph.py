@@ -56,10 +56,9 @@ def _why(error: BaseException) -> str:
     said, cause = "", error
     while cause is not None:
         said += f" {cause}"
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    if (
-        found := re.search(r"No (?:ONNX|decompositions|ONNX function|onnx).*?(aten[.:\w]+)", said)
-    ) or (found := re.search(r"No ONNX function found for.*?(\w+[.:]\w+(?:\.\w+)?)", said)):
+        cause = cause.__cause__  # type: ignore[assignment]
+    found = re.search(r"No ONNX function found for.*?(\w+\.\w+)", said)
+    if found:
         what = f"ONNX has no operator for {found.group(1)}"
     else:
         what = f"the model cannot be written as ONNX ({described(error, '', longest=200)})"

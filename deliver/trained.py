@@ -12,6 +12,7 @@ from umbel.clients.data.inputs import Inputs, Plain
 from umbel.clients.exported import Exported, exported_by
 from umbel.clients.pytorch.batches import open_source, to_model
 from umbel.clients.trainer import Trainer, Weights
+from umbel.deliver.made_up import example_of
 from umbel.deliver.signature import Signature
 from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.errors import ConfigError, described
@@ -144,14 +145,6 @@ class TrainedModel:
     def with_weights(self, weights: Weights) -> "TrainedModel":
         """The same model with other weights."""
         return replace(self, weights=weights)
-
-
-def example_of(inputs: Inputs, count: int = 2) -> Array:
-    """Made-up inputs of the right shape and type, the same ones each time."""
-    shape = (count, *inputs.shape)
-    if inputs.model_dtype == "int64":
-        return np.zeros(shape, np.int64)
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 def outputs_of(module: nn.Module, x: Array) -> Array:

@@ -38,3 +38,138 @@ def export(
     for name, value in sorted(made.metrics.items()):
         typer.echo(f"{name} {value:.4g}")
     typer.echo(f"{made.bytes:,} bytes: {made.path}")
+
+
+def predict(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run, a folder of umbel export, or MODEL@TAG."),
+    ],
+    given: Annotated[
+        Path | None,
+        typer.Argument(metavar="[INPUT]", help="A file, or a folder of files."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="What is printed: table, json or csv.")
+    ] = "table",
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Serve the model over HTTP.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="With --listen: a second model for a share of requests."),
+    ] = None,
+    share: Annotated[float, typer.Option(help="Of the requests that --against answers.")] = 0.5,
+    certificate: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="With --listen: for HTTPS.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="Of the certificate.")] = None,
+    max_bytes: Annotated[int, typer.Option(help="Of one request's body.", min=1)] = 10_000_000,
+    max_rows: Annotated[int, typer.Option(help="Inputs in one request.", min=1)] = 1024,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 30.0,
+    threads: Annotated[int, typer.Option(help="Of one prediction; 0: all cores.", min=0)] = 0,
+    app: AppFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Use a model: on files, or as a service for others."""
+    from umbel.predicting import open_model, predictions, serve_model, show
+    from umbel.strategies.errors import ConfigError
+
+    if (given is None) == (listen is None):
+        raise ConfigError("give an INPUT to predict for, or --listen HOST:PORT to serve; one of it")
+    if listen is None:
+        for name, value in (("--against", against), ("--certificate", certificate), ("--key", key)):
+            if value is not None:
+                raise ConfigError(f"{name} is for serving; give --listen HOST:PORT with it")
+        assert given is not None
+        rows = predictions(open_model(model, app, threads), given)
+        show(rows, "json" if as_json else form)
+        return
+    from umbel.deliver.service import Limits
+
+    serve_model(
+        model,
+        listen=listen,
+        against=against,
+        share=share,
+        limits=Limits(max_bytes, max_rows, timeout),
+        certificate=certificate,
+        key=key,
+        threads=threads,
+        app=app,
+    )
+
+
+def _registry() -> typer.Typer:
+    from umbel.commands import Commands
+
+    return Commands(name="registry", help="Models by name: versions, tags, and their lineage.")
+
+
+registry = _registry()
+
+
+@registry.command("add")
+def registry_add(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a delivered folder.")],
+    name: Annotated[str | None, typer.Option(help="Of the model. Default: the app's.")] = None,
+    tag: Annotated[str | None, typer.Option(help="That points to it, such as production.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register a model as the next version of its name."""
+    from umbel.deliver import registry as files
+    from umbel.server.output import strict
+
+    lineage = files.lineage_of(path)
+    made = files.add(name or str(lineage["name"]), path.resolve(), lineage)
+    if tag is not None:
+        made = files.tag(made.model, made.number, tag)
+        made = next(one for one in files.versions(made.model) if one.number == made.number)
+    if as_json:
+        typer.echo(strict.dumps(made.to_json()))
+        return
+    tagged = f", {', '.join(made.tags)}" if made.tags else ""
+    typer.echo(f"{made.model}@{made.number}{tagged}: {made.path}")
+
+
+@registry.command("tag")
+def registry_tag(
+    model: Annotated[str, typer.Argument(metavar="MODEL@VERSION")],
+    name: Annotated[str, typer.Argument(metavar="TAG", help="Such as production.")],
+) -> None:
+    """Let a tag point to a version; a server of MODEL@TAG rolls over to it."""
+    from umbel.deliver import registry as files
+    from umbel.strategies.errors import ConfigError
+
+    of, _, number = model.partition("@")
+    if not number.isdigit():
+        raise ConfigError(f"{model!r} names no version; write for example {of}@3")
+    files.tag(of, int(number), name)
+    typer.echo(f"{of}@{name} is version {number}")
+
+
+@registry.command("list")
+def registry_list(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List models, their versions and where each comes from."""
+    from umbel.deliver import registry as files
+    from umbel.server.output import strict
+    from umbel.strategies.errors import ConfigError
+
+    if model is not None and model not in files.models():
+        raise ConfigError(
+            f"the registry has no model {model!r}; it has {', '.join(files.models()) or 'none'}"
+        )
+    found = [one for name in ([model] if model else files.models()) for one in files.versions(name)]
+    if as_json:
+        typer.echo(strict.dumps({"models": [one.to_json() for one in found]}))
+        return
+    for one in found:
+        tagged = f" [{', '.join(one.tags)}]" if one.tags else ""
+        private = ", certified" if one.lineage.get("certificate") else ""
+        typer.echo(
+            f"{one.model}@{one.number}{tagged}  {one.lineage.get('form')} of run "
+            f"{one.lineage.get('run')}{private}  {one.path}"
+        )
