@@ -15,7 +15,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
-class Overloaded(Exception):
+class OverloadedError(Exception):
     """More rows wait than may."""
 
 
@@ -49,11 +49,13 @@ class Batcher:
         """Outputs for inputs of shape (n, ...).
 
         Raises:
-            Overloaded: too many wait already.
+            OverloadedError: too many wait already.
             Exception: whatever the model raises.
         """
         if self._rows + len(x) > self.room:
-            raise Overloaded(f"{self._rows} inputs wait already, and no more than {self.room} may")
+            raise OverloadedError(
+                f"{self._rows} inputs wait already, and no more than {self.room} may"
+            )
         loop = asyncio.get_running_loop()
         waiting = _Waiting(x, loop.create_future())
         self._queue.append(waiting)

@@ -23,7 +23,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from umbel.clients.data.inputs import Inputs, Pixels
-from umbel.deliver.batching import Overloaded
+from umbel.deliver.batching import OverloadedError
 from umbel.deliver.extras import needed
 from umbel.deliver.predictor import Predictor
 from umbel.deliver.reading import from_json, parse
@@ -41,6 +41,8 @@ TYPES: Mapping[str, str] = {
     "text/plain": ".txt",
 }
 """Media types of files that are taken as they are, beside images."""
+JSON = ("application/json", "application/x-www-form-urlencoded", "")
+"""The second is what `curl -d` says of a text, whatever it is."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Limits:
     waiting: int = 8192
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A request that is not answered with a prediction."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -135,7 +137,7 @@ def make_app(
             async with asyncio.timeout(limits.seconds):
                 model, answer = await handler.answer(request)
             return responses.Response(answer, media_type="application/json")
-        except Refused as refused:
+        except RefusedError as refused:
             status = refused.status
             head = {"connection": "close"} if status == 413 else None
             return Json({"error": str(refused)}, status, headers=head)
@@ -188,24 +190,24 @@ class _Handler:
         """The model that answered, and the answer's bytes.
 
         Raises:
-            Refused: the request cannot be answered.
+            RefusedError: the request cannot be answered.
         """
         line = self.routes.choose(request.headers.get("x-user"))
         predictor = line.predictor
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
         x = self._inputs(await self._content(request), kind.lower(), predictor.signature.inputs)
         if len(x) > self.limits.rows:
-            raise Refused(
+            raise RefusedError(
                 413, f"{len(x)} inputs in one request; give {self.limits.rows} or fewer at a time"
             )
         try:
             outputs = await line.batcher(x)
-        except Overloaded as error:
-            raise Refused(503, f"the server is busy: {error}; try again later") from error
+        except OverloadedError as error:
+            raise RefusedError(503, f"the server is busy: {error}; try again later") from error
         except UmbelError as error:
-            raise Refused(422, str(error)) from error
+            raise RefusedError(422, str(error)) from error
         except Exception as error:
-            raise Refused(500, f"the model failed: {described(error, longest=200)}") from error
+            raise RefusedError(500, f"the model failed: {described(error, longest=200)}") from error
         answers = predictor.signature.answers(outputs)
         self.counted.rows.labels(predictor.name).inc(len(answers))
         if predictor.signature.labels:
@@ -219,26 +221,26 @@ class _Handler:
         most = self.limits.bytes
         told = request.headers.get("content-length", "")
         if told.isdigit() and int(told) > most:
-            raise Refused(413, f"a body of {int(told):,} bytes; {most:,} are the most")
+            raise RefusedError(413, f"a body of {int(told):,} bytes; {most:,} are the most")
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)
             if size > most:
-                raise Refused(413, f"a body of more than {most:,} bytes, which are the most")
+                raise RefusedError(413, f"a body of more than {most:,} bytes, which are the most")
             parts.append(part)
         return b"".join(parts)
 
     def _inputs(self, content: bytes, kind: str, inputs: Inputs) -> Array:
         try:
-            if kind in ("application/json", ""):
+            if kind in JSON:
                 return from_json(content, inputs)
             if kind.startswith("image/"):
                 return parse(content, ".png", inputs)
             if kind in TYPES:
                 return parse(content, TYPES[kind], inputs)
         except ConfigError as error:
-            raise Refused(422, str(error)) from error
-        raise Refused(
+            raise RefusedError(422, str(error)) from error
+        raise RefusedError(
             415,
             f"the content type {kind!r} is not known here; send application/json, image/png, "
             f"{', '.join(TYPES)}",

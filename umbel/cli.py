@@ -33,6 +33,7 @@ _GROUPS = {
     "privacy": "Plan a private run: epsilon of a schedule, noise for a budget.",
     "bench": "Benchmarks of this installation.",
     "data": "Data sets: list them, fetch them.",
+    "registry": "Models by name: versions, tags, and where each comes from.",
     "client": "Be a node of a federation: stay connected, train when asked.",
 }
 """Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
@@ -170,7 +171,6 @@ app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)
 app.command("export")(deliver_commands.export)
 app.command("predict")(deliver_commands.predict)
-app.add_typer(deliver_commands.registry, name="registry")
 app.command("server")(server_commands.server)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)
