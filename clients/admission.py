@@ -10,9 +10,9 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from umbel.clients.gate import Guarded, Known
+from umbel.core.contents import find_record
+from umbel.core.errors import StackError
 from umbel.strategies.collect import EXAMPLES, METRICS, PlainSum
-from umbel.strategies.contents import find_record
-from umbel.strategies.errors import StackError
 from umbel.strategies.layout import CONFIG, STATISTICS
 from umbel.strategies.node_policy import NodePolicy, PolicyError
 from umbel.strategies.protection import Protection

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from umbel.clients.exported import Exported, exported_by
-from umbel.clients.trainer import (
+from umbel.clients.trainers.base import (
     BundleTrainer,
     ChecksOptions,
     CohortTrainer,
@@ -16,7 +15,8 @@ from umbel.clients.trainer import (
     Trainer,
     Weights,
 )
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.exported import Exported, exported_by
+from umbel.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from umbel.privacy.bounds.bundle import Bundle

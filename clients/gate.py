@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from umbel.strategies.errors import ConfigError, RunError, UmbelError, place
+from umbel.core.errors import ConfigError, RunError, UmbelError, place
+from umbel.core.flower import RAISED
 from umbel.strategies.node_policy import NodePolicy, PolicyError, policy_of
 from umbel.strategies.secure.wire import stage_of
-from umbel.transport.flower import RAISED
 
 if TYPE_CHECKING:
-    from umbel.clients.node import FederationClientApp
+    from umbel.clients.handler import FederationClientApp
     from umbel.strategies.protection import Outlook
     from umbel.strategies.stack import Stack
 
@@ -158,7 +158,7 @@ def guarded(
 
 def _of_federation(app: ClientApp) -> "FederationClientApp | None":
     """The app, if it is a federation's; the module of those is there if one is."""
-    home = sys.modules.get("umbel.clients.node")
+    home = sys.modules.get("umbel.clients.handler")
     return app if home is not None and isinstance(app, home.FederationClientApp) else None
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 METHODS = ("initial", "train", "evaluate")
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from umbel.clients.data.examples import Examples, Node, Split
 from umbel.clients.seeding import seeded
-from umbel.clients.trainer import Options
-from umbel.strategies.contents import find_record
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Options
+from umbel.core.contents import find_record
+from umbel.core.errors import ConfigError
 
 MOST_BYTES = 1 << 29
 """Examples that a process keeps."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 
 def named_numbers(returned: Any, who: str) -> dict[str, float]:

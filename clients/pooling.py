@@ -22,13 +22,13 @@ from torch import Tensor
 
 from umbel.clients.chosen_trainer import ChosenTrainer, bundling
 from umbel.clients.data.examples import each_of
-from umbel.clients.trainer import BundleTrainer, Job, Options, Trainer, Weights
+from umbel.clients.trainers.base import BundleTrainer, Job, Options, Trainer, Weights
+from umbel.core.contents import take_record
+from umbel.core.errors import ConfigError
+from umbel.core.records import from_array, to_array
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
-from umbel.strategies.contents import take_record
-from umbel.strategies.errors import ConfigError
 from umbel.strategies.layout import CONFIG, MODEL
 from umbel.strategies.private.pooled import MEMBERS, PUBLIC, QUESTION
-from umbel.strategies.records import from_array, to_array
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:

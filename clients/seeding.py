@@ -1,4 +1,4 @@
-"""Seeded work of a trainer that leaves no trace: see `umbel.strategies.streams`.
+"""Seeded work of a trainer that leaves no trace: see `umbel.core.streams`.
 
 Inside `seeded` the process's random generators start from a given seed, so that the same job
 gives the same bits in any process and after any other work.
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from umbel.strategies import streams
+from umbel.core import streams
 
 _CPU = torch.device("cpu")
 

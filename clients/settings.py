@@ -7,8 +7,8 @@ kebab-case. The field's value is the default, and its type is the option's type.
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from umbel.clients.trainer import Options
-from umbel.strategies.options import checked, dashed
+from umbel.clients.trainers.base import Options
+from umbel.core.options import checked, dashed
 
 D = TypeVar("D")
 

@@ -4,11 +4,11 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from umbel.clients.trainer import Options, Trainer, Tree
+from umbel.clients.trainers.base import Options, Trainer, Tree
+from umbel.core.contents import find_record
+from umbel.core.records import to_array
 from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS
-from umbel.strategies.contents import find_record
 from umbel.strategies.layout import shows_statistics
-from umbel.strategies.records import to_array
 from umbel.strategies.stack import Stack
 
 TRAINED = "umbel.trained"

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from umbel.core.errors import UmbelError
 from umbel.deliver.parcel import CLAIMS, FILE, Step, contents, sha256
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.strict import loads_strictly
 from umbel.server.private.certificate import CARD, signed_text
 from umbel.server.private.coordinator_key import coordinator_key, key_path, public_text, sign
 from umbel.server.private.population import state_of
-from umbel.strategies.errors import UmbelError
 
 
 def copy_claims(run: RunDirectory, folder: Path) -> Mapping[str, Any] | None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from umbel.core.errors import CheckError, ConfigError
 from umbel.deliver.export import FORMS, Exported, deliver
 from umbel.deliver.made_up import example_of
 from umbel.deliver.metrics import scores
@@ -29,7 +30,6 @@ from umbel.deliver.signature import Signature
 from umbel.deliver.target import Condition
 from umbel.deliver.trained import HeldOut, TrainedModel
 from umbel.deliver.tuning import fine_tune
-from umbel.strategies.errors import CheckError, ConfigError
 
 Array = np.ndarray[Any, Any]
 Int8 = Literal["none", "dynamic", "static"]

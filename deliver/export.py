@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from umbel.core.errors import CheckError, ConfigError
+from umbel.core.errors import described as error_text
 from umbel.deliver import claims, papers
 from umbel.deliver.made_up import example_of
 from umbel.deliver.metrics import scores
@@ -22,8 +24,6 @@ from umbel.deliver.onnx_graph import LARGEST_BATCH, OnnxPredictor, write_onnx
 from umbel.deliver.parcel import CLAIMS, Step, described, fresh_folder
 from umbel.deliver.signature import Signature
 from umbel.deliver.trained import TrainedModel, outputs_of
-from umbel.strategies.errors import CheckError, ConfigError
-from umbel.strategies.errors import described as error_text
 
 Array = np.ndarray[Any, Any]
 Predict = Callable[[Array], Array]

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 
 def needed(module: str, what: str, extra: str = "deliver") -> Any:

@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from umbel.core.errors import ConfigError, UmbelError
 from umbel.deliver.extras import needed
 from umbel.deliver.predictor import Predictor
 from umbel.deliver.routes import Routes
 from umbel.deliver.service import Limits, make_app
-from umbel.strategies.errors import ConfigError, UmbelError
 
 EVERY_S = 1.0
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from umbel.core.errors import ConfigError, described
 from umbel.deliver.extras import needed
 from umbel.deliver.signature import INPUT, OUTPUT
-from umbel.strategies.errors import ConfigError, described
 
 Array = np.ndarray[Any, Any]
 LARGEST_BATCH = 4096

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 FILE = "delivery.json"
 CLAIMS = "claims"

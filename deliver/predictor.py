@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from umbel.core.errors import ConfigError
 from umbel.deliver.onnx_graph import OnnxPredictor
 from umbel.deliver.parcel import contents, is_parcel, read_parcel, sha256
 from umbel.deliver.signature import Signature
-from umbel.strategies.errors import ConfigError
 
 Array = np.ndarray[Any, Any]
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from umbel.clients.data.inputs import Columns, Inputs, Letters, Pixels, Plain, Samples
+from umbel.core.errors import ConfigError
 from umbel.deliver.extras import needed
-from umbel.strategies.errors import ConfigError
 
 Array = np.ndarray[Any, Any]
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")

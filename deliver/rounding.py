@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from umbel.core.errors import ConfigError, described
 from umbel.deliver.extras import needed
 from umbel.deliver.signature import INPUT
-from umbel.strategies.errors import ConfigError, described
 
 Array = np.ndarray[Any, Any]
 CALIBRATED = 512

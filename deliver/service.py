@@ -23,12 +23,12 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from umbel.clients.data.inputs import Inputs, Pixels
+from umbel.core.errors import ConfigError, UmbelError, described
 from umbel.deliver.batching import OverloadedError
 from umbel.deliver.extras import needed
 from umbel.deliver.predictor import Predictor
 from umbel.deliver.reading import from_json, parse
 from umbel.deliver.routes import Routes
-from umbel.strategies.errors import ConfigError, UmbelError, described
 
 Array = np.ndarray[Any, Any]
 

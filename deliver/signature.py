@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from umbel.clients.data.inputs import Inputs, from_json, to_json
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 Array = np.ndarray[Any, Any]
 FILE = "signature.json"
@@ -34,7 +34,7 @@ class Signature:
     Attributes:
         name: of the model.
         inputs: how what people have becomes what it takes.
-        output: what it gives, as in `umbel.clients.exported.Output`.
+        output: what it gives, as in `umbel.clients.trainers.exported.Output`.
         size: how many numbers it gives for an example.
         labels: names of the classes; () where they have none.
     """

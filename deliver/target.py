@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 UNITS: Mapping[str, Mapping[str, float]] = {
     "size": {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "": 1},

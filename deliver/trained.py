@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from umbel.clients.data.features import Rows
 from umbel.clients.data.inputs import Inputs, Plain
-from umbel.clients.exported import Exported, exported_by
 from umbel.clients.pytorch.batches import open_source, to_model
-from umbel.clients.trainer import Trainer, Weights
+from umbel.clients.trainers.base import Trainer, Weights
+from umbel.clients.trainers.exported import Exported, exported_by
+from umbel.core.errors import ConfigError, described
+from umbel.core.options import Options
 from umbel.deliver.made_up import example_of
 from umbel.deliver.signature import Signature
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.errors import ConfigError, described
-from umbel.strategies.options import Options
 
 Array = np.ndarray[Any, Any]
 BATCH = 512

@@ -38,7 +38,7 @@ def fine_tune(
         teacher: the original.
         x: inputs, shape (n, ...).
         y: targets, shape (n,); None where there are none.
-        output: what the outputs are, as in `umbel.clients.exported.Output`.
+        output: what the outputs are, as in `umbel.clients.trainers.exported.Output`.
         epochs: passes over the inputs.
         learning_rate: of Adam, at the start; it falls to zero as a cosine.
         seed: of the order.

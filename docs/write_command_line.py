@@ -9,8 +9,8 @@ import click
 import typer
 from typer.core import TyperArgument
 
-from umbel import cli
-from umbel.commands import Commands
+from umbel.commands import cli
+from umbel.commands.groups import Commands
 
 PAGE = Path(__file__).resolve().parent / "command-line.md"
 HEAD = """# Command line

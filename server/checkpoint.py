@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.core.errors import ConfigError, RunError
 from umbel.strategies.optimizers import Slots
 from umbel.strategies.stack import States
 
@@ -64,14 +64,14 @@ class Position:
     slots: Slots = field(default_factory=dict)
     layers: States = ()
     best: Best | None = None
-    stale: int = 0
+    evaluations_since_best: int = 0
     average: Tensor | None = None
     averaged: int = 0
-    abandoned: int = 0
+    failed_rounds: int = 0
     public: Mapping[str, Tensor] = field(default_factory=dict)
     answered: tuple[str, ...] = ()
 
-    def but(self, **changes: Any) -> "Position":
+    def replace(self, **changes: Any) -> "Position":
         """This position with some of it replaced."""
         return replace(self, **changes)
 
@@ -92,9 +92,9 @@ def save(directory: Path, position: Position, nodes: Mapping[int, bytes]) -> Non
     tensors |= {f"public.{name}": tensor for name, tensor in position.public.items()}
     numbers: dict[str, Any] = {
         "round": position.round,
-        "stale": position.stale,
+        "stale": position.evaluations_since_best,
         "averaged": position.averaged,
-        "abandoned": position.abandoned,
+        "abandoned": position.failed_rounds,
         "answered": position.answered,
         "best": None if position.best is None else [position.best.value, position.best.round],
         "layers": [],
@@ -147,10 +147,10 @@ def load(directory: Path) -> Position | None:
             for i, state in enumerate(numbers["layers"])
         ),
         best=best,
-        stale=numbers["stale"],
+        evaluations_since_best=numbers["stale"],
         average=tensors.get("average"),
         averaged=numbers["averaged"],
-        abandoned=numbers["abandoned"],
+        failed_rounds=numbers["abandoned"],
         public={
             name.removeprefix("public."): tensor
             for name, tensor in tensors.items()

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from umbel.core.records import Manifest
 from umbel.server import checkpoint
-from umbel.server.job import Job
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.training_spec import TrainingSpec
 from umbel.strategies.layout import averaged_buffers
-from umbel.strategies.records import Manifest
 
 
 def model_digest(parameters: Tensor, buffers: Tensor) -> str:
@@ -31,15 +31,17 @@ def model_digest(parameters: Tensor, buffers: Tensor) -> str:
     return total.hexdigest()
 
 
-def record_start(run: RunDirectory, job: Job) -> Mapping[str, Any]:
+def record_start(run: RunDirectory, job: TrainingSpec) -> Mapping[str, Any]:
     """Write down what this start of a run begins from, and return it: `round`, `model`, `time`."""
     position = checkpoint.load(run.checkpoint_path)
     if position is not None:
         number, digest = position.round, model_digest(position.parameters, position.buffers)
     else:
         averaged = averaged_buffers(job.buffers, job.options.buffers)
-        travelling = Manifest.of(averaged)
-        buffers = travelling.flatten(averaged) if travelling.size else checkpoint.no_buffers()
+        synced_buffers = Manifest.of(averaged)
+        buffers = (
+            synced_buffers.flatten(averaged) if synced_buffers.size else checkpoint.no_buffers()
+        )
         flat = Manifest.of(job.parameters).flatten(job.parameters)
         number, digest = 0, model_digest(flat, buffers)
     time = datetime.now(UTC).isoformat(timespec="seconds")

@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from umbel.strategies.contents import take_record
-from umbel.strategies.errors import RunError
+from umbel.core.contents import take_record
+from umbel.core.errors import RunError
 from umbel.strategies.layout import CONFIG, HELLO
 
 POLL_S = 1.0

@@ -17,31 +17,31 @@ from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.records import Manifest, Tree, from_array, record_of, to_array
 from umbel.server import checkpoint
-from umbel.server.asking import Asker, pool_requests, processes_of, public_arrays, trips
+from umbel.server.base_grid import BaseGrid
 from umbel.server.checkpoint import Best, Position
 from umbel.server.drive import ROUND_TTL, Phases, drive, stream
 from umbel.server.evaluation import FederatedEvaluation, direction, gather
 from umbel.server.failures import Failures
-from umbel.server.guard import BudgetSpentError
-from umbel.server.job import Evaluate as Evaluate
-from umbel.server.job import Job as Job
-from umbel.server.job import Outcome as Outcome
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
-from umbel.server.own_grid import OwnGrid
+from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.private.statements import Statements
+from umbel.server.queries import QueryRunner, pool_requests, processes_of, public_arrays, trips
 from umbel.server.roster import NodeRef, newcomers
 from umbel.server.shortfall import Shortfall
 from umbel.server.statistics import ask_statistics
-from umbel.strategies.cohort import cohort_named
+from umbel.server.training_spec import Evaluate as Evaluate
+from umbel.server.training_spec import Outcome as Outcome
+from umbel.server.training_spec import TrainingSpec as TrainingSpec
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
 from umbel.strategies.composition import check_rounds
-from umbel.strategies.errors import ConfigError, RunError
-from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer, optimizer_named
-from umbel.strategies.records import Manifest, Tree, from_array, record_of, to_array
+from umbel.strategies.samplers import make_sampler
+from umbel.strategies.transform import Facts, Round
 
 CHECKPOINT_EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -64,7 +64,7 @@ class Rounds:
 
     def __init__(
         self,
-        job: Job,
+        job: TrainingSpec,
         grid: Grid,
         nodes: Sequence[NodeRef],
         run: RunDirectory,
@@ -73,8 +73,8 @@ class Rounds:
         self.job, self.grid, self.nodes, self.run, self.progress = job, grid, nodes, run, progress
         options = job.options
         self.manifest = Manifest.of(job.parameters)
-        self.travelling = Manifest.of(averaged_buffers(job.buffers, options.buffers))
-        self.cohort = cohort_named(options.cohort, options.cohort_size, options.cohort_cap)
+        self.synced_buffers = Manifest.of(averaged_buffers(job.buffers, options.buffers))
+        self.cohort = make_sampler(options.cohort, options.cohort_size, options.cohort_cap)
         self.optimizer: ServerOptimizer = optimizer_named(
             options.optimizer,
             learning_rate=options.server_learning_rate,
@@ -174,7 +174,7 @@ class Rounds:
     def _ask(self, position: Position) -> tuple[Position, bool]:
         """Ask the private means whose time has come; whether one does not fit the budget."""
         timeout = self.job.options.round_timeout or None
-        asker = Asker(self.grid, self.nodes, self.job.guard, self.processes, timeout)
+        asker = QueryRunner(self.grid, self.nodes, self.job.guard, self.processes, timeout)
         for question in self.job.questions:
             due = question.due(position.round, self.job.options.rounds)
             if not due or question.name in position.answered:
@@ -186,7 +186,7 @@ class Rounds:
                 answer = asker.ask(question, position.public, position.round, self.manifest.digest)
             except BudgetSpentError:
                 return position, True
-            position = position.but(
+            position = position.replace(
                 public={**position.public, **answer},
                 answered=(*position.answered, question.name),
             )
@@ -203,7 +203,7 @@ class Rounds:
             cohort = self._choose(number)
             requests = self._requests(position, number, cohort)
             bytes_down = self._bytes(requests)
-        facts = self.job.stack.check(self.facts.but(round=number), position.layers)
+        facts = self.job.stack.check(self.facts.replace(round=number), position.layers)
         gathering = trips(self.job.stack, requests, self._gathering(number, facts))
         del requests  # with them goes the model that was sent, once all have answered
         with phases("train"):
@@ -262,7 +262,7 @@ class Rounds:
 
         They are drawn all the same: the sampling rate is of the population that was planned for.
         """
-        gone = self.grid.gone() if isinstance(self.grid, OwnGrid) else set()
+        gone = self.grid.gone() if isinstance(self.grid, BaseGrid) else set()
         return [node for node in nodes if node.node_id not in gone]
 
     def _requests(
@@ -273,14 +273,14 @@ class Rounds:
         if rate is not None:
             config["learning-rate"] = rate
         if kind == "train":
-            facts = self.facts.but(round=number)
+            facts = self.facts.replace(round=number)
             for name, value in self.job.stack.publish(position.layers, facts).items():
                 config[name] = value
         vector = position.parameters
         if kind == "evaluate" and position.average is not None:
             vector = position.average  # what the run would end with
         model = {PARAMETERS: self._pack(vector)} | public_arrays(position.public)
-        if self.travelling.size:
+        if self.synced_buffers.size:
             model[BUFFERS] = to_array(position.buffers)
         if self.processes and kind == "train":
             return pool_requests(model, config, cohort, self.processes)
@@ -306,7 +306,7 @@ class Rounds:
 
     def _array(self, vector: Tensor) -> Array:
         """The vector as it is sent; an engine of Umbel's may lay it where its nodes can map it."""
-        return self.grid.array(vector) if isinstance(self.grid, OwnGrid) else to_array(vector)
+        return self.grid.array(vector) if isinstance(self.grid, BaseGrid) else to_array(vector)
 
     def _rate(self, number: int) -> float | None:
         rate = self.job.learning_rate
@@ -319,7 +319,7 @@ class Rounds:
             dtype=self.manifest.dtype,
             cohort=self.expected,
             facts=facts,
-            buffers=self.travelling.size,
+            buffers=self.synced_buffers.size,
             run_id=self.grid.run.run_id,
             contract=self.job.contract,
         )
@@ -352,10 +352,10 @@ class Rounds:
             generator=torch.Generator().manual_seed(self.job.options.seed * 1_000_003 + number),
         )
         average, layers, metrics = self.job.stack.decode(
-            sum_, position.layers, rnd, self.facts.but(round=number)
+            sum_, position.layers, rnd, self.facts.replace(round=number)
         )
-        abandoned = 0 if self.job.guard.seeded else position.abandoned
-        after = position.but(round=number, layers=layers, abandoned=abandoned)
+        failed_rounds = 0 if self.job.guard.seeded else position.failed_rounds
+        after = position.replace(round=number, layers=layers, failed_rounds=failed_rounds)
         if average is None:
             return after, metrics
         parameters, slots = self.optimizer.step(position.parameters, average, position.slots)
@@ -366,9 +366,9 @@ class Rounds:
                 f"the model stopped being finite in round {number}; lower learning-rate or "
                 "server-learning-rate"
             )
-        after = after.but(parameters=self._share(parameters), slots=slots)
+        after = after.replace(parameters=self._share(parameters), slots=slots)
         if sum_.buffers is not None:
-            after = after.but(buffers=sum_.buffers.to(position.buffers.dtype))
+            after = after.replace(buffers=sum_.buffers.to(position.buffers.dtype))
         return self._averaged(after), metrics
 
     def _count_failures(self, position: Position, number: int, sum_: Sum) -> Position:
@@ -382,10 +382,10 @@ class Rounds:
             RunError: it has happened too often, or in the first round to every node there is.
         """
         if sum_.replies or not sum_.rejected or sum_.aborted:
-            return position.but(abandoned=position.abandoned if sum_.aborted else 0)
-        after = position.but(abandoned=position.abandoned + 1)
+            return position.replace(failed_rounds=position.failed_rounds if sum_.aborted else 0)
+        after = position.replace(failed_rounds=position.failed_rounds + 1)
         everyone = position.round == 0 and len(sum_.rejected) >= len(self.nodes)
-        if after.abandoned >= PATIENCE_WITHOUT_REPLIES or everyone:
+        if after.failed_rounds >= PATIENCE_WITHOUT_REPLIES or everyone:
             raise RunError(
                 f"round {number}: all {len(sum_.rejected)} nodes that were asked failed"
                 f"{self.failures.first(sum_.rejected)}; the run ends before it spends its budget "
@@ -395,22 +395,22 @@ class Rounds:
 
     def _half_of(self, asked: int) -> int:
         """The fewest replies that stand for a round: half of those that are waited for."""
-        share = self.grid.enough if isinstance(self.grid, OwnGrid) else 1.0
+        share = self.grid.enough if isinstance(self.grid, BaseGrid) else 1.0
         return max(1, math.ceil(share * asked / 2))
 
     def _abandon(self, position: Position, number: int, sum_: Sum, need: int) -> Position:
         """A round without enough replies leaves the model as it was."""
         if not sum_.replies and not sum_.rejected and not sum_.aborted:
             self.progress.note(f"round {number}: the draw chose no node; the model stays as it was")
-            return position.but(round=number)
+            return position.replace(round=number)
         first = self.failures.first(sum_.rejected)
-        after = position.but(round=number, abandoned=position.abandoned + 1)
+        after = position.replace(round=number, failed_rounds=position.failed_rounds + 1)
         said = f"round {number}: {sum_.replies} of {need} needed replies could be used{first}"
         if sum_.aborted:
             said = f"round {number}: {sum_.aborted}{first}"
         answered = any(item.reason != NO_REPLY for item in sum_.rejected)
         nobody = answered and not sum_.aborted and not sum_.replies and position.round == 0
-        if nobody or after.abandoned >= PATIENCE_WITHOUT_REPLIES:
+        if nobody or after.failed_rounds >= PATIENCE_WITHOUT_REPLIES:
             raise RunError(f"{said}; the run ends; the nodes' errors are in {self.run.log_path}")
         self.progress.note(f"{said}; the model stays as it was")
         return after
@@ -421,7 +421,7 @@ class Rounds:
             return position
         count = position.averaged + 1
         before = position.average if position.average is not None else position.parameters
-        return position.but(average=before.lerp(position.parameters, 1 / count), averaged=count)
+        return position.replace(average=before.lerp(position.parameters, 1 / count), averaged=count)
 
     # ---- evaluation
 
@@ -437,8 +437,8 @@ class Rounds:
     ) -> tuple[Tree, Tree]:
         own = {name: value for name, value in public.items() if name in self.job.buffers}
         mixed = {**self.job.buffers, **own}
-        if self.travelling.size:
-            mixed |= self.travelling.unflatten(buffers)
+        if self.synced_buffers.size:
+            mixed |= self.synced_buffers.unflatten(buffers)
         elif self.statistics.size:
             mixed |= self.statistics.unflatten(buffers)
         return self.manifest.unflatten(vector), mixed
@@ -452,7 +452,9 @@ class Rounds:
             return position
         timeout = options.round_timeout or None
         found = ask_statistics(self.grid, cohort, self.statistics, position.round, timeout)
-        return position if found is None else position.but(buffers=self.statistics.flatten(found))
+        return (
+            position if found is None else position.replace(buffers=self.statistics.flatten(found))
+        )
 
     def _evaluate(self, position: Position) -> tuple[Position, Mapping[str, float]]:
         options = self.job.options
@@ -476,14 +478,14 @@ class Rounds:
         if math.isnan(value):  # nothing is better than NaN, so it would stay the best for ever
             value = -math.inf
         if position.best is not None and not value > position.best.value:
-            return position.but(stale=position.stale + 1)
+            return position.replace(evaluations_since_best=position.evaluations_since_best + 1)
         vector = position.parameters if position.average is None else position.average
         best = Best(value, position.round, vector, position.buffers)
-        return position.but(best=best, stale=0)
+        return position.replace(best=best, evaluations_since_best=0)
 
     def _patience_is_over(self, position: Position) -> bool:
         patience = self.job.options.early_stop_patience
-        return patience > 0 and position.stale >= patience
+        return patience > 0 and position.evaluations_since_best >= patience
 
     def _federated_is_due(self, number: int) -> bool:
         every = self.job.options.federated_every
@@ -519,14 +521,14 @@ class Rounds:
                 self._metrics = line.get("metrics") or self._metrics
                 self._fair = _means_of(line.get("federated")) or self._fair
             if self.statistics.size and not position.buffers.numel():  # a run of an older version
-                position = position.but(buffers=self._first_statistics())
+                position = position.replace(buffers=self._first_statistics())
             return self._after_a_stop(position)
         self.run.truncate_rounds(-1)
         parameters = self._share(self.manifest.flatten(self._first))
         self._first = {}
         buffers = checkpoint.no_buffers()
-        if self.travelling.size:
-            buffers = self.travelling.flatten(
+        if self.synced_buffers.size:
+            buffers = self.synced_buffers.flatten(
                 averaged_buffers(self.job.buffers, self.job.options.buffers)
             )
         elif self.statistics.size:
@@ -554,14 +556,14 @@ class Rounds:
         begun = checkpoint.begun(self.run.checkpoint_path) if self._once else 0
         if begun <= position.round:
             return position
-        facts = self.job.stack.check(self.facts.but(round=begun), position.layers)
+        facts = self.job.stack.check(self.facts.replace(round=begun), position.layers)
         self.job.guard.forfeit(begun, facts)
         self.progress.note(
             f"round {begun} was under way when the coordinator stopped, and nodes give their "
             "masked updates of a round once only; the rounds after the checkpoint of round "
             f"{position.round} are given up, and the run goes on with round {begun + 1}"
         )
-        return position.but(round=begun)
+        return position.replace(round=begun)
 
     def _tell_what_is_repeated(self, saved: int) -> None:
         done = max((int(line.get("round", 0)) for line in self.run.rounds()), default=0)
@@ -608,7 +610,7 @@ class Rounds:
 
     def _bytes(self, requests: Sequence[Message]) -> int:
         size = self.manifest.size * self.manifest.dtype.itemsize
-        return len(requests) * (size + self.travelling.size * 4)
+        return len(requests) * (size + self.synced_buffers.size * 4)
 
 
 def _means_of(federated: Mapping[str, Any] | None) -> dict[str, float]:

@@ -16,12 +16,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from umbel.core.records import Manifest, Tree, from_array
 from umbel.server.drive import stream
 from umbel.server.roster import NodeRef
 from umbel.strategies.collect import BUFFERS, EXAMPLES, numbers
-from umbel.strategies.fold import Fold
 from umbel.strategies.layout import CONFIG, STATISTICS
-from umbel.strategies.records import Manifest, Tree, from_array
+from umbel.strategies.ordered_sum import OrderedSum
 
 MEAN, VARIANCE = "running_mean", "running_var"
 
@@ -44,7 +44,7 @@ def ask_statistics(
         Message(RecordDict({CONFIG: config}), node.node_id, kind, group_id=group) for node in nodes
     ]
     places = {node.node_id: place for place, node in enumerate(nodes)}
-    fold, total = Fold(2 * manifest.size, torch.float64), 0.0
+    fold, total = OrderedSum(2 * manifest.size, torch.float64), 0.0
     weights: dict[int, float] = {}
     for reply in stream(grid, requests, timeout):
         place = places.pop(reply.metadata.src_node_id, None)

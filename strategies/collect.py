@@ -14,12 +14,12 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from umbel.core.records import from_array
 from umbel.privacy.bounds.clipping import is_within, l2_norm
 from umbel.privacy.noise.lattice import on_grid
 from umbel.strategies.example_weights import TIMES, Counted, LimitedFold, Patience
-from umbel.strategies.fold import Fold, exact_block
-from umbel.strategies.layer import Facts, Metrics
-from umbel.strategies.records import from_array
+from umbel.strategies.ordered_sum import OrderedSum, exact_block
+from umbel.strategies.transform import Facts, Metrics
 
 if TYPE_CHECKING:  # it is about stacks, which have a collect
     from umbel.strategies.contract import Contract
@@ -230,7 +230,7 @@ class PlainSum:
     name: str = "plain-sum"
 
     def check(self, facts: Facts) -> Facts:
-        return facts.but(
+        return facts.replace(
             kind="sum",
             averages_buffers=True,
             server_sees="each",
@@ -290,7 +290,7 @@ class PlainSum:
             limited=limited,
         )
 
-    def _fold(self, round_: Gathering) -> Fold:
+    def _fold(self, round_: Gathering) -> OrderedSum:
         """Where the updates are added up: exactly, if they lie on a grid and count alike."""
         facts, dtype = round_.facts, round_.dtype
         if self.weighting == "examples":
@@ -301,17 +301,17 @@ class PlainSum:
         block = exact_block(facts.l2_bound, facts.grid)
         off_grid = facts.l2_bound is not None and facts.grid is None
         if facts.wide or off_grid or block < FEW:
-            return Fold(round_.size, torch.float64, self.hold_bytes)
-        return Fold(round_.size, dtype, self.hold_bytes, block)
+            return OrderedSum(round_.size, torch.float64, self.hold_bytes)
+        return OrderedSum(round_.size, dtype, self.hold_bytes, block)
 
-    def _like(self, fold: Fold, size: int, dtype: torch.dtype) -> Fold:
+    def _like(self, fold: OrderedSum, size: int, dtype: torch.dtype) -> OrderedSum:
         """A fold for other vectors of the same replies, in which they count the same."""
         if isinstance(fold, LimitedFold):
             return LimitedFold(size, dtype, self.hold_bytes, patience=fold.patience)
-        return Fold(size, dtype)
+        return OrderedSum(size, dtype)
 
     def _counted(
-        self, fold: Fold, places: Sequence[int], nodes: Sequence[int]
+        self, fold: OrderedSum, places: Sequence[int], nodes: Sequence[int]
     ) -> tuple[dict[int, float], tuple[Limited, ...]]:
         """By place in the cohort what each reply counts for; and those that were limited."""
         if not isinstance(fold, LimitedFold):

@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from umbel.core.errors import ConfigError, StackError
+from umbel.core.options import Options, dashed
 from umbel.strategies.collect import PlainSum, Sum, is_own
-from umbel.strategies.errors import ConfigError, StackError
-from umbel.strategies.layer import Claim, Facts, Round
-from umbel.strategies.options import Options, dashed
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts, Round
 
 SIZE = 64
 """Coordinates for which a stack is asked what it does, where its layers take any number."""
@@ -253,9 +253,9 @@ def check_rounds(stack: Stack, facts: Facts, rounds: int = 2) -> None:
     Raises:
         StackError: what a layer says, and in which round it would have said it.
     """
-    stack.check(facts.but(round=1), stack.init(facts.size))
+    stack.check(facts.replace(round=1), stack.init(facts.size))
     try:
-        _play(stack, facts.but(size=SIZE), rounds)
+        _play(stack, facts.replace(size=SIZE), rounds)
     except StackError:
         raise
     except Exception:
@@ -265,7 +265,7 @@ def check_rounds(stack: Stack, facts: Facts, rounds: int = 2) -> None:
 def _play(stack: Stack, facts: Facts, rounds: int) -> None:
     states = stack.init(facts.size)
     for number in range(1, rounds + 1):
-        before = facts.but(round=number)
+        before = facts.replace(round=number)
         try:
             bottom = stack.check(before, states)
         except StackError as error:

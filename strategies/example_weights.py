@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from umbel.strategies.fold import BLOCK, Fold
+from umbel.strategies.ordered_sum import BLOCK, OrderedSum
 
 TIMES = 10
 """No node counts for more than so many times the median of its round."""
@@ -63,15 +63,15 @@ class Patience:
         return cls(most, max(LEAST, fit), eager=fit < LEAST)
 
 
-class LimitedFold(Fold):
+class LimitedFold(OrderedSum):
     """A fold that limits the weights of its terms as it adds them, in the order of the cohort.
 
     Args:
         size: coordinates of a vector.
         dtype: of the sum.
-        hold_bytes: as of `Fold`.
+        hold_bytes: as of `OrderedSum`.
         patience: when weights are decided; folds of one round share it, and so their weights.
-        block: as of `Fold`.
+        block: as of `OrderedSum`.
 
     Attributes:
         counted: for each term, in the order of the cohort.

@@ -1,7 +1,7 @@
 """Names that both sides of a federation's messages use, and which buffers travel."""
 
+from umbel.core.records import Tree
 from umbel.strategies.collect import Seals
-from umbel.strategies.records import Tree
 from umbel.strategies.stack import Stack
 
 MODEL = "model"
@@ -32,8 +32,8 @@ def averaged_buffers(buffers: Tree, policy: str) -> Tree:
 
 def local_buffers(buffers: Tree, policy: str) -> Tree:
     """The buffers that stay on the node."""
-    travelling = averaged_buffers(buffers, policy)
-    return {name: tensor for name, tensor in buffers.items() if name not in travelling}
+    synced_buffers = averaged_buffers(buffers, policy)
+    return {name: tensor for name, tensor in buffers.items() if name not in synced_buffers}
 
 
 def shows_statistics(stack: Stack, policy: str) -> bool:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.core.errors import ConfigError, RunError
 from umbel.strategies.secure.policy import Policy
 
 if TYPE_CHECKING:  # a node's connection, which imports this, holds no tensor

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 Slots = dict[str, Tensor]
 """An optimiser's state: named tensors of the model's size."""

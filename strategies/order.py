@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import (
+from umbel.core.errors import StackError
+from umbel.strategies.transform import (
     Facts,
     Isometry,
-    Layer,
     Round,
+    Transform,
     acts_on_sums,
     acts_on_updates,
     claims_privacy,
@@ -37,7 +37,7 @@ _CLOSE = 1e-5
 """Rounding in float32 that a linear map may show, as a part of its input's length."""
 
 
-def check_order(layers: Sequence[Layer[Any]]) -> None:
+def check_order(layers: Sequence[Transform[Any]]) -> None:
     """Refuse layers below noise that would be outside its protection.
 
     Raises:
@@ -59,7 +59,7 @@ def check_order(layers: Sequence[Layer[Any]]) -> None:
                 )
 
 
-def keeps_sums(layer: Layer[Any]) -> bool:
+def keeps_sums(layer: Transform[Any]) -> bool:
     """Whether a layer's server half may see a sum before its noise.
 
     Raises:
@@ -78,7 +78,7 @@ def keeps_sums(layer: Layer[Any]) -> bool:
     return True
 
 
-def _tried(layer: Layer[Any]) -> str:
+def _tried(layer: Transform[Any]) -> str:
     """What is wrong with a layer that says that it is an isometry; empty if nothing is."""
     before = Facts(size=_TRIED, l2_bound=1.0, expected_replies=8.0, max_replies=8, round=1)
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def _tried(layer: Layer[Any]) -> str:
     except Exception as error:
         return f"it cannot be tried on {_TRIED} coordinates: {error}"
     one, other = torch.randn(2, size, dtype=torch.float64, generator=generator)
-    rnd = Round(1, 8.0, 8, 8.0, before.but(size=size), generator, before, 8.0)
+    rnd = Round(1, 8.0, 8, 8.0, before.replace(size=size), generator, before, 8.0)
     found = []
     for total in (one, other, one + 3 * other):
         made, after, said = layer.decode(total.clone(), {}, state, rnd)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from umbel.core.errors import StackError
 from umbel.strategies.collect import Seals
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Facts, Layer, SeesMetrics
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, SeesMetrics, Transform
 
 _EXACT = 1e-9
 """Relative difference of two machines' arithmetic on one bound."""
@@ -97,7 +97,7 @@ class Outlook:
         return last[1] if last[0] > max(foreign, default=-1) else ""
 
     @cached_property
-    def _noisy(self) -> Layer[Any] | None:
+    def _noisy(self) -> Transform[Any] | None:
         """The layer of Umbel's own that adds noise on the node, at the bottom of the stack."""
         last = self.stack.layers[-1] if self.stack.layers else None
         return last if _is(last, _NOISE) or _is(last, _LOCAL) else None
@@ -148,7 +148,7 @@ class Outlook:
             **self._fixed,
         )
 
-    def _check_bound(self, layer: Layer[Any], told: Mapping[str, Any]) -> None:
+    def _check_bound(self, layer: Transform[Any], told: Mapping[str, Any]) -> None:
         """Noise for a smaller bound than updates may have would be too little for them."""
         bound = _number(told.get(f"{layer.name}.bound"))
         norms = tuple(_number(told.get(f"{name}.norm")) for _, name in self._clips)

@@ -26,9 +26,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from umbel.core.errors import ConfigError, StackError
 from umbel.strategies.collect import Collect, PlainSum
-from umbel.strategies.errors import ConfigError, StackError
-from umbel.strategies.layer import Facts, Layer
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions, limits_of
@@ -42,8 +41,9 @@ from umbel.strategies.secure.secure_stack import secret_sum, share_layer, whole_
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.weigh import Weigh
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, Transform
 
-Layers = list[Layer[Any]]
+Layers = list[Transform[Any]]
 
 FINE_LEVELS = 1 << 20
 """Steps of a coordinate of typical size in a secure sum without noise."""
@@ -114,7 +114,7 @@ def _with_privacy(
         above.append(PrivateMetrics(limits))
     if secret:
         below = whole_steps(below, secure.secure_levels or NOISED_LEVELS, "stochastic")
-        noise: Layer[Any] = share_layer(privacy, secure)
+        noise: Transform[Any] = share_layer(privacy, secure)
     else:
         noise = noise_layer(privacy, run)
     return Stack((*above, *below, noise), _counting_once(stack.collect, secure))
@@ -137,7 +137,7 @@ def _summed_in_secret(stack: Stack, secure: SecureOptions, size: int) -> Stack:
 # ---- the parts
 
 
-def _parts(layers: Sequence[Layer[Any]]) -> tuple[Layers, Layers]:
+def _parts(layers: Sequence[Transform[Any]]) -> tuple[Layers, Layers]:
     """The layers above the first that rotates or quantises, and the rest."""
     place = next(
         (i for i, layer in enumerate(layers) if isinstance(layer, Rotate | Quantize)), len(layers)
@@ -145,17 +145,17 @@ def _parts(layers: Sequence[Layer[Any]]) -> tuple[Layers, Layers]:
     return list(layers[:place]), list(layers[place:])
 
 
-def _has(layers: Sequence[Layer[Any]], kind: type[Any]) -> bool:
+def _has(layers: Sequence[Transform[Any]], kind: type[Any]) -> bool:
     return any(isinstance(layer, kind) for layer in layers)
 
 
-def _through(layers: Sequence[Layer[Any]], size: int) -> Facts:
+def _through(layers: Sequence[Transform[Any]], size: int) -> Facts:
     stack = Stack(tuple(layers))
     before = Facts(size=size, round=1, expected_replies=1024.0)
     return stack.places(before, stack.init(size))[-1]
 
 
-def _with_bound(layers: Layers, clip: Layer[Any], size: int) -> Layers:
+def _with_bound(layers: Layers, clip: Transform[Any], size: int) -> Layers:
     """The layers, with `clip` where the first of them needs a bound, or else at their end."""
     for place in range(len(layers)):
         try:
@@ -167,7 +167,7 @@ def _with_bound(layers: Layers, clip: Layer[Any], size: int) -> Layers:
     return layers if _through(layers, size).l2_bound is not None else [*layers, clip]
 
 
-def _own_bound(layers: Sequence[Layer[Any]], privacy: PrivacyOptions, size: int) -> None:
+def _own_bound(layers: Sequence[Transform[Any]], privacy: PrivacyOptions, size: int) -> None:
     """Refuse options of clipping that the app's own layers would not follow."""
     try:
         bounded = _through(layers, size).l2_bound is not None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # importing it takes a second, which a run without privacy need not wait
     from umbel.privacy.budget.events import Charge
-    from umbel.strategies.layer import Config
+    from umbel.strategies.transform import Config
 
 Unit = Literal["record", "node"]
 

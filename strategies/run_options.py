@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from umbel.strategies.cohort import cohort_named
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.limits import above, at_least, check_limits, one_of, option, up_to_one
+from umbel.core.errors import ConfigError
+from umbel.core.limits import above, at_least, check_limits, one_of, option, up_to_one
+from umbel.core.options import OptionGroup
 from umbel.strategies.optimizers import OPTIMIZERS, optimizer_named
-from umbel.strategies.options import OptionGroup
+from umbel.strategies.samplers import make_sampler
 from umbel.strategies.schedules import SCHEDULES, factor
 
 
@@ -93,7 +93,7 @@ class RunOptions(OptionGroup):
         # each of these raises where its options do not make one, before a run has begun
         self.learning_rate_factor(self.warmup_rounds + 1)
         optimizer_named(self.optimizer, learning_rate=self.server_learning_rate)
-        cohort_named(self.cohort, self.cohort_size, self.cohort_cap)
+        make_sampler(self.cohort, self.cohort_size, self.cohort_cap)
 
     def learning_rate_factor(self, number: int) -> float:
         """What the nodes' learning rate is multiplied by in round `number`."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 Schedule = Literal["constant", "cosine", "linear", "step", "exponential"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import RunError, StackError
 from umbel.privacy.bounds.clipping import is_within
 from umbel.strategies.collect import LENIENCE, Collect, PlainSum, Seals, Sum, is_own
-from umbel.strategies.errors import RunError, StackError
-from umbel.strategies.layer import (
+from umbel.strategies.order import check_order, keeps_sums
+from umbel.strategies.transform import (
     Calibrated,
     Claim,
     EncodesMany,
     Facts,
-    Layer,
     Metrics,
     Round,
     Seeded,
     SeesMetrics,
     Separated,
     TellsFacts,
+    Transform,
     acts_on_sums,
     acts_on_updates,
     claims_privacy,
 )
-from umbel.strategies.order import check_order, keeps_sums
 
 if TYPE_CHECKING:
     from umbel.privacy.bounds.bundle import Bundle
@@ -53,7 +53,7 @@ class Stack:
         StackError: two layers have one name.
     """
 
-    layers: Sequence[Layer[Any]] = ()
+    layers: Sequence[Transform[Any]] = ()
     collect: Collect = field(default_factory=PlainSum)
 
     def __post_init__(self) -> None:
@@ -100,12 +100,12 @@ class Stack:
         """The places that were asked for last."""
         return []
 
-    def _after(self, layer: Layer[Any], facts: Facts, state: Any) -> Facts:
+    def _after(self, layer: Transform[Any], facts: Facts, state: Any) -> Facts:
         """The facts after a layer; a longer vector has a bound only where the layer says it."""
         after = layer.check(facts, state)
         lengthened = after.size > facts.size and after.l2_bound == facts.l2_bound
         if lengthened and after.l2_bound is not None and layer.name not in self._keeping:
-            return after.but(l2_bound=None, grid=None)
+            return after.replace(l2_bound=None, grid=None)
         return after
 
     @cached_property
@@ -294,7 +294,7 @@ class Stack:
                     f"{layer.name} claims privacy on some facts only, and nothing was planned for "
                     "that; let its claim depend on the layer alone"
                 )
-            if acts_on_sums(layer) or claim.summed:
+            if acts_on_sums(layer) or claim.seen_in_sum_only:
                 need_sum(facts, layer.name)
             claims.append(claim)
         return claims

@@ -26,8 +26,8 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
+from umbel.core.contents import find_record
 from umbel.privacy.masking import keys
-from umbel.strategies.contents import find_record
 
 RECORD = "umbel.statement"
 """Name of the record in a reply's content."""

@@ -15,12 +15,12 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from umbel.server.embedded.workers import Nursery
+from umbel.core.flower import Envelope
+from umbel.core.records import to_array
+from umbel.server.embedded.workers import ForkServer
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, Sum
-from umbel.strategies.layer import Facts, Stateless
-from umbel.strategies.records import to_array
 from umbel.strategies.stack import Stack
-from umbel.transport.flower import Envelope
+from umbel.strategies.transform import Facts, Stateless
 
 APPS = Path(__file__).parent / "apps"
 
@@ -54,7 +54,7 @@ class Times(Stateless):
     name: str = "times"
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
-        return facts if facts.l2_bound is None else facts.but(l2_bound=facts.l2_bound * self.by)
+        return facts if facts.l2_bound is None else facts.replace(l2_bound=facts.l2_bound * self.by)
 
     def encode(self, update: Tensor, config: Any, memory: RecordDict) -> Any:  # noqa: ARG002
         return update * self.by, {}
@@ -116,7 +116,7 @@ def weighted_mean(updates: Sequence[np.ndarray[Any, Any]], weights: Sequence[flo
     return np.average(np.asarray(updates, np.float64), axis=0, weights=weights)
 
 
-class SharedNursery(Nursery):
+class SharedNursery(ForkServer):
     """A nursery that outlives the pools that take workers from it."""
 
     def close(self) -> None:
@@ -129,8 +129,8 @@ class SharedNursery(Nursery):
 
 WARM = """
 import importlib, json, os, signal, sys, traceback
-import umbel.federation, umbel.running, umbel.cli
-import umbel.privacy_commands, umbel.server.private.run, umbel.server.private.verify
+import umbel.federation, umbel.running, umbel.commands.cli
+import umbel.commands.privacy, umbel.server.private.run, umbel.server.private.verify
 import umbel.strategies.recipe
 
 
@@ -169,7 +169,7 @@ def play(job):
         die_at(*death)
     if job["keywords"] is None:
         sys.argv = ["umbel", *job["arguments"]]
-        umbel.cli.main()
+        umbel.commands.cli.main()
     else:
         print(json.dumps(umbel.run(**job["keywords"])), flush=True)
 

@@ -62,11 +62,11 @@ def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
 
 
 def test_the_round_names_the_methods_of_a_layer() -> None:
-    from umbel.strategies.layer import Layer
+    from umbel.strategies.transform import Transform
 
     picture = (DOCS / "round.svg").read_text(encoding="utf-8")
     for method in ("check", "publish", "encode", "decode", "claim"):
-        assert hasattr(Layer, method) and f">{method}: " in picture
+        assert hasattr(Transform, method) and f">{method}: " in picture
 
 
 def test_the_reference_has_every_public_name_once() -> None:

@@ -141,7 +141,7 @@ import umbel
 assert umbel.__file__.startswith({str(site)!r}), umbel.__file__
 options = "rounds=1 cohort-size=2 local-epochs=1"
 sys.argv = ["umbel", "run", "-c", options, "--workers", "0", "--json"]
-from umbel.cli import main
+from umbel.commands.cli import main
 main()
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}

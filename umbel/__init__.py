@@ -25,12 +25,17 @@ if TYPE_CHECKING:
     from umbel.clients.data.partition import Shards as Shards
     from umbel.clients.data.partitioned import Partitioned as Partitioned
     from umbel.clients.data.scattering import Scattering as Scattering
-    from umbel.clients.function_trainer import FunctionTrainer as FunctionTrainer
-    from umbel.clients.private_sgd import PrivateSgd as PrivateSgd
     from umbel.clients.pytorch.one_step import OneStep as OneStep
     from umbel.clients.pytorch.trainer import TorchTrainer as TorchTrainer
-    from umbel.clients.sklearn_trainer import SklearnTrainer as SklearnTrainer
-    from umbel.clients.softmax_trainer import SoftmaxTrainer as SoftmaxTrainer
+    from umbel.clients.trainers.function import FunctionTrainer as FunctionTrainer
+    from umbel.clients.trainers.private_sgd import PrivateSgd as PrivateSgd
+    from umbel.clients.trainers.sklearn import SklearnTrainer as SklearnTrainer
+    from umbel.clients.trainers.softmax import SoftmaxTrainer as SoftmaxTrainer
+    from umbel.core.errors import CheckError as CheckError
+    from umbel.core.errors import ConfigError as ConfigError
+    from umbel.core.errors import RunError as RunError
+    from umbel.core.errors import StackError as StackError
+    from umbel.core.errors import UmbelError as UmbelError
     from umbel.federation import Federation as Federation
     from umbel.loading import load as load
     from umbel.result import Result as Result
@@ -38,12 +43,6 @@ if TYPE_CHECKING:
     from umbel.running import run as run
     from umbel.server.private.verify import verify as verify
     from umbel.strategies.collect import PlainSum as PlainSum
-    from umbel.strategies.errors import CheckError as CheckError
-    from umbel.strategies.errors import ConfigError as ConfigError
-    from umbel.strategies.errors import RunError as RunError
-    from umbel.strategies.errors import StackError as StackError
-    from umbel.strategies.errors import UmbelError as UmbelError
-    from umbel.strategies.layer import Stateless as Stateless
     from umbel.strategies.private.adaptive_clip import AdaptiveClip as AdaptiveClip
     from umbel.strategies.private.banded_gaussian import BandedGaussian as BandedGaussian
     from umbel.strategies.private.clip import Clip as Clip
@@ -63,14 +62,15 @@ if TYPE_CHECKING:
     from umbel.strategies.secure.secure_sum import SecureSum as SecureSum
     from umbel.strategies.secure.weigh import Weigh as Weigh
     from umbel.strategies.stack import Stack as Stack
+    from umbel.strategies.transform import Stateless as Stateless
 
 _HOMES = {
     "ByKey": "clients.data.partition",
     "BySize": "clients.data.partition",
     "Dirichlet": "clients.data.partition",
     "Examples": "clients.data.examples",
-    "FunctionTrainer": "clients.function_trainer",
-    "SklearnTrainer": "clients.sklearn_trainer",
+    "FunctionTrainer": "clients.trainers.function",
+    "SklearnTrainer": "clients.trainers.sklearn",
     "Featured": "clients.data.features",
     "Federation": "federation",
     "Iid": "clients.data.partition",
@@ -78,14 +78,14 @@ _HOMES = {
     "Partitioned": "clients.data.partitioned",
     "PlainSum": "strategies.collect",
     "PrivateMean": "strategies.private.private_mean",
-    "PrivateSgd": "clients.private_sgd",
+    "PrivateSgd": "clients.trainers.private_sgd",
     "Recipe": "clients.data.features",
     "Scattering": "clients.data.scattering",
     "Shards": "clients.data.partition",
-    "SoftmaxTrainer": "clients.softmax_trainer",
+    "SoftmaxTrainer": "clients.trainers.softmax",
     "Split": "clients.data.examples",
     "Stack": "strategies.stack",
-    "Stateless": "strategies.layer",
+    "Stateless": "strategies.transform",
     "ChosenTrainer": "clients.chosen_trainer",
     "OneStep": "clients.pytorch.one_step",
     "TorchTrainer": "clients.pytorch.trainer",
@@ -110,11 +110,11 @@ _HOMES = {
     "run": "running",
     "Interrupted": "running",
     "Result": "result",
-    "UmbelError": "strategies.errors",
-    "ConfigError": "strategies.errors",
-    "StackError": "strategies.errors",
-    "RunError": "strategies.errors",
-    "CheckError": "strategies.errors",
+    "UmbelError": "core.errors",
+    "ConfigError": "core.errors",
+    "StackError": "core.errors",
+    "RunError": "core.errors",
+    "CheckError": "core.errors",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from umbel.core.options import Options
 from umbel.deliver.trained import TrainedModel
 from umbel.federation import Federation
 from umbel.loading import opened
-from umbel.strategies.options import Options
 
 
 def trained_model(run: Path | str, app: Path | str | Federation | None = None) -> TrainedModel:

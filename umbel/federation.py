@@ -21,10 +21,12 @@ from umbel.clients.chosen_trainer import use_of
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.data.inputs import Inputs
 from umbel.clients.given import check_functions, check_trainer
-from umbel.clients.node import FederationClientApp, NodeHalf
+from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainer import ChecksOptions, Trainer, Weights, promising
+from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, promising
+from umbel.core.errors import ConfigError, RunError, UmbelError, described
+from umbel.core.options import Options, Value, checked, override
 from umbel.server.output.report import write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
@@ -32,15 +34,13 @@ from umbel.server.provenance import record_start
 from umbel.server.roster import roster
 from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
 from umbel.server.shortfall import Shortfall
-from umbel.strategies.cohort import cohort_named
 from umbel.strategies.composition import compose
 from umbel.strategies.contract import Contract
-from umbel.strategies.errors import ConfigError, RunError, UmbelError, described
 from umbel.strategies.layout import shows_statistics
-from umbel.strategies.options import Options, Value, checked, override
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import make_sampler
 from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
@@ -191,7 +191,7 @@ class Federation:
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
         return FederationClientApp(
-            NodeHalf(
+            ClientHandler(
                 self.trainer,
                 self.data,
                 options=self.complete,
@@ -357,7 +357,7 @@ class FederationServerApp(ServerApp):
     def _say_what_is_lost(self, job: Job, rounds: Rounds, session: Session) -> None:
         """Say which updates the rounding that exact sums need takes a part of."""
         states = job.stack.init(rounds.facts.size)
-        facts = job.stack.check(rounds.facts.but(round=1), states)
+        facts = job.stack.check(rounds.facts.replace(round=1), states)
         if facts.grid is None or facts.l2_bound is None or job.stack.private:
             return  # noise is far above the rounding
         error = facts.grid * math.sqrt(facts.size / 3)  # of remainders spread evenly
@@ -373,7 +373,7 @@ class FederationServerApp(ServerApp):
         """Say what a user would otherwise find out from a bad curve."""
         advice = getattr(job.stack.collect, "advice", None)
         if advice is not None:
-            cohort = cohort_named(job.options.cohort, job.options.cohort_size)
+            cohort = make_sampler(job.options.cohort, job.options.cohort_size)
             for line in advice(cohort.expected(nodes), job.stack.private):
                 session.progress.note(line)
         self._say_what_is_lost(job, rounds, session)

@@ -27,6 +27,9 @@ from typing import Any
 
 import tomli_w
 
+from umbel.core.app_folder import AppFolder, open_app
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.options import Options
 from umbel.flower_node import toml
 from umbel.flower_process import FlowerProcess, environment, program
 from umbel.serve import resolve
@@ -36,9 +39,6 @@ from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import STATE
-from umbel.strategies.app import AppFolder, open_app
-from umbel.strategies.errors import ConfigError, RunError
-from umbel.strategies.options import Options
 from umbel.transport.keyfiles import write_secret
 
 log = logging.getLogger("umbel.server")
@@ -222,7 +222,7 @@ class _SuperLink:
         listed = self._flwr("supernode", "list", _CONNECTION).get("nodes", [])
         status = {str(node.get("node-id")): node.get("status") for node in listed}
         online = {n for n, known in self.registered.items() if status.get(known["id"]) == "online"}
-        self._service.guests = [
+        self._service.external_nodes = [
             {"name": name, "state": "connected", "last_seen": time.time()} for name in online
         ]
         return online
@@ -232,7 +232,7 @@ class _SuperLink:
     def run(self, folder: AppFolder, changed: Options) -> dict[str, Any]:
         """Submit the app, and follow its run to the end."""
         began = time.monotonic()
-        rounds = _Rounds(self._service, self._shown, len(self._service.guests))
+        rounds = _Rounds(self._service, self._shown, len(self._service.external_nodes))
         own = {k: v for k, v in changed.items() if k in folder.options}
         path = folder.path if own == changed else self._with_options(folder, changed)
         words = ["run", str(path), _CONNECTION]

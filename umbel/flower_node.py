@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from umbel.clients.ledger_names import COORDINATOR, STATE
+from umbel.clients.ledger.names import COORDINATOR, STATE
 from umbel.clients.process.membership import Membership, NodeSettings
 from umbel.clients.process.policy_file import policy_file
 from umbel.clients.process.start import StartSettings, enrolled, gpu_environment
+from umbel.core.errors import ConfigError
 from umbel.flower_process import FlowerProcess, environment, program
-from umbel.strategies.errors import ConfigError
 from umbel.strategies.node_policy import FORMER, POLICY
 from umbel.transport.certificates import load_key
 from umbel.transport.keyfiles import write_secret

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 _PATIENCE_S = 20.0
 

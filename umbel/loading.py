@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbel.clients.trainer import Weights
+from umbel.clients.trainers.base import Weights
+from umbel.core.app_folder import AppFolder, open_app
+from umbel.core.errors import ConfigError
+from umbel.core.options import Options
 from umbel.federation import Federation, FederationServerApp
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.app import AppFolder, open_app
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options
 
 
 def load(run: Path | str, app: Path | str | Federation | None = None) -> Any:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from umbel.core.text import plain
 from umbel.server.output.progress import Pace, Progress, count
-from umbel.strategies.text import plain
 
 _INTERVAL_S = 0.2  # a cell is redrawn at most five times a second
 

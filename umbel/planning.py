@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from dp_accounting import GaussianDpEvent
 
+from umbel.core.errors import ConfigError
+from umbel.core.options import Options, checked
 from umbel.privacy.budget.events import Charge
 from umbel.server.private.plan import charges_of, claims_of, cohort_options
-from umbel.strategies.cohort import Cohort, cohort_named
 from umbel.strategies.composition import compose
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.layer import Claim, Facts
-from umbel.strategies.options import Options, checked
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import Sampler, make_sampler
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts
 
 DROWNED = 10.0
 """Noise that is longer than this many clipping norms in the average leaves little to learn from."""
@@ -39,7 +39,7 @@ class Schedule:
     """
 
     stack: Stack
-    cohort: Cohort
+    cohort: Sampler
     nodes: int
     rounds: int
     facts: Facts
@@ -107,7 +107,7 @@ def schedule(
     run = cohort_options(
         RunOptions.read(options), PrivacyOptions.read(options), nodes, stack.separation
     )
-    cohort = cohort_named(run.cohort, run.cohort_size, run.cohort_cap)
+    cohort = make_sampler(run.cohort, run.cohort_size, run.cohort_cap)
     facts = Facts(
         size=parameters,
         expected_replies=cohort.expected(nodes),

@@ -12,12 +12,12 @@ from typing import Any
 
 import typer
 
+from umbel.core.errors import ConfigError
 from umbel.deliver.parcel import FILE, is_parcel, sha256
 from umbel.deliver.predictor import Predictor, exported_of, open_delivered
 from umbel.deliver.reading import read_inputs
 from umbel.deliver.registry import resolved
 from umbel.deliver.signature import FILE as SIGNATURE
-from umbel.strategies.errors import ConfigError
 
 
 def open_model(name: Path | str, app: Path | None = None, threads: int = 0) -> Predictor:

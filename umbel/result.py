@@ -10,8 +10,8 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from umbel.core.errors import ConfigError
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas

@@ -14,20 +14,20 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError
+from umbel.core.options import Options, override
 from umbel.federation import Federation, FederationServerApp
 from umbel.notebook import notebook_progress
 from umbel.result import Result
 from umbel.server.embedded.grid import EmbeddedGrid, ObservedGrid
-from umbel.server.embedded.workers import Nursery
+from umbel.server.embedded.workers import ForkServer
 from umbel.server.kept_model import watching_strategies
 from umbel.server.link.grid import ObservedLinkGrid
 from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
 from umbel.server.output.session import session
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
 
@@ -93,7 +93,7 @@ def run(
             )
         workers = 0
     workers = _processors() if workers is None else workers
-    nursery = Nursery(preload=["umbel.federation"]) if workers > 0 else None
+    nursery = ForkServer(preload=["umbel.federation"]) if workers > 0 else None
     try:
         shown = progress or notebook_progress() or showing.choose(sys.stderr)
         plan = _plan(app, options or {}, nodes, workers, resume)
@@ -303,7 +303,7 @@ def _differences(before: Mapping[str, Any], plan: _Plan) -> dict[str, tuple[Any,
 
 
 def _execute(
-    plan: _Plan, directory: RunDirectory, nursery: Nursery | None, progress: Progress
+    plan: _Plan, directory: RunDirectory, nursery: ForkServer | None, progress: Progress
 ) -> dict[str, Any]:
     log_to(directory.log_path, quiet=plan.federation is not None)
     show_fetching(progress)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from string import Template
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 TEMPLATE = Path(__file__).parent / "template"
 SUFFIX = ".tmpl"

@@ -14,6 +14,9 @@ from typing import Any
 from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
+from umbel.core.app_folder import AppFolder, open_app
+from umbel.core.errors import ConfigError
+from umbel.core.options import Options, override
 from umbel.federation import FederationServerApp
 from umbel.running import CANNOT_GO_ON, log_to, own_rounds
 from umbel.server.link.grid import LinkGrid, ObservedLinkGrid, StoppedError
@@ -23,9 +26,6 @@ from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
 from umbel.server.output.session import session
-from umbel.strategies.app import AppFolder, open_app
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.options import Options, override
 from umbel.strategies.private.options import PrivacyOptions
 
 log = logging.getLogger("umbel.server")

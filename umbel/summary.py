@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from umbel.strategies.text import plain
+from umbel.core.text import plain
 
 _WHY = {
     "rounds": "all rounds done",

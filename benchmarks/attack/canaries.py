@@ -12,11 +12,11 @@ from umbel.benchmarks.attack import audits
 from umbel.benchmarks.attack.audits import CanaryRun
 from umbel.benchmarks.attack.tasks import LENGTH, CanaryTrainer, Coins
 from umbel.benchmarks.attack.views import Attackable, play
-from umbel.clients.trainer import Options
+from umbel.clients.trainers.base import Options
 from umbel.privacy.budget.calibrate import noise_multiplier
-from umbel.strategies.layer import Facts
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 
 Fault = Callable[[Stack], Stack]
 """Breaks a stack on purpose."""

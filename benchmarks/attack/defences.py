@@ -16,14 +16,13 @@ from typing import Any, Literal
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.core.errors import ConfigError
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.privacy.budget.events import Charge
 from umbel.strategies.collect import Collect, Gather, Gathering, PlainSum
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.layer import Facts, Layer, Metrics, Stateless
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.private.local_gaussian import LocalGaussian
@@ -32,6 +31,7 @@ from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, Metrics, Stateless, Transform
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def promised(stack: Stack, size: int, schedule: Schedule) -> dict[str, float]:
         multiplier = getattr(event, "noise_multiplier", None)
         if claim.sampled and multiplier is not None:
             event = poisson(multiplier, schedule.rate)
-        charge = Charge(event, claim.relation, claim.slack)
+        charge = Charge(event, claim.relation, claim.extra_delta)
         row = charges.setdefault(claim.against, {})
         row[charge] = row.get(charge, 0) + schedule.rounds
     return {who: spent(row, schedule.delta).epsilon for who, row in charges.items()}
@@ -241,7 +241,12 @@ def _shared_multiplier(epsilon: float, schedule: Schedule) -> float:
 
 def _with_shares(multiplier: float, schedule: Schedule) -> Stack:
     noise = DistributedSkellam(multiplier, min_cohort(schedule))
-    layers: list[Layer[Any]] = [Clip(schedule.norm), Rotate(), Quantize(64, "stochastic"), noise]
+    layers: list[Transform[Any]] = [
+        Clip(schedule.norm),
+        Rotate(),
+        Quantize(64, "stochastic"),
+        noise,
+    ]
     return Stack(layers, SecureSum(min_cohort=min_cohort(schedule), weighting="fixed"))
 
 
@@ -296,8 +301,8 @@ class Liar:
         part: of the noise, where a plan decides it later.
     """
 
-    acts: Layer[Any]
-    says: Layer[Any]
+    acts: Transform[Any]
+    says: Transform[Any]
     part: float = 1.0
 
     def with_noise(self, noise_multiplier: float) -> "Liar":
@@ -317,7 +322,7 @@ class Liar:
 
 def quarter_noise(stack: Stack) -> Stack:
     """The noise has a quarter of the standard deviation that is claimed."""
-    layers: list[Layer[Any]] = []
+    layers: list[Transform[Any]] = []
     for layer in stack.layers:
         if not isinstance(layer, Gaussian):
             layers.append(layer)
@@ -330,7 +335,7 @@ def quarter_noise(stack: Stack) -> Stack:
 
 def skip_clip(stack: Stack) -> Stack:
     """Nodes do not clip, and the server does not measure what arrives."""
-    layers: list[Layer[Any]] = [
+    layers: list[Transform[Any]] = [
         Liar(_Nothing(layer.name), layer) if isinstance(layer, Clip) else layer
         for layer in stack.layers
     ]
@@ -389,14 +394,14 @@ def _unmeasured(collect: Collect) -> Collect:
     faulty = copy.copy(collect)
 
     def gather(requests: Sequence[Message], round_: Gathering) -> Gather:
-        facts = round_.facts.but(l2_bound=None, grid=None)
+        facts = round_.facts.replace(l2_bound=None, grid=None)
         return (yield from collect.gather(requests, replace(round_, facts=facts)))
 
     object.__setattr__(faulty, "gather", gather)
     return faulty
 
 
-def _changed(stack: Stack, layers: Sequence[Layer[Any]], collect: Collect, what: str) -> Stack:
+def _changed(stack: Stack, layers: Sequence[Transform[Any]], collect: Collect, what: str) -> Stack:
     if not any(isinstance(layer, Liar) for layer in layers):
         raise ConfigError(f"the stack {stack} has no {what} that a fault could be put into")
     return Stack(layers, collect)

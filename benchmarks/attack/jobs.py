@@ -20,7 +20,7 @@ from umbel.benchmarks.attack.audits import Audit, Make
 from umbel.benchmarks.attack.defences import FAULTS, Defence, central
 from umbel.benchmarks.attack.plans import Plan
 from umbel.benchmarks.attack.scenes import Measured, Task
-from umbel.strategies.errors import ConfigError, UmbelError
+from umbel.core.errors import ConfigError, UmbelError
 
 Job = Callable[[], Any]
 """Can be sent to another process, and its result can be sent back."""

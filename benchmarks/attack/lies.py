@@ -34,11 +34,11 @@ from umbel.benchmarks.attack.promises import promising
 from umbel.benchmarks.attack.tasks import LENGTH
 from umbel.benchmarks.attack.verdicts import Verdict, not_tested
 from umbel.benchmarks.attack.views import Attackable, Played, play
-from umbel.clients.trainer import Options
+from umbel.clients.trainers.base import Options
+from umbel.core.contents import records_of
+from umbel.core.errors import UmbelError
 from umbel.privacy.attacks.promises import deviation_ceiling
 from umbel.strategies.collect import Collect, Gather, Gathering, Seals
-from umbel.strategies.contents import records_of
-from umbel.strategies.errors import UmbelError
 
 NODES, SPARE = 10, 2000
 VICTIM = 4

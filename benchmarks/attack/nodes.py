@@ -12,7 +12,7 @@ from umbel.benchmarks.attack.findings import Finding, roc_findings
 from umbel.benchmarks.attack.members import losses_of
 from umbel.benchmarks.attack.tasks import Dealt
 from umbel.benchmarks.attack.views import View
-from umbel.clients.trainer import Job, Options, Trainer, Weights
+from umbel.clients.trainers.base import Job, Options, Trainer, Weights
 from umbel.privacy.attacks import participation
 from umbel.privacy.attacks.audit import clopper_pearson
 from umbel.privacy.attacks.roc import Roc

@@ -25,9 +25,9 @@ from umbel.benchmarks.attack.suite import Report, Row, stamp
 from umbel.benchmarks.attack.tasks import Pool
 from umbel.benchmarks.attack.views import Attackable, Played, play
 from umbel.clients.data.examples import Examples, Node, Split
-from umbel.clients.trainer import Options, Trainer, Weights
+from umbel.clients.trainers.base import Options, Trainer, Weights
+from umbel.core.errors import ConfigError, UmbelError
 from umbel.privacy.attacks.audit import Scores, one_run_audit
-from umbel.strategies.errors import ConfigError, UmbelError
 
 MOST_EXAMPLES = 400
 """Members, and as many others, whose losses are compared."""

@@ -35,8 +35,9 @@ from umbel.benchmarks.attack.tasks import CanaryTrainer, Coins
 from umbel.benchmarks.attack.verdicts import Verdict, not_tested
 from umbel.benchmarks.attack.views import Adversary, Attackable, play
 from umbel.clients.data.examples import Examples, Node, Split
-from umbel.clients.private_sgd import PrivateSgd
-from umbel.clients.trainer import Job, Options, Trainer
+from umbel.clients.trainers.base import Job, Options, Trainer
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.core.errors import StackError, UmbelError
 from umbel.privacy.attacks.audit import EPSILON_LIMIT, Scores
 from umbel.privacy.attacks.promises import (
     FALSE_ALARM,
@@ -47,8 +48,7 @@ from umbel.privacy.attacks.promises import (
     shift_floor,
 )
 from umbel.privacy.budget.events import REPLACE
-from umbel.strategies.errors import StackError, UmbelError
-from umbel.strategies.layer import Claim, Facts
+from umbel.strategies.transform import Claim, Facts
 
 NODES = 60
 """Canary nodes of the two rounds."""

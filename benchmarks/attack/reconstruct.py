@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from umbel.benchmarks.attack.findings import Finding, Reconstruction
 from umbel.benchmarks.attack.tasks import Pool
 from umbel.benchmarks.attack.views import View
+from umbel.core.errors import ConfigError
 from umbel.privacy.attacks import inversion
 from umbel.privacy.attacks.audit import clopper_pearson
-from umbel.strategies.errors import ConfigError
 
 RECOVERED_DB = 20.0
 """A copy of this quality or better shows the image: mean error below a tenth of the range."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from umbel.clients.data.datasets import FASHION_MEAN, FASHION_STD, as_vectors, load
 from umbel.clients.data.examples import Examples, Node, Split
-from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
+from umbel.core.errors import ConfigError
 
 Rows = NDArray[np.intp]
 

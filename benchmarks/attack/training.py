@@ -21,7 +21,7 @@ from umbel.benchmarks.attack.scenes import QUIET, Measured, Task
 from umbel.benchmarks.attack.tasks import Dealt, Rows
 from umbel.benchmarks.attack.views import Played, play
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Job
+from umbel.clients.trainers.base import Job
 from umbel.privacy.attacks.audit import Scores
 
 

@@ -28,17 +28,17 @@ from flwr.serverapp import ServerApp
 from torch import Tensor
 
 from umbel.clients.data.examples import Node
-from umbel.clients.trainer import Trainer
+from umbel.clients.trainers.base import Trainer
+from umbel.core.contents import records_of, take_record
+from umbel.core.options import Options
+from umbel.core.records import Manifest, from_array
 from umbel.server.embedded.executor import FIRST_NODE
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import session
 from umbel.strategies.collect import UPDATE, Collect, Gather, Gathering, Sum, read_vector
-from umbel.strategies.contents import records_of, take_record
 from umbel.strategies.layout import MODEL, PARAMETERS
-from umbel.strategies.options import Options
-from umbel.strategies.records import Manifest, from_array
 from umbel.strategies.stack import Stack
 
 Adversary = Literal["server", "malicious-server", "other-node", "model-user"]

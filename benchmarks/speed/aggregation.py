@@ -13,11 +13,11 @@ from torch import Tensor
 
 from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed.processes import resident
+from umbel.core.flower import take_identity
+from umbel.core.records import to_array
 from umbel.server.drive import drive
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, PlainSum
-from umbel.strategies.layer import Facts
-from umbel.strategies.records import to_array
-from umbel.transport.flower import take_identity
+from umbel.strategies.transform import Facts
 
 MOST_MODELS = 12
 """Memory of a sum in models, whatever the number of replies; what the allocator keeps differs by

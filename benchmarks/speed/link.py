@@ -34,13 +34,13 @@ from umbel.benchmarks.speed import superlink
 from umbel.benchmarks.speed.apps import write_echo
 from umbel.benchmarks.speed.processes import anonymous, resident
 from umbel.clients.process.membership import open_channel
+from umbel.core.app_folder import open_app
+from umbel.core.contents import take_record
+from umbel.core.errors import CheckError
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.grid import LinkGrid
 from umbel.server.link.hub import BEAT_S
 from umbel.server.link.service import ServerSettings, Service
-from umbel.strategies.app import open_app
-from umbel.strategies.contents import take_record
-from umbel.strategies.errors import CheckError
 from umbel.transport.certificates import Identity, make_request, new_key
 from umbel.transport.frames import PROTOCOL, SERVICE, from_wire, to_wire
 from umbel.transport.join import write_join_file
@@ -248,7 +248,7 @@ def _with_nodes(count: int, jobs: Sequence[tuple[int, int]]) -> list[dict[str, A
             join = enrolment.add(name, authority, f"127.0.0.1:{port}")
             write_join_file(folder / f"{name}.join", join)
             command = [
-                *(sys.executable, "-c", "from umbel.cli import main; main()"),
+                *(sys.executable, "-c", "from umbel.commands.cli import main; main()"),
                 *("client", "app", "--join", f"{name}.join", "--state", name),
                 *("--node-config", f"partition-id={number}", "--threads", "1"),
             ]

@@ -14,14 +14,14 @@ from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed import apps
 from umbel.benchmarks.speed.ray_side import echo_under_ray
 from umbel.clients.admission import admit
+from umbel.core.app_folder import open_app
+from umbel.core.records import to_array
 from umbel.server.embedded.grid import EmbeddedGrid
-from umbel.strategies.app import open_app
 from umbel.strategies.collect import Gathering
-from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.node_policy import POLICY, policy_of
-from umbel.strategies.records import to_array
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 
 SMALL_MS = 0.3
 COPIES = 3.0

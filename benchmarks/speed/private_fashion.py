@@ -15,14 +15,14 @@ from typing import Any
 
 from umbel.benchmarks.figures import Figure
 from umbel.clients.data.datasets import cache_folder, load
-from umbel.strategies.errors import RunError
+from umbel.core.errors import RunError
 
 DATA = "fashion-mnist"
 WORKERS = 2
 LIMITS = {("quick", "cold"): 180.0, ("best", "cold"): 480.0, ("best", "cached"): 120.0}
 """The most seconds that a recipe may take."""
 
-_UMBEL = "from umbel.cli import main; main()"
+_UMBEL = "from umbel.commands.cli import main; main()"
 
 
 def measure(app: Path, *, quick: bool = False) -> list[Figure]:

@@ -29,7 +29,7 @@ PRIVATE: Mapping[str, object] = {
 }
 """As many nodes as without; the norm is below what nodes send, so that all are clipped."""
 
-_UMBEL = "from umbel.cli import main; main()"
+_UMBEL = "from umbel.commands.cli import main; main()"
 
 _CONFIG = """\
 work = "training"
@@ -41,7 +41,7 @@ import torch
 from torch import nn
 
 from umbel import Federation, Iid, Partitioned, TorchTrainer
-from umbel.clients.trainer import Evaluated, Trained, Weights
+from umbel.clients.trainers.base import Evaluated, Trained, Weights
 
 
 def net(options):

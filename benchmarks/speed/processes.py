@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel.strategies.errors import RunError
+from umbel.core.errors import RunError
 
 _ROUND = re.compile(r"round (\d+)/(\d+)")
 _SAMPLE_S = 0.05
@@ -146,7 +146,7 @@ def umbel(folder: Path, *words: str) -> "subprocess.Popen[str]":
     """`umbel WORDS...` in a folder, with one thread; what it says goes to the file `log` there."""
     with (folder / "log").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", "from umbel.cli import main; main()", *words],
+            [sys.executable, "-P", "-c", "from umbel.commands.cli import main; main()", *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -19,10 +19,10 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from umbel.benchmarks.speed import apps
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError, RunError
-from umbel.strategies.options import Options
-from umbel.strategies.records import to_array
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.options import Options
+from umbel.core.records import to_array
 
 ROUNDS = 4
 _SECONDS = "seconds a message: "

@@ -20,8 +20,8 @@ from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed.secure_link import measure_link
 from umbel.privacy.masking import masks, packing, shamir
 from umbel.privacy.masking.session import forget_checked
+from umbel.strategies.secure.local_session import STAGES, LocalSession
 from umbel.strategies.secure.message import Plain
-from umbel.strategies.secure.rehearsal import STAGES, Rehearsal
 
 TARGETS: dict[str, float] = {
     "client_masking_s": 0.15,
@@ -145,7 +145,7 @@ def _flower(nodes: int, size: int, repeats: int) -> dict[str, float]:
 
 def _play(nodes: int, size: int, bits: int, measured: int, lost: int = 0) -> "_Timed":
     values = np.random.default_rng(0).integers(0, 1 << bits, size).astype(masks.word(bits))
-    session = Rehearsal.of(dict.fromkeys(range(1, nodes + 1), values), bits)
+    session = LocalSession.of(dict.fromkeys(range(1, nodes + 1), values), bits)
     timed = _Timed(
         session,
         frozenset(range(1, min(measured, nodes) + 1)),
@@ -160,7 +160,7 @@ def _play(nodes: int, size: int, bits: int, measured: int, lost: int = 0) -> "_T
 class _Timed:
     """A session in which some nodes are measured as if they were alone."""
 
-    session: Rehearsal
+    session: LocalSession
     measured: frozenset[int]
     lost: frozenset[int]
     by_stage: dict[tuple[str, int], float] = field(default_factory=dict)

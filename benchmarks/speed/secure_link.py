@@ -24,7 +24,7 @@ import grpc
 
 from umbel.benchmarks.speed.apps import write_federation
 from umbel.benchmarks.speed.processes import ended, umbel
-from umbel.strategies.errors import CheckError
+from umbel.core.errors import CheckError
 from umbel.transport.certificates import make_server_identity, make_ticket, open_authority
 
 TARGET_S = 0.080

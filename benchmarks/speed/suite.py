@@ -27,8 +27,8 @@ from umbel.benchmarks.speed import (
     secure,
     training,
 )
+from umbel.core.errors import ConfigError
 from umbel.server.output.rundir import machine, versions
-from umbel.strategies.errors import ConfigError
 
 PRIVATE = ("noise", "private-sgd", "private-round")
 """What `--privacy` measures; private-fashion takes many minutes and is measured by name."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from umbel.benchmarks.speed.apps import write_echo
 from umbel.benchmarks.speed.processes import ended, umbel
-from umbel.strategies.errors import CheckError
+from umbel.core.errors import CheckError
 
 _PATIENCE_S = 900.0
 _CONFIG = """\

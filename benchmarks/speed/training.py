@@ -17,14 +17,14 @@ from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed import ray_side
 from umbel.benchmarks.speed.bare import Plan
 from umbel.benchmarks.speed.processes import Watched, watch
-from umbel.strategies.options import Options
+from umbel.core.options import Options
 
 SLOWER = 1.10
 START_UP_S = 2.0
 MEMORY = 1.3
 BARE = "bare loop"
 
-_UMBEL = "from umbel.cli import main; main()"
+_UMBEL = "from umbel.commands.cli import main; main()"
 
 _TASK = """\
 from torch import nn

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from umbel.clients.data.examples import ArrayLike
-from umbel.strategies.errors import ConfigError, described
+from umbel.core.errors import ConfigError, described
 
 
 def plain_array(values: Any, what: str) -> ArrayLike:

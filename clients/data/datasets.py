@@ -21,7 +21,7 @@ import numpy as np
 from umbel.clients.data import fashion_mnist
 from umbel.clients.data.examples import Examples
 from umbel.clients.data.inputs import Columns, Inputs, Pixels
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 Array = np.ndarray[Any, Any]
 Task = Literal["classification", "regression"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 ArrayLike = np.ndarray[Any, Any] | Tensor
 

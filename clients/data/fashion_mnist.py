@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from umbel.clients.data.datasets import DataSet, cache_folder, load
 from umbel.clients.data.examples import Examples, Node, Shares, Split
-from umbel.clients.trainer import Options
+from umbel.clients.trainers.base import Options
 
 PART = 1000
 """Rows of one file."""

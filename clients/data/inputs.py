@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 Array = np.ndarray[Any, Any]
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from umbel.clients.data.examples import ArrayLike
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 Labels = ArrayLike | Sequence[Any]
 Array = np.ndarray[Any, Any]

@@ -14,8 +14,8 @@ from umbel.clients.data.datasets import DataSet
 from umbel.clients.data.examples import ArrayLike, Examples, Node, Split
 from umbel.clients.data.inputs import Inputs
 from umbel.clients.data.partition import ByKey, Iid, Partitioner, Rows, generator_of
-from umbel.clients.trainer import Options
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Options
+from umbel.core.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from umbel.clients.process.trainee import Answer
+from umbel.clients.process.app_process import Answer
 from umbel.transport.frames import FrameError
 from umbel.transport.link_pb2 import Begin
 

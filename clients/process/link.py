@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 
+from umbel.clients.process.app_process import Answer, AppProcess
 from umbel.clients.process.instruction import Receiving, Task, key
 from umbel.clients.process.membership import (
     ExpiredError,
@@ -30,13 +31,12 @@ from umbel.clients.process.membership import (
     open_channel,
     refusal,
 )
-from umbel.clients.process.trainee import Answer, Trainee
-from umbel.strategies.errors import ConfigError, RunError
-from umbel.strategies.text import plain
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.flower import CRASHED
+from umbel.core.text import plain
 from umbel.transport.allocator import LARGE, give_back
 from umbel.transport.certificates import Identity
 from umbel.transport.codec import size_of
-from umbel.transport.flower import CRASHED
 from umbel.transport.frames import (
     INLINE,
     LARGEST_CONTENT,
@@ -56,7 +56,7 @@ log = logging.getLogger("umbel.node")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
 _WELCOME_S = 20.0
 _SILENT_BEATS, _SHORTEST_SILENCE_S = 4.5, 15.0
-_TWIN_S = 90.0
+_DUPLICATE_NODE_S = 90.0
 _DAY_S = 86400.0
 _SLOW_WAIT_S = 300.0
 """How long a node that was refused waits before it asks again."""
@@ -97,7 +97,7 @@ class NodeLink:
         self,
         membership: Membership,
         settings: NodeSettings,
-        trainee: Trainee,
+        trainee: AppProcess,
         *,
         version: str,
         app_digest: str,
@@ -141,7 +141,7 @@ class NodeLink:
                     said = refusal(self._settings.address, problem)
                     twin = problem.code() == grpc.StatusCode.ALREADY_EXISTS
                     twin_since = (twin_since or began) if twin else None
-                    if twin_since is not None and began - twin_since > _TWIN_S:
+                    if twin_since is not None and began - twin_since > _DUPLICATE_NODE_S:
                         raise RunError(str(said)) from None
                     if isinstance(said, RefusedError):
                         refused = self._was_refused(said)
@@ -380,7 +380,7 @@ class NodeLink:
             wait = max(_GRACE_S, task.began - held.began)
             if task.due is not None:
                 wait = min(wait, max(0.0, task.due - task.began))
-            asyncio.get_running_loop().call_later(wait, self._hurry, task)
+            asyncio.get_running_loop().call_later(wait, self._kill_overdue, task)
             return
         self._launch(task)
 
@@ -388,7 +388,7 @@ class NodeLink:
         self._task = task
         self._work = asyncio.create_task(self._answer(task))
 
-    def _hurry(self, task: Task) -> None:
+    def _kill_overdue(self, task: Task) -> None:
         """An instruction waits, and the app still hangs in one that nobody wants."""
         if self._next is task:
             log.warning("what nobody waits for any longer took too long; it was stopped")

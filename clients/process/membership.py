@@ -12,8 +12,8 @@ from typing import Any
 
 import grpc
 
-from umbel.strategies.errors import ConfigError, RunError
-from umbel.strategies.text import plain
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.text import plain
 from umbel.transport.certificates import (
     CertificateError,
     CertificateExpiredError,

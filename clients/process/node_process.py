@@ -33,13 +33,13 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from umbel.clients.gate import guarded
 from umbel.clients.process.memory import Memory
 from umbel.clients.process.pipe import BESIDE, HEAD_BYTES, lengths, pack
-from umbel.strategies.app import open_app
-from umbel.strategies.contents import take_record
-from umbel.strategies.errors import ConfigError, described
-from umbel.strategies.secure.node import HANDOVER, SPENT
+from umbel.core.app_folder import open_app
+from umbel.core.contents import take_record
+from umbel.core.errors import ConfigError, described
+from umbel.core.flower import Envelope
+from umbel.strategies.secure.node import EXTERNAL_SESSION, SPENT
 from umbel.strategies.secure.wire import SECURE
 from umbel.transport.codec import Buffer, decode, encode, encode_values, size_of
-from umbel.transport.flower import Envelope
 
 
 def shared_file() -> int:
@@ -131,17 +131,17 @@ class Worker:
             context = self._context(header)
             with self._memory.step(header["run_id"], header["id"]) as state:
                 if header["handover"] and SECURE in content:
-                    state[HANDOVER] = ConfigRecord()
+                    state[EXTERNAL_SESSION] = ConfigRecord()
                     state[SPENT] = ConfigRecord({"round": header["spent"]})
                 context.state = state
                 message = _message(header, content)
                 reply = guarded(self._app, message, context, digest=self._digest, alone=True)
                 if not isinstance(reply, Message):
                     raise TypeError(f"the app returned a {type(reply).__name__}, not a Message")
-                handed = state.pop(HANDOVER, None)  # before anything is written to disk
+                handed = state.pop(EXTERNAL_SESSION, None)  # before anything is written to disk
                 state.pop(SPENT, None)
                 if handed:
-                    session = encode_values(HANDOVER, handed)
+                    session = encode_values(EXTERNAL_SESSION, handed)
         except Exception as problem:
             traceback.print_exc()
             reason = described(problem)[:2000]

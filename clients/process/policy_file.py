@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from umbel.clients.process.membership import NodeSettings
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 from umbel.strategies.node_policy import FORMER, POLICY, default_file
 
 

@@ -17,16 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from umbel.clients.ledger_database import settle
-from umbel.clients.ledger_names import LEDGER, STATE
+from umbel.clients.ledger.database import settle
+from umbel.clients.ledger.names import LEDGER, STATE
 from umbel.clients.process.spent import SpentRounds
+from umbel.core.errors import RunError
 from umbel.privacy.masking import keys
-from umbel.strategies.errors import RunError
 from umbel.strategies.secure.identity import TICKETS, enrolled, refuse_spent
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number
-from umbel.strategies.secure.node import HANDOVER, IDENTITY
+from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY
 from umbel.strategies.secure.policy import RefusalError
-from umbel.strategies.secure.protocol import Self, gives, respond
+from umbel.strategies.secure.protocol import Party, gives, respond
 from umbel.strategies.secure.wire import SECURE, stage_of
 from umbel.transport.codec import Buffer, decode_values, encode_values
 
@@ -48,7 +48,7 @@ class SecureSessions:
         self._config, self._spent = node_config, spent or SpentRounds()
         self._run_id = 0
         self._session: Plain = {}
-        self._me: Self | None = None
+        self._me: Party | None = None
         self._tickets: deque[bytes] = deque(maxlen=TICKETS)
 
     @property
@@ -74,7 +74,7 @@ class SecureSessions:
         Raises:
             ConfigError: the node's policy or identity file cannot be used.
         """
-        taken = decode_values(session, HANDOVER)
+        taken = decode_values(session, EXTERNAL_SESSION)
         ticket = blob(taken, "ticket", keys.DIGEST_BYTES)
         try:
             if number(taken, "run") != run_id:

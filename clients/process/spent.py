@@ -8,7 +8,7 @@ killed, an app that was restored, a coordinator that was started again.
 import os
 from pathlib import Path
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 _LINES = 4096
 """So many lines a file may have at a start before it is written anew, one for each run."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from umbel.clients.ledger_names import COORDINATOR, STATE
+from umbel.clients.ledger.names import COORDINATOR, STATE
+from umbel.clients.process.app_process import AppProcess, AppSettings
 from umbel.clients.process.link import NodeLink
 from umbel.clients.process.membership import ExpiredError, Membership, NodeSettings
 from umbel.clients.process.policy_file import policy_file
-from umbel.clients.process.trainee import AppSettings, Trainee
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError, RunError
 from umbel.strategies.node_policy import FORMER, POLICY, policy_of
 from umbel.strategies.secure.node import IDENTITY
 from umbel.transport import loop
@@ -82,7 +82,7 @@ def start_node(start: StartSettings, *, version: str) -> None:
 async def _run(membership: Membership, start: StartSettings, version: str) -> None:
     settings = await enrolled(membership, start)
     folder = open_app(Path(settings.app))
-    trainee = Trainee(
+    trainee = AppProcess(
         AppSettings(
             app=folder.path,
             memory=membership.folder / "memory",
@@ -120,7 +120,7 @@ async def _run(membership: Membership, start: StartSettings, version: str) -> No
         trainee.stop()
 
 
-async def _work(trainee: Trainee, link: NodeLink) -> None:
+async def _work(trainee: AppProcess, link: NodeLink) -> None:
     await trainee.start()
     await link.run()
 

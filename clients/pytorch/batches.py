@@ -18,7 +18,7 @@ from umbel.clients.data.arrays import plain_array
 from umbel.clients.data.examples import ArrayLike, Examples
 from umbel.clients.pytorch.rows import PAIR, RowReader, is_hugging_face
 from umbel.clients.pytorch.settings import TorchSettings
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 SHUFFLE = 0x5DEECE66D
 """Sets the stream of shuffles apart from that of dropout, which starts from the same seed."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from umbel.clients.pytorch.losses import Objective
-from umbel.clients.pytorch.module import Workpiece
-from umbel.clients.trainer import Tree
+from umbel.clients.pytorch.module import ModuleState
+from umbel.clients.trainers.base import Tree
 
 _BY_ELEMENT = (
     nn.ReLU,
@@ -40,7 +40,7 @@ class Dense:
     layers: tuple[Layer, ...]
 
     @classmethod
-    def of(cls, piece: Workpiece) -> "Dense | None":
+    def of(cls, piece: ModuleState) -> "Dense | None":
         """The model's layers; None if it has others, or parameters that are frozen or shared."""
         names = {id(parameter): name for name, parameter in piece.parameters.items()}
         layers: list[Layer] = []

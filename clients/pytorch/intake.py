@@ -18,12 +18,12 @@ from umbel.clients.pytorch.batches import (
     to_model,
 )
 from umbel.clients.pytorch.loop import call
-from umbel.clients.pytorch.module import Workpiece
+from umbel.clients.pytorch.module import ModuleState
 from umbel.clients.seeding import seeded
-from umbel.strategies.errors import UmbelError
+from umbel.core.errors import UmbelError
 
 
-def opened(piece: Workpiece, examples: Any, target: str = "") -> Source:
+def opened(piece: ModuleState, examples: Any, target: str = "") -> Source:
     """A node's examples as this model takes them; call it before `piece.load`.
 
     Args:
@@ -46,7 +46,7 @@ def opened(piece: Workpiece, examples: Any, target: str = "") -> Source:
     return RealSource(source, piece.real) if piece.integers == "real" else source
 
 
-def _takes(piece: Workpiece, x: Any, real: bool = False) -> bool:
+def _takes(piece: ModuleState, x: Any, real: bool = False) -> bool:
     """Whether the module computes something of these inputs."""
     piece.module.eval()
     try:

@@ -20,11 +20,11 @@ from umbel.clients.pytorch.batches import Source, plan, real_type, to_device, to
 from umbel.clients.pytorch.losses import Objective
 from umbel.clients.pytorch.rows import first_shape
 from umbel.clients.pytorch.settings import TorchSettings, mixed_precision
-from umbel.strategies.errors import ConfigError, RunError, UmbelError, described
-from umbel.strategies.options import dashed
+from umbel.core.errors import ConfigError, RunError, UmbelError, described
+from umbel.core.options import dashed
 
 
-class Stepper(Protocol):
+class OptimizerLike(Protocol):
     """The part of `torch.optim.Optimizer` that the loop needs."""
 
     def zero_grad(self) -> None: ...
@@ -74,7 +74,7 @@ class Task:
     module: nn.Module
     parameters: list[nn.Parameter]
     objective: Objective
-    optimizer: Stepper
+    optimizer: OptimizerLike
     least: int
     settings: TorchSettings
     device: torch.device
@@ -84,7 +84,7 @@ class Task:
 
 def make_optimizer(
     make: MakeOptimizer | None, parameters: list[nn.Parameter], settings: TorchSettings
-) -> Stepper:
+) -> OptimizerLike:
     """The user's optimiser, or SGD with the settings' momentum and weight decay.
 
     On the CPU that is `PlainSgd`: the same numbers as `torch.optim.SGD`, whose fixed cost of a

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from umbel.clients.metrics import Means, named_numbers
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 Loss = Callable[[Any, Any], Tensor]
 """`(outputs, targets)` to the mean loss of a batch, a scalar."""
@@ -194,7 +194,7 @@ def known_share(targets: Any) -> float:
 
 
 @dataclass
-class Tally:
+class MetricAccumulator:
     """Metrics of a whole data set, gathered batch by batch.
 
     The loss and per-batch metrics are averaged over the examples that have them; `rmse` and `r2`

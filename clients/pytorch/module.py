@@ -25,9 +25,9 @@ from torch.nn.parameter import UninitializedParameter
 from umbel.clients.pytorch.batches import real_type
 from umbel.clients.pytorch.rows import names_of
 from umbel.clients.seeding import seeded
-from umbel.clients.trainer import Options, Tree, Weights
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.records import same_bits
+from umbel.clients.trainers.base import Options, Tree, Weights
+from umbel.core.errors import ConfigError
+from umbel.core.records import same_bits
 
 BUILD_SEED = 0
 
@@ -94,7 +94,7 @@ def to_cpu(tensor: Tensor) -> Tensor:
 
 
 @dataclass
-class Workpiece:
+class ModuleState:
     """A built module and handles on its state.
 
     Attributes:
@@ -124,7 +124,7 @@ class Workpiece:
     integers: str | None = None
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Workpiece":
+    def of(cls, module: nn.Module) -> "ModuleState":
         parameters, buffers = split(module)
         state = {id(value) for value in buffers.values()}
         return cls(
@@ -221,10 +221,10 @@ def _fill(target: Tensor, value: Tensor, name: str) -> None:
 @dataclass
 class _Slot:
     key: Any = None
-    piece: Workpiece | None = None
+    piece: ModuleState | None = None
 
 
-class Workbench:
+class ModuleCache:
     """Keeps the one module that this thread is working with; a copy starts empty."""
 
     def __init__(self, model: Model) -> None:
@@ -232,14 +232,14 @@ class Workbench:
         self.takes_options = takes_options(model)
         self._local = threading.local()
 
-    def piece(self, options: Options, device: torch.device) -> Workpiece:
+    def piece(self, options: Options, device: torch.device) -> ModuleState:
         """The module for these options on this device, built on first use."""
         key = (device, tuple(sorted(options.items())) if self.takes_options else ())
         slot = self._local.__dict__.setdefault("slot", _Slot())
         if slot.key != key:
-            slot.piece = Workpiece.of(build(self.model, options, BUILD_SEED).to(device))
+            slot.piece = ModuleState.of(build(self.model, options, BUILD_SEED).to(device))
             slot.key = key
         return slot.piece  # type: ignore[no-any-return]
 
-    def __reduce__(self) -> tuple[type["Workbench"], tuple[Model]]:
-        return Workbench, (self.model,)
+    def __reduce__(self) -> tuple[type["ModuleCache"], tuple[Model]]:
+        return ModuleCache, (self.model,)

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from umbel.clients.data.examples import Examples, each_of
 from umbel.clients.data.features import Rows
-from umbel.clients.exported import Exported
 from umbel.clients.pytorch.batches import to_device, to_model
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import explained
 from umbel.clients.pytorch.settings import choose_device
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.seeding import seeded
-from umbel.clients.trainer import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.clients.trainers.exported import Exported
+from umbel.core.errors import ConfigError
 from umbel.privacy.bounds.bundle import Vectors
 from umbel.privacy.bounds.ghost import PerExample
-from umbel.strategies.errors import ConfigError
 
 PIECE = 64
 """Examples at a time: their gradients stay in the cache until they are added up."""

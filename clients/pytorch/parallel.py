@@ -33,8 +33,8 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from umbel.clients.pytorch.loop import Share
-from umbel.clients.trainer import Job, Trained, Weights
-from umbel.strategies.errors import ConfigError, RunError, UmbelError
+from umbel.clients.trainers.base import Job, Trained, Weights
+from umbel.core.errors import ConfigError, RunError, UmbelError
 
 Work = Callable[[Weights, Any, Job, Share], Trained]
 """What a rank does with a job: its own share of it."""
@@ -53,7 +53,7 @@ def rank_device(share: Share, cuda: bool) -> torch.device:
     return torch.device("cuda", share.rank) if cuda else torch.device("cpu")
 
 
-class Team:
+class ProcessGroup:
     """Processes that train together; started when needed, and empty in a copy."""
 
     def __init__(self) -> None:
@@ -88,8 +88,8 @@ class Team:
             self._group.end()
             self._group = None
 
-    def __reduce__(self) -> tuple[type["Team"], tuple[()]]:
-        return Team, ()
+    def __reduce__(self) -> tuple[type["ProcessGroup"], tuple[()]]:
+        return ProcessGroup, ()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from umbel.strategies.errors import ConfigError, UmbelError, described
+from umbel.core.errors import ConfigError, UmbelError, described
 
 TARGETS = ("labels", "label")
 """What Hugging Face calls the target of a row, the first that is there."""

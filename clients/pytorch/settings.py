@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.limits import at_least, check_limits, one_of, option
+from umbel.core.errors import ConfigError
+from umbel.core.limits import at_least, check_limits, one_of, option
 
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
 BATCHED = ("auto", "on", "off")

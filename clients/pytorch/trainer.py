@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from umbel.clients.exported import Exported, Output, TakenOutput
-from umbel.clients.pytorch import cohort as torch_cohort
+from umbel.clients.pytorch import batched as torch_cohort
 from umbel.clients.pytorch.batches import to_device, to_model
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import (
@@ -30,22 +29,23 @@ from umbel.clients.pytorch.loop import (
     fit,
     make_optimizer,
 )
-from umbel.clients.pytorch.losses import BatchMetrics, Loss, Objective, Tally, objective
+from umbel.clients.pytorch.losses import BatchMetrics, Loss, MetricAccumulator, Objective, objective
 from umbel.clients.pytorch.module import (
     BUILD_SEED,
     Model,
-    Workbench,
-    Workpiece,
+    ModuleCache,
+    ModuleState,
     build,
     split,
     to_cpu,
 )
-from umbel.clients.pytorch.parallel import Team, rank_device, spread
+from umbel.clients.pytorch.parallel import ProcessGroup, rank_device, spread
 from umbel.clients.pytorch.settings import TorchSettings, choose_device
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
-from umbel.clients.trainer import Evaluated, Job, Options, Trained, Weights
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
+from umbel.clients.trainers.exported import Exported, Output, TakenOutput
+from umbel.core.errors import ConfigError, RunError
 
 EVALUATION_BATCH = 512
 
@@ -89,8 +89,8 @@ class TorchTrainer(TorchSettings):
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
     objective: Objective = field(init=False, repr=False, compare=False)
     defaults: TorchSettings = field(init=False, repr=False, compare=False)
-    bench: Workbench = field(init=False, repr=False, compare=False)
-    team: Team = field(init=False, repr=False, compare=False, default_factory=Team)
+    bench: ModuleCache = field(init=False, repr=False, compare=False)
+    team: ProcessGroup = field(init=False, repr=False, compare=False, default_factory=ProcessGroup)
 
     def __post_init__(self) -> None:
         if isinstance(self.model, torch.nn.Module):
@@ -104,7 +104,7 @@ class TorchTrainer(TorchSettings):
         object.__setattr__(self, "objective", objective(self.loss))
         defaults = {name: getattr(self, name) for name in TorchSettings.__dataclass_fields__}
         object.__setattr__(self, "defaults", TorchSettings(**defaults))
-        object.__setattr__(self, "bench", Workbench(self.model))
+        object.__setattr__(self, "bench", ModuleCache(self.model))
 
     def settings(self, options: Options, learning_rate: float | None = None) -> TorchSettings:
         """This trainer's settings with the options' changes; a round's learning rate wins.
@@ -133,7 +133,7 @@ class TorchTrainer(TorchSettings):
 
     def ready(self, weights: Weights, options: Options) -> torch.nn.Module:
         """A module of its own with these weights, in eval mode on the CPU."""
-        piece = Workpiece.of(build(self.model, options, BUILD_SEED))
+        piece = ModuleState.of(build(self.model, options, BUILD_SEED))
         piece.load(weights)
         return piece.module.eval()
 
@@ -198,7 +198,7 @@ class TorchTrainer(TorchSettings):
     ) -> list[Trained] | None:
         """What `train` gives for each node, to float tolerance, as one batched computation.
 
-        None where that does not apply: see `umbel.clients.pytorch.cohort`.
+        None where that does not apply: see `umbel.clients.pytorch.batched`.
         """
         first = jobs[0]
         settings = self.settings(first.options, first.learning_rate)
@@ -246,7 +246,7 @@ class TorchTrainer(TorchSettings):
         source = opened(piece, examples, self.target)
         piece.load(weights)
         piece.module.eval()
-        tally = Tally(self.objective, self.metrics, self.whole)
+        tally = MetricAccumulator(self.objective, self.metrics, self.whole)
         # Not inference_mode: what a module caches here (a mask, rotations) is trained with later.
         with seeded(0, device), torch.no_grad():
             for start in range(0, source.size, EVALUATION_BATCH):

@@ -11,7 +11,7 @@ from flwr.app import RecordDict
 from torch import nn
 
 from umbel import BySize, Federation, Node, Partitioned, PrivateSgd, TorchTrainer
-from umbel.clients.trainer import Job
+from umbel.clients.trainers.base import Job
 
 HOSPITALS = 5
 

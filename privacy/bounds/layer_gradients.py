@@ -101,7 +101,7 @@ class Factored:
 
 
 @dataclass
-class Looked:
+class EmbeddingGradients:
     """Gradients of an embedding: given (n, T) indices and back (n, T, E)."""
 
     layer: nn.Embedding
@@ -147,7 +147,9 @@ def gradients_of(layer: nn.Module, given: Tensor, back: Tensor) -> LayerGradient
             used = back
             if layer.padding_idx is not None:
                 used = back * (given != layer.padding_idx)[..., None]
-            return Looked(layer, given.flatten(1), used.reshape(len(given), -1, back.shape[-1]))
+            return EmbeddingGradients(
+                layer, given.flatten(1), used.reshape(len(given), -1, back.shape[-1])
+            )
     raise ValueError(f"there is no rule for the gradients of a {type(layer).__name__}")
 
 

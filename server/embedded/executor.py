@@ -15,10 +15,10 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from threadpoolctl import ThreadpoolController
 
+from umbel.core import streams
+from umbel.core.errors import described
+from umbel.core.flower import RAISED, Envelope
 from umbel.server.embedded.packing import unpack
-from umbel.strategies import streams
-from umbel.strategies.errors import described
-from umbel.transport.flower import RAISED, Envelope
 
 
 @dataclass(frozen=True)

@@ -24,18 +24,10 @@ import torch
 from flwr.app import Array, Message
 from flwr.clientapp import ClientApp
 
-from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, output_to
-from umbel.server.embedded.mapped import File
-from umbel.server.embedded.packing import BY_FILE, Packed, pack
-from umbel.server.embedded.workers import Nursery, Workers
-from umbel.server.notes import Notes
-from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
-from umbel.server.roster import NodeRef
-from umbel.strategies import streams
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.records import to_array
-from umbel.transport.flower import (
+from umbel.core import streams
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError
+from umbel.core.flower import (
     TOO_LATE,
     UNAVAILABLE,
     UNKNOWN,
@@ -45,6 +37,14 @@ from umbel.transport.flower import (
     seconds_left,
     take_identity,
 )
+from umbel.core.records import to_array
+from umbel.server.base_grid import BaseGrid, check_ttl, in_time, not_here
+from umbel.server.embedded.executor import FIRST_NODE, Done, Executor, Task, output_to
+from umbel.server.embedded.mapped import File
+from umbel.server.embedded.packing import BY_FILE, Packed, pack
+from umbel.server.embedded.workers import ForkServer, Workers
+from umbel.server.roster import NodeRef
+from umbel.server.round_recorder import RoundRecorder
 
 log = logging.getLogger("flwr")  # what Flower's own grid says of such messages it says there
 
@@ -103,7 +103,7 @@ class _Seeds:
         return streams.derived_seed(self._seed, *about, last, count)
 
 
-class EmbeddedGrid(OwnGrid):
+class EmbeddedGrid(BaseGrid):
     """A Flower grid whose nodes live on this machine.
 
     Args:
@@ -135,7 +135,7 @@ class EmbeddedGrid(OwnGrid):
         run_id: int = 1,
         threads: int = 1,
         group_size: int = 1,
-        nursery: Nursery | None = None,
+        nursery: ForkServer | None = None,
         log: Path | None = None,
         mapped: bool = False,
     ) -> None:
@@ -175,7 +175,7 @@ class EmbeddedGrid(OwnGrid):
         if workers:
             assert isinstance(app, Path)
             self._workers = Workers(
-                nursery or Nursery(threads),
+                nursery or ForkServer(threads),
                 min(workers, nodes),
                 app,
                 run_config=config,
@@ -253,7 +253,7 @@ class EmbeddedGrid(OwnGrid):
         with streams.kept() if self._executor is not None else contextlib.nullcontext():
             replies = {
                 reply.metadata.reply_to_message_id: reply
-                for reply in self._beside_workers(self._replies(_known(ids), timeout))
+                for reply in self._limit_threads(self._replies(_known(ids), timeout))
             }
         answers = [
             self._nobody(message) if message_id is None else replies.get(message_id)
@@ -277,7 +277,7 @@ class EmbeddedGrid(OwnGrid):
             if message_id is None:
                 yield self._nobody(message)
         del messages
-        yield from self._beside_workers(self._replies(_known(ids), timeout))
+        yield from self._limit_threads(self._replies(_known(ids), timeout))
 
     def roster(self) -> list[NodeRef]:
         """All nodes, by partition."""
@@ -361,7 +361,7 @@ class EmbeddedGrid(OwnGrid):
 
     # ---- receiving
 
-    def _beside_workers(self, replies: Iterator[Message]) -> Iterator[Message]:
+    def _limit_threads(self, replies: Iterator[Message]) -> Iterator[Message]:
         """While workers use the cores, what is done with their replies runs on those left over."""
         if self._workers is None:
             yield from replies
@@ -620,7 +620,7 @@ class _Attendant:
                     news.notify_all()
 
 
-class ObservedGrid(Notes, EmbeddedGrid):
+class ObservedGrid(RoundRecorder, EmbeddedGrid):
     """An embedded grid that takes notes, for apps that keep their own rounds."""
 
 

@@ -13,20 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.flower import CRASHED
 from umbel.server.embedded.executor import Done, Task
 from umbel.server.embedded.mapped import File, reuse_memory
 from umbel.server.embedded.packing import Packed, by_file, pack, receive, send, unpack
-from umbel.strategies.errors import ConfigError, RunError
-from umbel.transport.flower import CRASHED
 
-PRELOAD = ("torch", "flwr.clientapp", "umbel.server.embedded.executor", "umbel.strategies.app")
+PRELOAD = ("torch", "flwr.clientapp", "umbel.server.embedded.executor", "umbel.core.app_folder")
 """What the nursery imports once for all workers."""
 
-STILLBORN = 3
+MAX_STARTUP_FAILURES = 3
 """Processes in a row that may die while they load the app; one may be somebody's mistake."""
 
 
-class Nursery:
+class ForkServer:
     """Handle of the process that forks workers; make it early, its imports take a second."""
 
     def __init__(self, threads: int = 1, preload: Sequence[str] = ()) -> None:
@@ -36,7 +36,7 @@ class Nursery:
         )
         # is_available() must not initialise CUDA in a process that forks
         environment = os.environ | limits | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        module = ["-P", "-m", "umbel.server.embedded.nursery"]
+        module = ["-P", "-m", "umbel.server.embedded.fork_server"]
         command = [sys.executable, *module, str(theirs.fileno()), *PRELOAD, *preload]
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
@@ -114,7 +114,7 @@ class Workers:
 
     def __init__(
         self,
-        nursery: Nursery,
+        nursery: ForkServer,
         count: int,
         app: Path,
         *,
@@ -143,7 +143,7 @@ class Workers:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
-        self._workers = [self._hire() for _ in range(count)]
+        self._workers = [self._spawn() for _ in range(count)]
 
     @property
     def idle(self) -> bool:
@@ -234,7 +234,7 @@ class Workers:
     def close(self) -> None:
         """Kill all processes. What they were doing is lost."""
         for worker in self._workers:
-            self._dismiss(worker)
+            self._terminate(worker)
         self._workers = []
         self._let_go(self._contents)
         self._selector.close()
@@ -246,7 +246,7 @@ class Workers:
         try:
             said = unpack(receive(worker.pipe, mapped=self._mapped))
         except (EOFError, OSError):
-            return self._mourn(worker)
+            return self._on_exit(worker)
         if not worker.ready:
             if said["error"] is not None:
                 raise ConfigError(said["error"])
@@ -256,17 +256,17 @@ class Workers:
         tasks, worker.busy = worker.busy, ()
         return list(zip(tasks, said or [None] * len(tasks), strict=True))
 
-    def _mourn(self, worker: _Worker) -> list[tuple[Task, Done | None]]:
+    def _on_exit(self, worker: _Worker) -> list[tuple[Task, Done | None]]:
         """Replace a dead process; its task becomes an error reply, the node's state stays.
 
         Of a group, nobody knows which node it was: each is to be tried by itself.
         """
         if not worker.ready:
             self._stillborn += 1
-            if self._stillborn > STILLBORN:
+            if self._stillborn > MAX_STARTUP_FAILURES:
                 raise RunError(
                     f"worker process {worker.pid} died before it had loaded the app, as "
-                    f"{STILLBORN} had before; see the run's log.txt, or try --workers 0"
+                    f"{MAX_STARTUP_FAILURES} had before; see the run's log.txt, or try --workers 0"
                 )
         tasks = self._replace(worker)
         if len(tasks) > 1:
@@ -275,18 +275,18 @@ class Workers:
         return [(task, Done(task.envelope.error(CRASHED, reason), task.state)) for task in tasks]
 
     def _replace(self, worker: _Worker) -> Sequence[Task]:
-        self._dismiss(worker)
-        self._workers[self._workers.index(worker)] = self._hire()
+        self._terminate(worker)
+        self._workers[self._workers.index(worker)] = self._spawn()
         return worker.busy
 
-    def _hire(self) -> _Worker:
+    def _spawn(self) -> _Worker:
         pid, pipe = self._nursery.fork()
         worker = _Worker(pid, pipe)
         self._selector.register(pipe, selectors.EVENT_READ, worker)
         send(pipe, self._start)
         return worker
 
-    def _dismiss(self, worker: _Worker) -> None:
+    def _terminate(self, worker: _Worker) -> None:
         self._selector.unregister(worker.pipe)
         worker.pipe.close()
         try:

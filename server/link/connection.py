@@ -14,8 +14,8 @@ from typing import Any
 
 import grpc
 
+from umbel.core.text import plain
 from umbel.server.link.hub import Hub, Instruction, Reply, Session, frames_of
-from umbel.strategies.text import plain
 from umbel.transport.frames import OFFERED_ABOVE, Assembly, FrameError, check_size, cut
 from umbel.transport.link_pb2 import Beat, Begin, Done, Frame
 

@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 log = logging.getLogger("umbel.link")
 

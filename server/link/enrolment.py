@@ -24,7 +24,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.core.errors import ConfigError, RunError
 from umbel.transport.certificates import (
     NODE_DAYS,
     TICKET_PREFIX,

@@ -13,15 +13,8 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from umbel.server.link.hub import Hub, Instruction, Reply
-from umbel.server.link.room import MARGIN, largest_reply
-from umbel.server.notes import Notes
-from umbel.server.own_grid import OwnGrid, check_ttl, in_time, not_here
-from umbel.server.roster import NodeRef
-from umbel.strategies.errors import ConfigError
-from umbel.transport.allocator import LARGE, give_back
-from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
-from umbel.transport.flower import (
+from umbel.core.errors import ConfigError
+from umbel.core.flower import (
     CRASHED,
     TOO_LATE,
     UNAVAILABLE,
@@ -33,6 +26,13 @@ from umbel.transport.flower import (
     seconds_left,
     take_identity,
 )
+from umbel.server.base_grid import BaseGrid, check_ttl, in_time, not_here
+from umbel.server.link.hub import Hub, Instruction, Reply
+from umbel.server.link.room import MARGIN, largest_reply
+from umbel.server.roster import NodeRef
+from umbel.server.round_recorder import RoundRecorder
+from umbel.transport.allocator import LARGE, give_back
+from umbel.transport.codec import Buffer, CodecError, Limits, decode, encode, size_of
 from umbel.transport.frames import INLINE, LARGEST_CONTENT
 from umbel.transport.link_pb2 import Begin
 
@@ -52,7 +52,7 @@ class StoppedError(KeyboardInterrupt):
     idle = False
 
 
-class LinkGrid(OwnGrid):
+class LinkGrid(BaseGrid):
     """A grid whose nodes are processes elsewhere.
 
     Message ids are made of the run, the round, the kind of message, the node, and a count: a
@@ -399,5 +399,5 @@ def _node_of(message_id: str) -> int:
     return int(message_id.rsplit("/", 2)[1])
 
 
-class ObservedLinkGrid(Notes, LinkGrid):
+class ObservedLinkGrid(RoundRecorder, LinkGrid):
     """A link grid that takes notes, for apps that keep their own rounds."""

@@ -105,7 +105,7 @@ class Session:
 
 
 @dataclass
-class Line:
+class NodeState:
     """A node as the hub sees it, over all of its connections."""
 
     node: EnrolledNode
@@ -143,7 +143,7 @@ class Hub:
     """
 
     def __init__(self, *, lost_after: float = 120.0, lost_code: int = 0, room: int = 0) -> None:
-        self.lines: dict[int, Line] = {}
+        self.lines: dict[int, NodeState] = {}
         self.traffic = Traffic()
         self.lost_after = lost_after
         self.on_change: Callable[[], None] = lambda: None
@@ -172,7 +172,7 @@ class Hub:
         if reply.instruction.room:
             self._call(self.room.free, reply.instruction)
 
-    def members(self) -> list[Line]:
+    def members(self) -> list[NodeState]:
         """The nodes that are here, or have left so lately that they are waited for."""
         return [
             line
@@ -202,7 +202,7 @@ class Hub:
             line.waiting.append(instruction)
             self._advance(line)
 
-    def _advance(self, line: Line) -> None:
+    def _advance(self, line: NodeState) -> None:
         if line.current is None and line.waiting:
             line.current = line.waiting.popleft()
             line.current.advance.step(time.monotonic())
@@ -290,7 +290,7 @@ class Hub:
 
     def join(self, session: Session) -> None:
         """A node is connected; refusals were said before."""
-        line = self.lines.setdefault(session.node.node_id, Line(session.node))
+        line = self.lines.setdefault(session.node.node_id, NodeState(session.node))
         if line.session is not None:
             line.session.end("ABORTED", "the node has connected again")
             self._left(line, line.session)
@@ -319,7 +319,7 @@ class Hub:
             self._share_chunks()
             self.on_change()
 
-    def _left(self, line: Line, session: Session) -> None:
+    def _left(self, line: NodeState, session: Session) -> None:
         line.seen = time.time()
         if session.granted is not None:
             self.room.free(session.granted)
@@ -346,7 +346,7 @@ class Hub:
         for line in list(self.lines.values()):
             self._look_after(line, now)
 
-    def _look_after(self, line: Line, now: float) -> None:
+    def _look_after(self, line: NodeState, now: float) -> None:
         session = line.session
         if session is None:
             if not line.lost and now - line.left > self.lost_after:
@@ -369,12 +369,12 @@ class Hub:
         if now - current.advance.since > patience:
             self._pass_over(line, current, patience)
 
-    def _patience(self, line: Line) -> float:
+    def _patience(self, line: NodeState) -> float:
         """Seconds without a step forward that a node is given."""
         shorter = self.lost_after * 0.5 ** min(line.idled, 10)
         return max(shorter, min(self.lost_after, SHORT_PATIENCE_S))
 
-    def _pass_over(self, line: Line, instruction: Instruction, patience: float) -> None:
+    def _pass_over(self, line: NodeState, instruction: Instruction, patience: float) -> None:
         """The node is there, or comes and goes, and gets nowhere: the round goes on without it."""
         how = instruction.advance.describe(instruction.begin.size)
         reason = (
@@ -388,13 +388,13 @@ class Hub:
         self._fail(instruction, reason)
         self._advance(line)
 
-    def _shut_out(self, line: Line) -> None:
+    def _shut_out(self, line: NodeState) -> None:
         if line.session is not None:
             line.session.end("PERMISSION_DENIED", f"node {line.node.name} was revoked")
         if not line.lost:
             self._lose(line, f"node {line.node.name} was revoked")
 
-    def _lose(self, line: Line, reason: str) -> None:
+    def _lose(self, line: NodeState, reason: str) -> None:
         log.warning("%s", reason)
         line.lost = True
         pending = list(line.waiting) + ([line.current] if line.current else [])
@@ -405,7 +405,7 @@ class Hub:
         self.on_change()
 
 
-def unanswered(line: Line, held: Collection[str]) -> str:
+def unanswered(line: NodeState, held: Collection[str]) -> str:
     """What both sides say of an instruction that was sent again and again; empty if none was.
 
     Args:
@@ -431,4 +431,4 @@ def frames_of(instruction: Instruction) -> Frame:
     return frame
 
 
-__all__ = ["Hub", "Instruction", "Line", "Reply", "Session"]
+__all__ = ["Hub", "Instruction", "NodeState", "Reply", "Session"]

@@ -22,12 +22,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
+from umbel.core.errors import ConfigError, UmbelError
+from umbel.core.text import plain
 from umbel.server.link.connection import Connection, next_frame
 from umbel.server.link.doorkeeper import Doorkeeper, most_connections
 from umbel.server.link.enrolment import Enrolment, RefusedError
 from umbel.server.link.hub import Hub, Session, unanswered
-from umbel.strategies.errors import ConfigError, UmbelError
-from umbel.strategies.text import plain
 from umbel.transport import loop
 from umbel.transport.certificates import Authority, Identity, common_name
 from umbel.transport.frames import (
@@ -64,7 +64,7 @@ _OPTIONS = [
 
 
 @dataclass(frozen=True)
-class Doors:
+class ListenConfig:
     """Where a server listens, and who it is.
 
     Attributes:
@@ -89,7 +89,7 @@ class Doors:
 class Listener:
     """The running gRPC server, on a thread of its own."""
 
-    def __init__(self, hub: Hub, enrolment: Enrolment, doors: Doors) -> None:
+    def __init__(self, hub: Hub, enrolment: Enrolment, doors: ListenConfig) -> None:
         self.hub, self.enrolment, self.doors = hub, enrolment, doors
         self.port = 0
         self.doorkeeper = Doorkeeper()

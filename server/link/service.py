@@ -15,14 +15,15 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from umbel.core.errors import ConfigError
+from umbel.core.flower import UNAVAILABLE
+from umbel.core.lock import take_lock
+from umbel.core.text import plain
 from umbel.server.link.doorkeeper import check_room_for, raise_file_limit
 from umbel.server.link.enrolment import Enrolment
-from umbel.server.link.hub import Hub, Line
-from umbel.server.link.listener import Doors, Listener
-from umbel.server.lock import take_lock
+from umbel.server.link.hub import Hub, NodeState
+from umbel.server.link.listener import ListenConfig, Listener
 from umbel.server.output.progress import Progress
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.text import plain
 from umbel.transport.allocator import share_one_arena
 from umbel.transport.certificates import (
     Authority,
@@ -36,7 +37,6 @@ from umbel.transport.certificates import (
     renewal_due,
     save_identity,
 )
-from umbel.transport.flower import UNAVAILABLE
 from umbel.transport.keyfiles import KeyFileError
 from umbel.transport.scheduling import work_in_batches
 
@@ -82,12 +82,14 @@ class Service:
         self.enrolment = Enrolment(settings.state)
         authority, identity = identities(settings, self.enrolment)
         self.hub = Hub(lost_after=settings.lost_after, lost_code=UNAVAILABLE, room=settings.room)
-        doors = Doors(settings.listen, identity, authority, version, app_digest, settings.health)
+        doors = ListenConfig(
+            settings.listen, identity, authority, version, app_digest, settings.health
+        )
         self.listener = Listener(self.hub, self.enrolment, doors)
         self.changed = threading.Event()
         self.hub.on_change = self.changed.set
         self.position: dict[str, Any] = {"run": None, "round": 0, "phase": "waiting"}
-        self.guests: Sequence[Mapping[str, Any]] = ()  # nodes that another engine serves
+        self.external_nodes: Sequence[Mapping[str, Any]] = ()  # nodes that another engine serves
         self._stopped = threading.Event()
         self._writer = threading.Thread(target=self._write_status, daemon=True)
         self._metrics: Any = None
@@ -170,7 +172,7 @@ class Service:
             "pid": os.getpid(),
             "at": time.time(),
             "address": f"{self.settings.listen.rpartition(':')[0]}:{self.listener.port}",
-            "nodes": [*map(_node_status, list(self.hub.lines.values())), *self.guests],
+            "nodes": [*map(_node_status, list(self.hub.lines.values())), *self.external_nodes],
             "traffic": dict(vars(traffic)),
         }
 
@@ -311,7 +313,7 @@ def _merged(node: Any, seen: Mapping[str, Any] | None, running: bool) -> dict[st
     return row
 
 
-def _node_status(line: Line) -> dict[str, Any]:
+def _node_status(line: NodeState) -> dict[str, Any]:
     session = line.session
     return {
         "name": line.node.name,

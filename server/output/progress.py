@@ -18,7 +18,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichBar
 from rich.text import Text
 
-from umbel.strategies.text import plain
+from umbel.core.text import plain
 
 _INTERVAL_S = 0.1  # a live bar is redrawn at most ten times a second
 _BAR_WIDTH, _SMALLEST_BAR = 24, 10

@@ -36,8 +36,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from umbel.core.errors import ConfigError, RunError, UmbelError
 from umbel.server.output import strict
-from umbel.strategies.errors import ConfigError, RunError, UmbelError
 
 _PACKAGES = ("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from umbel.server.lock import locked
+from umbel.core.lock import locked
 from umbel.server.output import progress
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions

@@ -17,19 +17,19 @@ from dataclasses import dataclass, field
 
 from dp_accounting.privacy_accountant import UnsupportedEventError
 
+from umbel.core.errors import ConfigError
 from umbel.privacy.budget.accounting import COARSE, FINE, Accountant, Spent, spent
 from umbel.privacy.budget.events import REPLACE, Charge
 from umbel.server.private.ledger import Against, Ledger
-from umbel.server.private.plan import Plan, charges_of
+from umbel.server.private.plan import PrivacyPlan, charges_of
 from umbel.server.private.population import Scope
 from umbel.server.roster import NodeRef
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.layer import Claim, Facts
+from umbel.strategies.transform import Claim, Facts
 
 
 @dataclass
 class Budget:
-    """Watches one private run. See `umbel.server.guard.Guard`.
+    """Watches one private run. See `umbel.server.privacy_gate.Guard`.
 
     Args:
         plan: of the run.
@@ -38,7 +38,7 @@ class Budget:
         scope: what the budget is of: all that was released about the population, or by this run.
     """
 
-    plan: Plan
+    plan: PrivacyPlan
     ledger: Ledger
     run: str
     scope: Scope = "population"
@@ -115,7 +115,7 @@ class Budget:
         local = [
             claim
             for claim in self.plan.claims(number)
-            if claim.against == "server" and not claim.summed
+            if claim.against == "server" and not claim.seen_in_sum_only
         ]
         names = [node.name for node in cohort]
         for claim in local:
@@ -133,7 +133,7 @@ class Budget:
             charges = [
                 self.plan.charge(claim, again=number in self._repeated)
                 for claim in central
-                if claim.against == who and (who == "model-user" or claim.summed)
+                if claim.against == who and (who == "model-user" or claim.seen_in_sum_only)
             ]
             if charges:
                 gate = self._gate(charges) if who == self._against else None

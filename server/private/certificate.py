@@ -34,8 +34,8 @@ from umbel.server.private.budget import Budget
 from umbel.server.private.coordinator_key import public_text, sign
 from umbel.server.private.ledger import Against
 from umbel.server.private.model_card import write_model_card
-from umbel.server.private.plan import Plan
-from umbel.server.private.population import Elsewhere, Place
+from umbel.server.private.plan import PrivacyPlan
+from umbel.server.private.population import Elsewhere, LedgerLocation
 from umbel.server.private.statements import STATEMENTS, summary_of
 
 FORMAT = 2
@@ -50,7 +50,11 @@ COVERS = (
 
 
 def client_body(
-    run: RunDirectory, plan: Plan, budget: Budget, place: Place, elsewhere: Sequence[Elsewhere]
+    run: RunDirectory,
+    plan: PrivacyPlan,
+    budget: Budget,
+    place: LedgerLocation,
+    elsewhere: Sequence[Elsewhere],
 ) -> dict[str, Any]:
     """What a certificate says of a run whose unit is a node. The model has been written already.
 

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 _NAME = "coordinator.pem"
 

@@ -34,12 +34,12 @@ from urllib.parse import quote
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dp_accounting import NonPrivateDpEvent, NoOpDpEvent
 
+from umbel.core.errors import CheckError, ConfigError, RunError
 from umbel.privacy.budget.events import RELATIONS, Charge, from_json, relation_name, to_json
-from umbel.server.guard import BudgetSpentError
 from umbel.server.output.strict import canonical, loads
+from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.private.coordinator_key import coordinator_key, public_text, sign, signed_by
 from umbel.server.private.population import Elsewhere, Register, check_not_set_back
-from umbel.strategies.errors import CheckError, ConfigError, RunError
 
 Against = Literal["model-user", "server"]
 
@@ -242,7 +242,7 @@ class Ledger:
 
         Args:
             run: the run.
-            labels: hashes of the names of its nodes (`Place.labels`).
+            labels: hashes of the names of its nodes (`LedgerLocation.labels`).
         """
         with self._writing():
             self._database.executemany(

@@ -21,18 +21,18 @@ from dp_accounting import (
     TruncatedSubsampledGaussianDpEvent,
 )
 
+from umbel.core.errors import ConfigError, StackError
 from umbel.privacy.budget.accounting import spent
 from umbel.privacy.budget.calibrate import calibrate
 from umbel.privacy.budget.events import REPLACE, Charge, relation_name
 from umbel.server.private.ledger import Ledger
 from umbel.server.private.population import Scope
-from umbel.strategies.cohort import Cohort, FixedSize, Poisson, cohort_named
-from umbel.strategies.errors import ConfigError, StackError
-from umbel.strategies.layer import Claim, Facts
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.private.private_mean import PrivateMean
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import FixedSize, Poisson, Sampler, make_sampler
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts
 
 SAFETY = 1 - 1e-7
 """The noise is chosen for a hair less than the budget, so that the last round is not refused for
@@ -42,7 +42,7 @@ LEFT = 0.01
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrivacyPlan:
     """A private run that has been thought through.
 
     Attributes:
@@ -60,7 +60,7 @@ class Plan:
     stack: Stack
     options: RunOptions
     privacy: PrivacyOptions
-    cohort: Cohort
+    cohort: Sampler
     nodes: int
     facts: Facts
     noise_multiplier: float | None
@@ -117,7 +117,7 @@ def make_plan(
     run: str,
     scope: Scope = "population",
     questions: Sequence[PrivateMean] = (),
-) -> Plan:
+) -> PrivacyPlan:
     """Decide noise and cohorts of a private run.
 
     Args:
@@ -137,7 +137,7 @@ def make_plan(
     """
     options = _without_leaks(options)
     options = cohort_options(options, privacy, nodes, stack.separation)
-    cohort = cohort_named(options.cohort, options.cohort_size, options.cohort_cap)
+    cohort = make_sampler(options.cohort, options.cohort_size, options.cohort_cap)
     facts = Facts(
         size=size,
         expected_replies=cohort.expected(nodes),
@@ -158,7 +158,7 @@ def make_plan(
     if not claims:
         raise StackError("the stack makes no privacy claim; put Gaussian or LocalGaussian into it")
     against = "model-user" if any(c.against == "model-user" for c in claims) else "server"
-    return Plan(
+    return PrivacyPlan(
         stack, options, privacy, cohort, nodes, facts, multiplier, against, tuple(questions)
     )
 
@@ -169,17 +169,17 @@ def claims_of(stack: Stack, facts: Facts, number: int) -> list[Claim]:
         {**state, "step": number - 1} if isinstance(state, dict) and "step" in state else state
         for state in stack.init(facts.size)
     ]
-    return stack.claims(stack.check(facts.but(round=number), tuple(states)))
+    return stack.claims(stack.check(facts.replace(round=number), tuple(states)))
 
 
 def charges_of(
-    stack: Stack, cohort: Cohort, nodes: int, facts: Facts, rounds: int, first: int = 1
+    stack: Stack, cohort: Sampler, nodes: int, facts: Facts, rounds: int, first: int = 1
 ) -> Counter[Charge]:
     """Everything that rounds `first` to `rounds` will be charged."""
     charges: Counter[Charge] = Counter()
     for number in range(first, rounds + 1):
         claims = claims_of(stack, facts, number)
-        alike = all(claim.again is None for claim in claims)
+        alike = all(claim.repeat_event is None for claim in claims)
         for claim in claims:
             charges[charge_for(claim, cohort, nodes)] += rounds + 1 - number if alike else 1
         if alike:  # only noise that is shared between rounds costs unlike amounts
@@ -187,19 +187,19 @@ def charges_of(
     return charges
 
 
-def charge_for(claim: Claim, cohort: Cohort, nodes: int, *, again: bool = False) -> Charge:
+def charge_for(claim: Claim, cohort: Sampler, nodes: int, *, again: bool = False) -> Charge:
     """A claim as the accountant is charged for it: with the sampling that really happens."""
-    event = claim.again if again and claim.again is not None else claim.event
+    event = claim.repeat_event if again and claim.repeat_event is not None else claim.event
     if not claim.sampled or isinstance(event, NonPrivateDpEvent | NoOpDpEvent):
-        return Charge(event, claim.relation, claim.slack)
+        return Charge(event, claim.relation, claim.extra_delta)
     if not isinstance(event, GaussianDpEvent):
         raise StackError(f"{type(event).__name__} has no accounting under a sampled cohort")
     if isinstance(cohort, Poisson):
-        return Charge(_poisson(event, cohort, nodes), claim.relation, claim.slack)
+        return Charge(_poisson(event, cohort, nodes), claim.relation, claim.extra_delta)
     if isinstance(cohort, FixedSize) and cohort.size < nodes:
         sampled = SampledWithoutReplacementDpEvent(nodes, cohort.size, event)
-        return Charge(sampled, REPLACE, claim.slack)
-    return Charge(event, claim.relation, claim.slack)
+        return Charge(sampled, REPLACE, claim.extra_delta)
+    return Charge(event, claim.relation, claim.extra_delta)
 
 
 def _poisson(event: GaussianDpEvent, cohort: Poisson, nodes: int) -> DpEvent:
@@ -213,7 +213,7 @@ def _calibrated(
     stack: Stack,
     options: RunOptions,
     privacy: PrivacyOptions,
-    cohort: Cohort,
+    cohort: Sampler,
     nodes: int,
     facts: Facts,
     before: Counter[Charge],

@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from umbel.core.errors import CheckError, ConfigError
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.strict import canonical
 from umbel.server.private.coordinator_key import data_folder
-from umbel.strategies.errors import CheckError, ConfigError
 from umbel.strategies.private.options import PrivacyOptions
 
 Scope = Literal["run", "population"]
@@ -49,7 +49,7 @@ CREATE TABLE IF NOT EXISTS node (
 
 
 @dataclass(frozen=True)
-class Place:
+class LedgerLocation:
     """Where a run's ledger is, and whose it is.
 
     Attributes:
@@ -72,7 +72,7 @@ class Place:
         return sorted(hashlib.sha256(f"{prefix}{name}".encode()).hexdigest() for name in names)
 
 
-def place_of(privacy: PrivacyOptions, run: RunDirectory, data: object) -> Place:
+def place_of(privacy: PrivacyOptions, run: RunDirectory, data: object) -> LedgerLocation:
     """Where the ledger of this run's population is.
 
     Args:
@@ -86,7 +86,7 @@ def place_of(privacy: PrivacyOptions, run: RunDirectory, data: object) -> Place:
     config = run.config()
     if config.get("rehearsal"):  # an audit of an app: nothing of it leaves this machine
         name = f"the nodes of {run.path.name}"
-        return Place(run.ledger_path, name, "run", name, run.path / "register.db")
+        return LedgerLocation(run.ledger_path, name, "run", name, run.path / "register.db")
     folder = config.get("populations")
     own = name_of(str(config.get("app", "federation")), data)
     name = privacy.population or ("default" if folder or privacy.ledger else own)
@@ -99,7 +99,7 @@ def place_of(privacy: PrivacyOptions, run: RunDirectory, data: object) -> Place:
     beside = run.path.parent / "populations" / f"{name}.sqlite"
     if not path.exists() and beside.exists():  # where earlier versions kept it: not forgotten
         path = beside
-    return Place(
+    return LedgerLocation(
         path=Path(privacy.ledger).absolute() if privacy.ledger else path,
         population=name,
         scope="population" if named else "run",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from umbel.core.errors import ConfigError
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import Session
 from umbel.server.output.strict import canonical, loads
@@ -18,11 +19,10 @@ from umbel.server.private.budget import Budget
 from umbel.server.private.certificate import client_body, issue
 from umbel.server.private.coordinator_key import coordinator_key
 from umbel.server.private.ledger import Ledger
-from umbel.server.private.plan import Plan, make_plan
-from umbel.server.private.population import Elsewhere, Place, Register, place_of, state_of
+from umbel.server.private.plan import PrivacyPlan, make_plan
+from umbel.server.private.population import Elsewhere, LedgerLocation, Register, place_of, state_of
 from umbel.server.roster import NodeRef
 from umbel.server.rounds import Job, Outcome
-from umbel.strategies.errors import ConfigError
 from umbel.strategies.private.options import PrivacyOptions
 
 _MAY_CHANGE = ("rounds", "nodes", "expected_cohort")
@@ -171,7 +171,7 @@ def _written(value: Any) -> Any:
 
 
 def announcement(
-    plan: Plan, place: Place, budget: Budget, elsewhere: Sequence[Elsewhere]
+    plan: PrivacyPlan, place: LedgerLocation, budget: Budget, elsewhere: Sequence[Elsewhere]
 ) -> list[str]:
     """What is said before a private run starts."""
     privacy, description = plan.privacy, plan.description()
@@ -203,7 +203,7 @@ def announcement(
     return lines + known
 
 
-def _sentence(plan: Plan, description: dict[str, Any]) -> str:
+def _sentence(plan: PrivacyPlan, description: dict[str, Any]) -> str:
     budget = plan.privacy.epsilon
     whom = "model users" if plan.against == "model-user" else "the server and model users"
     goal = f"epsilon {budget:g}" if math.isfinite(budget) else "no budget"

@@ -11,6 +11,7 @@ nobody else can: a page that was changed, or drawn elsewhere, is not the coordin
 from collections.abc import Mapping
 from typing import Any
 
+from umbel.core.errors import UmbelError
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.strict import loads_strictly
 from umbel.server.private.certificate import hashes, sha256, signed_text
@@ -22,7 +23,6 @@ from umbel.server.private.coordinator_key import (
     signed_by,
 )
 from umbel.server.private.population import state_of
-from umbel.strategies.errors import UmbelError
 
 SEAL = "seal.json"
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from flwr.app import Message
 
+from umbel.core.errors import CheckError
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.strict import loads_strictly
-from umbel.strategies.errors import CheckError
 from umbel.strategies.statement import Signed, StatementError, read, verify
 
 STATEMENTS = "statements.jsonl"

@@ -16,18 +16,18 @@ from typing import Any
 
 from dp_accounting import NonPrivateDpEvent
 
+from umbel.core.errors import ConfigError
 from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge
-from umbel.server.guard import NoGuard
-from umbel.server.job import Job
 from umbel.server.output.session import Session
+from umbel.server.privacy_gate import NoGuard
 from umbel.server.private.coordinator_key import coordinator_key
 from umbel.server.private.ledger import Ledger
 from umbel.server.private.population import Register, place_of, state_of
 from umbel.server.private.run import run_name
 from umbel.server.roster import NodeRef
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.layer import Claim
+from umbel.server.training_spec import TrainingSpec
 from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.transform import Claim
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Unprotected(NoGuard):
     def release(self, name: str, claims: Sequence[Claim]) -> None:
         """Commit what a private mean costs, before it is made. Every node is asked."""
         assert self.ledger is not None
-        charges = [Charge(claim.event, claim.relation, claim.slack) for claim in claims]
+        charges = [Charge(claim.event, claim.relation, claim.extra_delta) for claim in claims]
         self.ledger.charge(self.run, name, "model-user", charges)
 
 
 def unprotected(
-    job: Job,
+    job: TrainingSpec,
     privacy: PrivacyOptions,
     nodes: Sequence[NodeRef],
     session: Session,
     data: object,
     start: Mapping[str, Any],
-) -> Job:
+) -> TrainingSpec:
     """The job of a run without privacy, with a guard where something about its people is kept.
 
     Raises:

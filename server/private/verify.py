@@ -11,6 +11,7 @@ from typing import Any
 
 from dp_accounting import GaussianDpEvent, NoOpDpEvent
 
+from umbel.core.errors import ConfigError, UmbelError
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.events import RELATIONS, Charge
 from umbel.server.output.rundir import RunDirectory
@@ -41,7 +42,6 @@ from umbel.server.private.seal import SEAL, pages, sealed_text
 from umbel.server.private.shape import faults
 from umbel.server.private.statements import STATEMENTS, kept, signed_of, summary_of
 from umbel.strategies import statement
-from umbel.strategies.errors import ConfigError, UmbelError
 
 CLOSE = 1e-3
 """Another version of the accountant may differ in the last digits, relatively."""

@@ -26,12 +26,12 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import clip_to_grid
 from umbel.privacy.noise.lattice import grid_step, round_to_zero
 from umbel.privacy.validate import inside_unit, positive
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Config, Facts, Metrics, Round, Unclaimed
 from umbel.strategies.private.clip import bounded
+from umbel.strategies.transform import Config, Facts, Metrics, Round, Unclaimed
 
 LEAST = 1e-6
 """The norm never falls below this part of the first one: zero updates must not end it."""
@@ -81,7 +81,7 @@ class AdaptiveClip(Unclaimed):
     def check(self, facts: Facts, state: NormState) -> Facts:
         facts = bounded(facts, state["norm"])
         joint = state["norm"] * math.sqrt(1 + self.share**2)
-        return facts.but(size=facts.size + 1, l2_bound=joint)
+        return facts.replace(size=facts.size + 1, l2_bound=joint)
 
     def publish(self, state: NormState) -> Config:
         return {"norm": state["norm"]}

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.budget.banded import BandedSchedule
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Facts, Metrics, Round
 from umbel.strategies.private.gaussian import (
     check_multiplier,
     deviation_of,
@@ -32,6 +31,7 @@ from umbel.strategies.private.gaussian import (
     noised,
 )
 from umbel.strategies.private.tree_gaussian import SteppedNoise, bound_of, correlated_claim
+from umbel.strategies.transform import Claim, Facts, Metrics, Round
 
 State = dict[str, Any]
 """`step`, the fixed `bound`, the `diagonals` that the run began with, and for each of the last

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.bundle import Bundle
 from umbel.privacy.bounds.clipping import clip, clip_to_grid
 from umbel.privacy.noise.lattice import grid_step
 from umbel.privacy.validate import positive
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Config, Facts, Metrics, Stateless
+from umbel.strategies.transform import Config, Facts, Metrics, Stateless
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Clip(Stateless):
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         facts = bounded(facts, self.norm)
-        return facts if self.grid else facts.but(grid=None)
+        return facts if self.grid else facts.replace(grid=None)
 
     def publish(self, state: None) -> Config:  # noqa: ARG002
         return {"norm": self.norm}
@@ -76,4 +76,4 @@ def bounded(facts: Facts, norm: float) -> Facts:
     """
     if facts.modulus is not None:
         raise StackError("clipping needs real numbers; put Clip before the layer that quantises")
-    return facts.but(l2_bound=norm, grid=grid_step(norm))
+    return facts.replace(l2_bound=norm, grid=grid_step(norm))

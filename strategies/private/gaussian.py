@@ -17,12 +17,12 @@ import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.budget.events import ADD_OR_REMOVE
 from umbel.privacy.noise.entropy import Entropy
 from umbel.privacy.noise.lattice import STEPS, LatticeGaussian
 from umbel.privacy.validate import positive
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Facts, Metrics, Round, Stateless
+from umbel.strategies.transform import Claim, Facts, Metrics, Round, Stateless
 
 MARGIN = 1 + 2.0**-20
 """Noise beyond z B: covers the last bits of measured lengths and of the scaling to the lattice."""
@@ -80,7 +80,7 @@ class Gaussian(Stateless):
             unit="client",
             relation=ADD_OR_REMOVE,
             against="model-user",
-            slack=slack_of(facts),
+            extra_delta=slack_of(facts),
             mechanism="gaussian",
         )
 

@@ -21,14 +21,14 @@ from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import clip
 from umbel.privacy.budget.events import REPLACE, Charge
 from umbel.privacy.noise.gaussian import gaussian_noise
 from umbel.privacy.validate import count
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Config, Facts, Metrics, Stateless
 from umbel.strategies.private.gaussian import MARGIN, entropy, need_bound, noised, slack_of
 from umbel.strategies.release import Promise, Release
+from umbel.strategies.transform import Claim, Config, Facts, Metrics, Stateless
 
 _FOR_SLACK = 1e-3
 """Part of delta that is left for the lattice's own error."""
@@ -73,7 +73,7 @@ class LocalGaussian(Stateless):
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         need_bound(facts, self.name)
-        return facts.but(l2_bound=None, grid=None)
+        return facts.replace(l2_bound=None, grid=None)
 
     def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         bound = float(config["bound"])
@@ -107,6 +107,6 @@ class LocalGaussian(Stateless):
             relation=REPLACE,
             against="server",
             sampled=False,
-            slack=slack_of(facts),
+            extra_delta=slack_of(facts),
             mechanism="local",
         )

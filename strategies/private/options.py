@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.limits import above, at_least, check_limits, one_of, option, up_to_one
-from umbel.strategies.options import OptionGroup
+from umbel.core.errors import ConfigError
+from umbel.core.limits import above, at_least, check_limits, one_of, option, up_to_one
+from umbel.core.options import OptionGroup
 
 MECHANISMS = ("gaussian", "local", "tree", "banded")
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from flwr.app import ArrayRecord, Message
 
+from umbel.core.contents import take_record
 from umbel.privacy.bounds.clipping import l2_norm
 from umbel.strategies.collect import (
     EXAMPLES,
@@ -27,7 +28,6 @@ from umbel.strategies.collect import (
     numbers,
     read_vector,
 )
-from umbel.strategies.contents import take_record
 from umbel.strategies.layout import MODEL
 
 POOL = "umbel_pool"

@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.bundle import Bundle, Grams, Vectors
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Facts
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts
 
 Public = Mapping[str, Tensor]
 """What questions have released so far, by name."""

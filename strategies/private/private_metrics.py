@@ -20,11 +20,11 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.noise.lattice import grid_step, round_to_zero
 from umbel.privacy.validate import inside_unit, positive
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Config, Facts, Metrics, Round, Stateless
 from umbel.strategies.private.gaussian import need_bound
+from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PrivateMetrics(Stateless):
                 "before the layer that quantises"
             )
         joint = bound * math.sqrt(1 + self.share**2)
-        return facts.but(size=facts.size + len(self.limits), l2_bound=joint)
+        return facts.replace(size=facts.size + len(self.limits), l2_bound=joint)
 
     def publish(self, state: None) -> Config:  # noqa: ARG002
         return {}

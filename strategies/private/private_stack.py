@@ -9,7 +9,6 @@ In which order they stand, and what else there is, is in `umbel.strategies.recip
 from collections.abc import Sequence
 from typing import Any
 
-from umbel.strategies.layer import Layer
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.banded_gaussian import BandedGaussian
 from umbel.strategies.private.clip import Clip
@@ -18,9 +17,10 @@ from umbel.strategies.private.local_gaussian import LocalGaussian
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.private.tree_gaussian import TreeGaussian
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.transform import Transform
 
 
-def clip_layer(privacy: PrivacyOptions, layers: Sequence[Layer[Any]]) -> Layer[Any]:
+def clip_layer(privacy: PrivacyOptions, layers: Sequence[Transform[Any]]) -> Transform[Any]:
     """The layer that bounds updates, as the options say, to stand among these layers."""
     if privacy.clipping == "adaptive":
         return AdaptiveClip(
@@ -31,7 +31,7 @@ def clip_layer(privacy: PrivacyOptions, layers: Sequence[Layer[Any]]) -> Layer[A
     return Clip(privacy.clipping_norm, name=free_name("clip", layers))
 
 
-def noise_layer(privacy: PrivacyOptions, run: RunOptions) -> Layer[Any]:
+def noise_layer(privacy: PrivacyOptions, run: RunOptions) -> Transform[Any]:
     """The layer of noise that the options ask for; central noise may wait for the budget."""
     given = privacy.noise_multiplier or None
     match privacy.mechanism:
@@ -53,7 +53,7 @@ def noise_layer(privacy: PrivacyOptions, run: RunOptions) -> Layer[Any]:
     return Gaussian(given, privacy.seed)
 
 
-def free_name(name: str, layers: Sequence[Layer[Any]]) -> str:
+def free_name(name: str, layers: Sequence[Transform[Any]]) -> str:
     """The usual name for one more layer, or another where that is taken."""
     taken = {layer.name for layer in layers}
     return f"{name}-below" if name in taken else name

@@ -22,10 +22,9 @@ import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, NoOpDpEvent
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.budget.events import ZERO_OUT
 from umbel.privacy.budget.trees import TreeSchedule, level
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Config, Facts, IdleNode, Metrics, Round
 from umbel.strategies.private.gaussian import (
     check_multiplier,
     deviation_of,
@@ -34,6 +33,7 @@ from umbel.strategies.private.gaussian import (
     noised,
     slack_of,
 )
+from umbel.strategies.transform import Claim, Config, Facts, IdleNode, Metrics, Round
 
 State = dict[str, Any]
 """`step`, the fixed `bound`, and for each open level l the tensors `sum.l` and `out.l`."""
@@ -50,7 +50,7 @@ class SteppedNoise(IdleNode):
     def check(self, facts: Facts, state: State) -> Facts:
         need_fixed_bound(facts, state, self.name)
         # A round that was aborted released nothing: what counts is this layer's own step.
-        return facts.but(round=state["step"] + 1)
+        return facts.replace(round=state["step"] + 1)
 
     def publish(self, state: State) -> Config:  # noqa: ARG002
         return {}
@@ -153,8 +153,8 @@ def correlated_claim(
         relation=ZERO_OUT,
         against="model-user",
         sampled=False,
-        again=again,
-        slack=slack_of(facts),
+        repeat_event=again,
+        extra_delta=slack_of(facts),
         separation=layer.separation,
         mechanism=mechanism,
     )

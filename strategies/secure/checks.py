@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from umbel.core.errors import RunError
 from umbel.privacy.masking import keys, shamir
 from umbel.privacy.masking.session import (
     MALICIOUS_FROM,
@@ -25,7 +26,6 @@ from umbel.privacy.masking.session import (
     unpack_fields,
     vector_key,
 )
-from umbel.strategies.errors import RunError
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number, signable, text
 from umbel.strategies.secure.policy import RefusalError, Trust
 
@@ -121,7 +121,7 @@ class AbortedError(RunError):
 
 
 @dataclass
-class Attendance:
+class Participants:
     """Who answered, who did not, and why a reply was not used."""
 
     dropped: list[tuple[int, str]] = field(default_factory=list)
@@ -143,14 +143,14 @@ class Attendance:
         self.dropped += [(node, f"did not answer {stage!r}") for node in sorted(waiting)]
 
     @contextmanager
-    def blaming(self, node: int) -> Iterator[None]:
+    def drop_on_error(self, node: int) -> Iterator[None]:
         """What goes wrong inside is the fault of this node's message."""
         try:
             yield
         except ValueError as error:
             self.dropped.append((node, str(error)))
 
-    def remark(self, nodes: Iterable[int], what: str) -> None:
+    def note(self, nodes: Iterable[int], what: str) -> None:
         """Something about nodes that does not drop them."""
         self.dropped += [(node, what) for node in nodes]
 
@@ -208,7 +208,7 @@ def under(terms: Terms, contract: bytes) -> Terms:
 
 
 def agreed(
-    terms: Terms, offers: Mapping[int, tuple[bytes, Member]], present: Attendance
+    terms: Terms, offers: Mapping[int, tuple[bytes, Member]], present: Participants
 ) -> tuple[Terms, dict[int, Member]]:
     """The terms under the contract of most nodes, and the nodes that have it; others drop out."""
     count = Counter(contract for contract, _ in offers.values())
@@ -217,7 +217,7 @@ def agreed(
     chosen = max(count, key=lambda contract: (count[contract], contract))
     members = {node: member for node, (own, member) in offers.items() if own == chosen}
     others = [node for node in offers if node not in members]
-    present.remark(others, "contract: the node has another app, options or layers than most")
+    present.note(others, "contract: the node has another app, options or layers than most")
     return under(terms, chosen), members
 
 
@@ -257,7 +257,7 @@ def check_agreed(roster: Roster, node: int, reply: Plain, listed: bytes) -> None
 
 
 @dataclass(frozen=True)
-class Deal:
+class ShareBundle:
     """What one node sent when it shared its secrets.
 
     Attributes:
@@ -273,7 +273,7 @@ class Deal:
     trust: Trust
 
     @staticmethod
-    def read(roster: Roster, place: int, reply: Plain) -> "Deal":
+    def read(roster: Roster, place: int, reply: Plain) -> "ShareBundle":
         """Takes a reply apart; RefusalError says what is missing."""
         neighbours, holders = roster.neighbours[place], roster.holders(place)
         sealed = unpack_fields(blob(reply, "sealed"))
@@ -282,7 +282,7 @@ class Deal:
             raise RefusalError("message", "the node did not share its secrets with each neighbour")
         parts = [joined[DIGESTS * at :][:DIGESTS] for at in range(len(holders))]
         trust = next((known for known in _TRUST if known == text(reply, "trust")), _TRUST[0])
-        return Deal(
+        return ShareBundle(
             dict(zip(neighbours, sealed, strict=True)),
             dict(zip(holders, parts, strict=True)),
             blob(reply, "commitment", keys.DIGEST_BYTES),
@@ -290,7 +290,7 @@ class Deal:
         )
 
 
-def deal_for(roster: Roster, deals: dict[int, Deal], place: int) -> Plain:
+def deal_for(roster: Roster, deals: dict[int, ShareBundle], place: int) -> Plain:
     """What the server passes on to one node: who is left, and what they sealed for it."""
     senders = [i for i in roster.neighbours[place] if i in deals]
     return {

@@ -26,6 +26,7 @@ from dp_accounting import DpEvent, NonPrivateDpEvent, ZCDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import RunError, StackError
 from umbel.privacy.bounds.clipping import is_within
 from umbel.privacy.budget.events import ZERO_OUT, Charge
 from umbel.privacy.noise.discrete_gaussian import (
@@ -37,10 +38,9 @@ from umbel.privacy.noise.entropy import Entropy
 from umbel.privacy.noise.lattice import on_grid
 from umbel.privacy.noise.skellam import sample_skellam, skellam_event, skellam_slack
 from umbel.strategies.collect import LENIENCE
-from umbel.strategies.errors import RunError, StackError
-from umbel.strategies.layer import Claim, Config, Facts, Metrics, Stateless
 from umbel.strategies.private.gaussian import MARGIN, check_multiplier
 from umbel.strategies.release import Promise, Release
+from umbel.strategies.transform import Claim, Config, Facts, Metrics, Stateless
 
 Law = Literal["skellam", "discrete-gaussian"]
 
@@ -95,7 +95,7 @@ class DistributedNoise(Stateless):
         survivors = self.survivors(facts)
         most = max(facts.max_replies, survivors)
         deviation = (self.noise_multiplier or 0.0) * MARGIN * facts.l2_bound
-        return facts.but(
+        return facts.replace(
             min_replies=max(facts.min_replies, survivors),
             noise=deviation * math.sqrt(most / self.shares(facts)),
         )
@@ -184,8 +184,8 @@ class DistributedNoise(Stateless):
             relation=ZERO_OUT,
             against="server",
             sampled=False,
-            slack=slack,
-            summed=True,
+            extra_delta=slack,
+            seen_in_sum_only=True,
             mechanism="gaussian",
         )
 

@@ -2,7 +2,7 @@
 
 An identity file (PEM: certificate, key, the authority's certificate, as the link keeps it) makes
 the node sign with its enrolled key and check everybody's certificate. A node process of the link
-also takes the session over (see HANDOVER): it is in memory only, never on disk, gone with the
+also takes the session over (see EXTERNAL_SESSION): it is in memory only, never on disk, gone with the
 process, and out of reach of a server that asks for an earlier step again. Elsewhere (virtual nodes,
 Flower's SuperNodes) the node makes a key on first use and keeps it, like the session, in Flower's
 `Context.state`; identities of others are pinned on first use.
@@ -21,14 +21,14 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from flwr.app import ConfigRecord, Context
 
+from umbel.core.contents import find_record
+from umbel.core.errors import ConfigError
 from umbel.privacy.masking import keys
-from umbel.strategies.contents import find_record
-from umbel.strategies.errors import ConfigError
 from umbel.strategies.node_policy import policy_of
 from umbel.strategies.secure.message import Plain, blob, number
-from umbel.strategies.secure.node import HANDOVER, IDENTITY, SPENT
+from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY, SPENT
 from umbel.strategies.secure.policy import Policy, RefusalError
-from umbel.strategies.secure.protocol import Self
+from umbel.strategies.secure.protocol import Party
 from umbel.strategies.secure.wire import plain_of
 
 _KEPT = "umbel.secure"
@@ -39,7 +39,7 @@ TICKETS = 64
 """So many sessions a replay is recognised against."""
 
 
-def whoami(context: Context) -> Self:
+def load_party(context: Context) -> Party:
     """The node of a context.
 
     Raises:
@@ -53,10 +53,10 @@ def whoami(context: Context) -> Self:
         for at in range(0, len(pinned), _PIN):
             pins[int.from_bytes(pinned[at : at + 8])] = pinned[at + 8 : at + _PIN]
     own = keys.signing_key(_own_key(context))
-    return Self(context.node_id, own, b"", _policy(context.node_config, b""), pins)
+    return Party(context.node_id, own, b"", _policy(context.node_config, b""), pins)
 
 
-def enrolled(node: int, config: Mapping[str, Any]) -> Self:
+def enrolled(node: int, config: Mapping[str, Any]) -> Party:
     """The node whose configuration names an identity file.
 
     Raises:
@@ -64,7 +64,7 @@ def enrolled(node: int, config: Mapping[str, Any]) -> Self:
     """
     file = str(config[IDENTITY])
     key, certificate, authority = _identity(file, _stamps(file))
-    return Self(node, key, certificate, _policy(config, authority))
+    return Party(node, key, certificate, _policy(config, authority))
 
 
 def enrolled_key(file: str) -> keys.SigningKey:
@@ -82,7 +82,7 @@ def ticket_of(context: Context) -> bytes | None:
     return found if isinstance(found, bytes) else None
 
 
-def remember(me: Self, context: Context) -> None:
+def remember(me: Party, context: Context) -> None:
     """Keep the identities that the node has met."""
     pins = b"".join(node.to_bytes(8) + print_ for node, print_ in sorted(me.pins.items()))
     context.state[_KEPT] = ConfigRecord({**_kept(context), "pins": pins})
@@ -109,7 +109,7 @@ def check_fresh(run: int, round_: int, ticket: bytes, context: Context) -> None:
     taken = find_record(context.state, SPENT, ConfigRecord)
     if taken is not None:
         refuse_spent(run, round_, number(dict(taken), "round"))  # type: ignore[arg-type]
-    if HANDOVER in context.state:
+    if EXTERNAL_SESSION in context.state:
         return
     kept = _kept(context)
     refuse_spent(run, round_, _spent(kept).get(run, 0))
@@ -160,7 +160,7 @@ def take_session(context: Context) -> Plain:
 def keep_session(memory: Plain, context: Context) -> None:
     """Keep the session until the node's next message, or hand it over."""
     if memory:
-        place = HANDOVER if HANDOVER in context.state else _SESSION
+        place = EXTERNAL_SESSION if EXTERNAL_SESSION in context.state else _SESSION
         context.state[place] = ConfigRecord({**memory})
 
 

@@ -4,7 +4,7 @@ IDENTITY = "secure-identity"
 """Key of a node's configuration: the file with its certificate, key and authority, or the three
 files, separated as in PATH."""
 
-HANDOVER = "umbel.secure.handover"
+EXTERNAL_SESSION = "umbel.secure.handover"
 """Record that a node process lays into `Context.state` for a session: it keeps sessions itself,
 recognises replays of them, and writes them nowhere."""
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from umbel.strategies.limits import Limit, at_least, check_limits, one_of, option
-from umbel.strategies.options import OptionGroup
+from umbel.core.limits import Limit, at_least, check_limits, one_of, option
+from umbel.core.options import OptionGroup
 
 
 @dataclass(frozen=True)

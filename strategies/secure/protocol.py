@@ -44,8 +44,8 @@ from umbel.strategies.secure.checks import (
     DIGESTS,
     HALF,
     LOST,
-    Attendance,
-    Deal,
+    Participants,
+    ShareBundle,
     agreed,
     check_agreed,
     check_left,
@@ -70,7 +70,7 @@ if TYPE_CHECKING:  # a node's connection, which imports this, holds no tensor
 
 
 @dataclass(frozen=True)
-class Self:
+class Party:
     """A node as the protocol sees it.
 
     Attributes:
@@ -96,7 +96,7 @@ class Self:
 # ── the node's half ───────────────────────────────────────────────────────────────────────────
 
 
-def advertise(me: Self, terms: Terms, values: masks.Words, shares: int = 0) -> tuple[Plain, Plain]:
+def advertise(me: Party, terms: Terms, values: masks.Words, shares: int = 0) -> tuple[Plain, Plain]:
     """First: fresh keys, signed for the terms, the contract among them.
 
     Args:
@@ -142,7 +142,7 @@ def advertise(me: Self, terms: Terms, values: masks.Words, shares: int = 0) -> t
     }
 
 
-def respond(me: Self, stage: str, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
+def respond(me: Party, stage: str, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
     """Any later message: what the node keeps afterwards, and its reply.
 
     A refusal ends the node's part and erases the session, so that no second answer can follow;
@@ -164,7 +164,7 @@ def gives(stage: str, reply: Plain) -> bool:
     return stage == "mask" and "vector" in reply
 
 
-def share(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
+def share(me: Party, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
     """Second: check who takes part, and share both secrets among the neighbours."""
     if memory.get("stage") != "share":
         raise RefusalError("stage", "this node has not advertised, or has shared already")
@@ -213,7 +213,7 @@ def share(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
     )
 
 
-def mask(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
+def mask(me: Party, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
     """Third: open the neighbours' shares, mask the vector, and forget the mask keys."""
     roster, place = reopen(me.node, memory, message, "mask")
     left = set(positions(blob(message, "left"), len(roster.members)))
@@ -254,7 +254,7 @@ def mask(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
     return kept, me.signed("mask", roster.sid, tag=tag, lost=lost) | {"vector": vector}
 
 
-def agree(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
+def agree(me: Party, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
     """Fourth: sign the list of included nodes; a node signs one list a session."""
     roster, place = reopen(me.node, memory, message, "agree")
     listed = blob(message, "included")
@@ -272,7 +272,7 @@ def agree(me: Self, memory: Plain, message: Plain) -> tuple[Plain, Plain]:
     return memory | {"stage": "unmask", "included": listed}, reply
 
 
-def unmask(me: Self, memory: Plain, message: Plain) -> Plain:
+def unmask(me: Party, memory: Plain, message: Plain) -> Plain:
     """Last: of each holder's secrets one share, never both. The caller forgets the session."""
     roster, place = reopen(me.node, memory, message, "unmask")
     listed = blob(memory, "included")
@@ -331,10 +331,10 @@ def serve(
     Raises:
         AbortedError: too few nodes are left at some stage; nothing was released.
     """
-    present = Attendance()
+    present = Participants()
     offers: dict[int, tuple[bytes, Member]] = {}
     for node, reply in present.answers("advertise", nodes, (yield {node: {} for node in nodes})):
-        with present.blaming(node):
+        with present.drop_on_error(node):
             offers[node] = read_offer(node, reply, terms, known, offers.values())
     terms, members = agreed(terms, offers, present)
     present.enough("advertised", len(members), floor(terms))
@@ -342,25 +342,25 @@ def serve(
     sid, count = roster.sid, len(members)
     needed = max(roster.quorum, terms.min_cohort)
 
-    deals: dict[int, Deal] = {}
+    deals: dict[int, ShareBundle] = {}
     invitation: Plain = {"ticket": terms.ticket, "roster": roster.blob}
     asked: list[int] = list(members)
     for node, reply in present.answers("share", asked, (yield dict.fromkeys(asked, invitation))):
-        with present.blaming(node):
+        with present.drop_on_error(node):
             check_signed("share", roster, node, reply, ("sealed", "digests", "commitment", "trust"))
-            deals[roster.index[node]] = Deal.read(roster, roster.index[node], reply)
+            deals[roster.index[node]] = ShareBundle.read(roster, roster.index[node], reply)
     present.enough("shared their secrets", len(deals), needed)
 
     total = packing.empty_total(terms.size, terms.bits)
     included: list[int] = []
     requests = {roster.members[place].node: deal_for(roster, deals, place) for place in deals}
     for node, reply in present.answers("mask", requests, (yield requests)):
-        with present.blaming(node):
+        with present.drop_on_error(node):
             check_signed("mask", roster, node, reply, ("tag", "lost"))
             lost = positions(blob(reply, "lost"), count)
             packing.add_packed(total, checked_vector(roster, node, reply, key), terms.bits)
             included.append(roster.index[node])
-            present.remark((roster.members[i].node for i in lost), f"dealt node {node} no share")
+            present.note((roster.members[i].node for i in lost), f"dealt node {node} no share")
     present.enough("sent a vector", len(included), needed)
 
     listed = bitmap(included, count)
@@ -368,7 +368,7 @@ def serve(
     asked = [roster.members[place].node for place in sorted(included)]
     request: Plain = {"sid": sid, "included": listed}
     for node, reply in present.answers("agree", asked, (yield dict.fromkeys(asked, request))):
-        with present.blaming(node):
+        with present.drop_on_error(node):
             check_agreed(roster, node, reply, listed)
             signatures[roster.index[node]] = blob(reply, "signature")
     present.enough("agreed", len(signatures), needed)
@@ -380,7 +380,7 @@ def serve(
     asked = [roster.members[place].node for place in signatures]
     reveal = Reveal(roster, deals, frozenset(included))
     for node, reply in present.answers("unmask", asked, (yield dict.fromkeys(asked, request))):
-        with present.blaming(node):
+        with present.drop_on_error(node):
             check_signed("unmask", roster, node, reply, ("shares",))
             reveal.take(roster.index[node], blob(reply, "shares"))
     plus, minus = reveal.keys(present)

@@ -24,10 +24,10 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import l2_norm
 from umbel.privacy.noise.entropy import Entropy
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Config, Facts, Metrics, Stateless
+from umbel.strategies.transform import Config, Facts, Metrics, Stateless
 
 BETA = math.exp(-0.5)
 _SINGLE = 2.0**24
@@ -66,7 +66,7 @@ class Quantize(Stateless):
             raise StackError("quantize would round noise away; put it before the layer of noise")
         step = step_for(facts.l2_bound, facts.size, self.levels)
         bound = widened(facts.l2_bound, facts.size, step, self.rounding)
-        return facts.but(grid=step, l2_bound=bound, wide=facts.wide or bound / step > _SINGLE)
+        return facts.replace(grid=step, l2_bound=bound, wide=facts.wide or bound / step > _SINGLE)
 
     def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         bound = float(config["bound"])

@@ -18,7 +18,7 @@ from umbel.privacy.masking.session import (
     self_mask_key,
     share_digest,
 )
-from umbel.strategies.secure.checks import HALF, LOST, AbortedError, Attendance, Deal
+from umbel.strategies.secure.checks import HALF, LOST, AbortedError, Participants, ShareBundle
 from umbel.strategies.secure.policy import RefusalError
 
 
@@ -33,7 +33,7 @@ class Reveal:
     """
 
     roster: Roster
-    deals: Mapping[int, Deal]
+    deals: Mapping[int, ShareBundle]
     included: frozenset[int]
     _shares: dict[int, dict[int, bytes]] = field(default_factory=dict)
 
@@ -47,7 +47,7 @@ class Reveal:
             if share != LOST:
                 self._shares.setdefault(dealer, {})[holder] = share
 
-    def keys(self, present: Attendance) -> tuple[list[bytes], list[bytes]]:
+    def keys(self, present: Participants) -> tuple[list[bytes], list[bytes]]:
         """Keys of the masks to add, and of those to subtract.
 
         Raises:
@@ -65,7 +65,7 @@ class Reveal:
                 (minus if j < i else plus).append(mask_key(pair, roster, j))
         return plus, minus
 
-    def _secret(self, dealer: int, kind: Secret, present: Attendance) -> bytes:
+    def _secret(self, dealer: int, kind: Secret, present: Participants) -> bytes:
         shares = self._shares.get(dealer, {})
         secret = self._combine(shares)
         if secret is not None and self._fits(dealer, kind, secret):
@@ -79,7 +79,7 @@ class Reveal:
             ):
                 good[holder] = share
             else:
-                present.remark(
+                present.note(
                     [self.roster.members[holder].node],
                     f"forged its share of a secret of node {self.roster.members[dealer].node}",
                 )
@@ -88,7 +88,7 @@ class Reveal:
             return secret
         node = self.roster.members[dealer].node
         if secret is not None:
-            present.remark([node], "shared another secret than it promised")
+            present.note([node], "shared another secret than it promised")
         raise AbortedError(
             f"the secure sum was given up: {len(good)} usable shares of a secret of node {node}",
             present.dropped,

@@ -15,11 +15,11 @@ from typing import ClassVar
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import clip, l2_norm
 from umbel.privacy.masking import keys
 from umbel.privacy.masking.hadamard import padded, rotate, rotate_back
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Config, Facts, Metrics, Round, Stateless
+from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Rotate(Stateless):
         if facts.modulus is not None or facts.noise:
             raise StackError("rotate needs real numbers; put it before Quantize and before noise")
         size = padded(facts.size)
-        return facts.but(size=size, grid=None, spread=facts.l2_bound / math.sqrt(size))
+        return facts.replace(size=size, grid=None, spread=facts.l2_bound / math.sqrt(size))
 
     def tell(self, facts: Facts, state: None) -> Config:  # noqa: ARG002
         return {"round": facts.round}

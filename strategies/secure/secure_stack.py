@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from umbel.core.errors import ConfigError
 from umbel.strategies.collect import Collect, PlainSum
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.layer import Layer
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.distributed_noise import DistributedNoise
 from umbel.strategies.secure.distributed_skellam import (
@@ -20,6 +19,7 @@ from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum
+from umbel.strategies.transform import Transform
 
 
 def share_layer(privacy: PrivacyOptions, secure: SecureOptions) -> DistributedNoise:
@@ -35,7 +35,9 @@ def share_layer(privacy: PrivacyOptions, secure: SecureOptions) -> DistributedNo
     )
 
 
-def whole_steps(below: Sequence[Layer[Any]], levels: int, rounding: str) -> list[Layer[Any]]:
+def whole_steps(
+    below: Sequence[Transform[Any]], levels: int, rounding: str
+) -> list[Transform[Any]]:
     """The layers at the bottom of a stack, with those that make whole numbers of updates."""
     if any(isinstance(layer, Quantize) for layer in below):
         return list(below)

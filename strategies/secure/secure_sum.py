@@ -32,6 +32,9 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from umbel.core.contents import find_record, take_record
+from umbel.core.errors import StackError
+from umbel.core.records import from_array
 from umbel.privacy.masking import keys, masks
 from umbel.privacy.masking.session import MALICIOUS_FROM, Mode, Terms
 from umbel.strategies.collect import (
@@ -43,21 +46,17 @@ from umbel.strategies.collect import (
     Sealing,
     Sum,
 )
-from umbel.strategies.contents import find_record, take_record
 from umbel.strategies.contract import settings_digest
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL
 from umbel.strategies.node_policy import policy_of
-from umbel.strategies.records import from_array
 from umbel.strategies.secure.checks import AbortedError
 from umbel.strategies.secure.identity import (
     check_fresh,
     keep_session,
+    load_party,
     remember,
     spend,
     take_session,
-    whoami,
 )
 from umbel.strategies.secure.message import REFUSED, Plain, blob, number, text
 from umbel.strategies.secure.policy import RefusalError
@@ -70,6 +69,7 @@ from umbel.strategies.secure.wire import (
     plain_of,
     query_of,
 )
+from umbel.strategies.transform import Facts
 
 FEW = 20
 """Below this many nodes a run is told that its exact sums say much about each."""
@@ -127,7 +127,7 @@ class SecureSum:
                 f"mode=malicious needs {MALICIOUS_FROM} nodes and at most {facts.max_replies} can "
                 "come; take mode=semi-honest, which trusts the server to follow the protocol"
             )
-        return facts.but(
+        return facts.replace(
             kind="sum",
             averages_buffers=False,
             server_sees="sum",
@@ -253,7 +253,7 @@ class SecureSum:
             step = math.ldexp(1.0, number(asked, "step"))
             model, parameters = model_digest(request.content), told_digest(request.content, step)
             terms = _terms_of(asked, model, parameters, own.contract)
-            me = whoami(context)
+            me = load_party(context)
             check_fresh(terms.run, terms.round, terms.ticket, context)
             vector = from_array(take_record(content, UPDATE, ArrayRecord)[UPDATE])
             values = to_words(vector, step, terms.bits)
@@ -299,7 +299,7 @@ def _terms_of(asked: Plain, model: bytes, parameters: bytes, contract: bytes) ->
 
 def _answer(stage: str, message: Message, context: Context) -> Message:
     """The node's half of a trip after the first."""
-    me = whoami(context)
+    me = load_party(context)
     known = len(me.pins)
     session = take_session(context)
     memory, reply = respond(me, stage, session, plain_of(message.content))

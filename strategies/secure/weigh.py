@@ -20,9 +20,9 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.strategies.collect import EXAMPLES
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Config, Facts, Metrics, Round, Stateless
+from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Weigh(Stateless):
         more = 1 + len(self.limits)
         joint = facts.l2_bound * math.sqrt(1 + more)
         # A weighted update leaves the grid of its clipping; the next layer makes a new one.
-        return facts.but(size=facts.size + more, l2_bound=joint, grid=None, wide=True)
+        return facts.replace(size=facts.size + more, l2_bound=joint, grid=None, wide=True)
 
     def attach(self, update: Tensor, metrics: Metrics, config: Config) -> Tensor:
         """The update times its weight, the weight, and the metrics times the weight."""

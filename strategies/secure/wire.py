@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flwr.app import ConfigRecord, RecordDict
 
-from umbel.strategies.contents import find_record
+from umbel.core.contents import find_record
 from umbel.strategies.secure.message import Plain, Value
 
 SECURE = "umbel.secure"

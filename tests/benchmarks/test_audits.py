@@ -17,9 +17,9 @@ from umbel.benchmarks.attack.defences import (
     unbounded_weights,
 )
 from umbel.benchmarks.attack.jobs import audit_fault
+from umbel.core.errors import ConfigError
 from umbel.federation import Federation
 from umbel.privacy.budget.accounting import epsilon
-from umbel.strategies.errors import ConfigError
 
 DELTA = 1e-5
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from umbel.benchmarks.attack import lies
 from umbel.benchmarks.attack.verdicts import Verdict
 from umbel.clients.data.partitioned import Partitioned
-from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.federation import Federation
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.layer import Config, Metrics, Round, Stateless
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Config, Metrics, Round, Stateless
 from umbel.testing import assert_records_private, assert_withstands_lies
 
 

@@ -11,9 +11,9 @@ from umbel.benchmarks.attack import own
 from umbel.benchmarks.attack.defences import quarter_noise, skip_clip, unbounded_weights
 from umbel.clients.data.partitioned import Partitioned
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.core.options import Options
 from umbel.federation import Federation
 from umbel.server.rounds import Outcome
-from umbel.strategies.options import Options
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from umbel.bench_commands import app
 from umbel.benchmarks.attack import checks
 from umbel.benchmarks.attack import report as privacy_report
 from umbel.benchmarks.attack.audits import Audit
@@ -19,7 +18,8 @@ from umbel.benchmarks.attack.checks import Check
 from umbel.benchmarks.attack.findings import Finding, Reconstruction, guaranteed, roc_findings
 from umbel.benchmarks.attack.scenes import Measured
 from umbel.benchmarks.attack.suite import Report, Row, stamp
-from umbel.strategies.errors import ConfigError
+from umbel.commands.bench import app
+from umbel.core.errors import ConfigError
 
 runner = CliRunner()
 RNG = np.random.default_rng(0)

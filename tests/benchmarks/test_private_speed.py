@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from umbel.benchmarks.speed import noise, private_fashion, private_round
-from umbel.strategies.errors import RunError
+from umbel.core.errors import RunError
 
 
 def test_noise_is_measured_beside_what_it_replaces() -> None:

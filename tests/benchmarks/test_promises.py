@@ -13,20 +13,20 @@ from umbel.benchmarks.attack import promises
 from umbel.benchmarks.attack.defences import skip_clip
 from umbel.benchmarks.attack.suite import Report, Row
 from umbel.benchmarks.attack.verdicts import Verdict
-from umbel.clients import private_sgd
 from umbel.clients.data.partitioned import Partitioned
-from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers import private_sgd
+from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.federation import Federation
 from umbel.privacy.bounds.clipping import clip
 from umbel.privacy.noise.entropy import Entropy
-from umbel.strategies.cohort import Poisson
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.layer import Config, Metrics, Round
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian, deviation_of, entropy, noised
 from umbel.strategies.private.local_gaussian import LocalGaussian
+from umbel.strategies.samplers import Poisson
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Config, Metrics, Round
 
 NODES = 20
 

@@ -14,8 +14,8 @@ from umbel.benchmarks.speed import aggregation, apps, bare, link, messages
 from umbel.benchmarks.speed import suite as speed
 from umbel.benchmarks.speed.processes import proportional, tree, watch
 from umbel.benchmarks.speed.training import Case
-from umbel.strategies.errors import ConfigError, RunError
-from umbel.transport.flower import take_identity
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.flower import take_identity
 
 FIGURES = [
     Figure("messages", "ten floats", 0.1, "ms", 0.3, {"Flower": 14.0}),
@@ -89,8 +89,8 @@ def test_the_bare_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_both_sides_train_the_same_model(tmp_path: Path) -> None:
     """Else the comparison would be of two different things."""
+    from umbel.core.app_folder import load
     from umbel.running import example
-    from umbel.strategies.app import load
 
     server = load(example(), "server_app:app", object)
     federation = server.federation  # type: ignore[attr-defined]

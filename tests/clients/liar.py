@@ -10,15 +10,15 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from umbel.clients.data.examples import Split
-from umbel.clients.function_trainer import FunctionTrainer
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.flower import take_identity
+from umbel.core.records import Manifest, to_array
 from umbel.federation import Federation
 from umbel.privacy.masking.session import Member, Roster
 from umbel.strategies.collect import Gathering, Sum
-from umbel.strategies.layer import Facts, Round
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
-from umbel.strategies.records import Manifest, to_array
 from umbel.strategies.secure.wire import SECURE, plain_of, query_of
-from umbel.transport.flower import take_identity
+from umbel.strategies.transform import Facts, Round
 
 RUN, SIZE, NODES = 7, 12, 6
 

@@ -11,16 +11,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordD
 from torch import nn
 
 from umbel.clients.data.examples import Examples, Node
-from umbel.clients.ledger_names import STATE
-from umbel.clients.private_sgd import PrivateSgd
+from umbel.clients.ledger.names import STATE
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.core.errors import UmbelError
+from umbel.core.flower import Envelope, give_id, take_identity
+from umbel.core.records import Manifest, from_array, to_array
 from umbel.federation import Federation
 from umbel.strategies.collect import Gathering, Sum
-from umbel.strategies.errors import UmbelError
-from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
-from umbel.strategies.records import Manifest, from_array, to_array
-from umbel.transport.flower import Envelope, give_id, take_identity
+from umbel.strategies.transform import Facts
 
 NODE = 1007
 
@@ -40,7 +40,7 @@ PLAIN = Federation(TorchTrainer(linear), data=examples)
 
 
 @dataclass
-class Asker:
+class QueryRunner:
     """Asks one node; every argument of a question is the coordinator's to choose.
 
     Attributes:
@@ -107,7 +107,7 @@ def update_of(reply: Message) -> torch.Tensor:
 
 
 def secure_round(
-    nodes: Mapping[int, Asker], number: int, *, until: str = "", size: int = 10
+    nodes: Mapping[int, QueryRunner], number: int, *, until: str = "", size: int = 10
 ) -> Sum | None:
     """One secure sum of these nodes, by their ids; a server that stops before a trip gets none."""
     one = next(iter(nodes.values()))
@@ -140,7 +140,7 @@ def secure_round(
         return found
 
 
-def _told(node: Asker, request: Message, name: str) -> Message:
+def _told(node: QueryRunner, request: Message, name: str) -> Message:
     """A node's reply; an exception of its app is an error, as on every engine."""
     give_id(request, name)
     state = {STATE: str(node.folder)} if node.folder is not None else {}

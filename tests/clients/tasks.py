@@ -11,7 +11,7 @@ from torch import nn
 from umbel.clients.data.examples import Examples
 from umbel.clients.pytorch.loop import Share
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Job, Trained, Weights
+from umbel.clients.trainers.base import Job, Trained, Weights
 
 
 def linear() -> nn.Module:

@@ -9,8 +9,8 @@ from umbel.clients.chosen_trainer import ChosenTrainer, bundling
 from umbel.clients.data.examples import Examples
 from umbel.clients.pytorch.one_step import OneStep
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Job
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Job
+from umbel.core.errors import ConfigError
 
 many, one = TorchTrainer(lambda: nn.Linear(3, 2)), OneStep(TorchTrainer(lambda: nn.Linear(3, 2)))
 either = ChosenTrainer("how", {"many": many, "one": one})

@@ -17,7 +17,7 @@ from umbel.clients.data import datasets, fashion_mnist
 from umbel.clients.data.datasets import CATALOGUE, DataSet
 from umbel.clients.data.examples import Examples
 from umbel.clients.data.fashion_mnist import FILES
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from umbel.clients import function_trainer
 from umbel.clients.data.examples import Examples
-from umbel.clients.function_trainer import FunctionTrainer
-from umbel.clients.trainer import Job, Options
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers import function as function_trainer
+from umbel.clients.trainers.base import Job, Options
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import ConfigError
 
 EXAMPLES = Examples(np.arange(4.0), np.array([1.0, 3.0, 5.0, 7.0]))
 

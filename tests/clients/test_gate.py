@@ -18,17 +18,17 @@ from flwr.clientapp import ClientApp
 from tests.clients.liar import NODES, SIZE, Liar, federation, refusal
 from umbel.clients.admission import admit
 from umbel.clients.data.examples import Examples, Split
-from umbel.clients.function_trainer import FunctionTrainer
 from umbel.clients.gate import AppError, guarded, kind_of
-from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.core.errors import ConfigError
+from umbel.core.records import from_array
 from umbel.federation import Federation
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
-from umbel.strategies.errors import ConfigError
 from umbel.strategies.layout import CONFIG, STATISTICS
 from umbel.strategies.node_policy import NodePolicy, PolicyError
 from umbel.strategies.private.private_mean import PrivateMean
-from umbel.strategies.records import from_array
 from umbel.strategies.secure.wire import plain_of
 
 NOISY: Mapping[str, Any] = {
@@ -275,7 +275,7 @@ class WithStatistics(FunctionTrainer):
     """Its model has a running statistic."""
 
     def initial(self, options: Any, seed: int) -> Any:
-        from umbel.clients.trainer import Weights
+        from umbel.clients.trainers.base import Weights
 
         first = super().initial(options, seed)
         return Weights(first.parameters, {"running_mean": torch.zeros(2)})

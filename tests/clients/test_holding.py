@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 
 from umbel.clients.data.examples import Examples, Node, Split
 from umbel.clients.holding import LEAST_KEPT, Holder, bytes_of
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 
 def node(partition: int) -> Node:

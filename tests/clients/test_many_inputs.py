@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from tests.clients.tasks import classes, close, job, linear
 from umbel.clients.data.examples import Examples
-from umbel.clients.function_trainer import FunctionTrainer
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.sklearn_trainer import SklearnTrainer
-from umbel.clients.softmax_trainer import SoftmaxTrainer
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.clients.trainers.sklearn import SklearnTrainer
+from umbel.clients.trainers.softmax import SoftmaxTrainer
+from umbel.core.errors import ConfigError, described
 from umbel.federation import Federation
-from umbel.strategies.errors import ConfigError, described
 
 
 def counts(kind: Any, n: int = 12) -> Examples:

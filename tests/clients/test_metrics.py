@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tests.clients.tasks import classes, linear
 from tests.fakes import reply
 from umbel.clients.data.examples import Examples
-from umbel.clients.function_trainer import FunctionTrainer
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import ConfigError
 from umbel.server.evaluation import FederatedEvaluation
-from umbel.strategies.errors import ConfigError
 
 
 def judged(metrics: Any, n: int = 600, **more: Any) -> Any:

@@ -22,37 +22,37 @@ from tests.clients.node_asker import (
     DP_SGD,
     NODE,
     PLAIN,
-    Asker,
+    QueryRunner,
     examples,
     linear,
     secure_round,
     update_of,
 )
-from umbel.clients.ledger_database import Asked, settle
-from umbel.clients.ledger_file import KEPT_REPLIES, REPLIES, GoneError, LedgerFile
-from umbel.clients.ledger_names import DATA, LEDGER
-from umbel.clients.node_ledger import Limits, StateLedger, total
+from umbel.clients.ledger.database import Asked, settle
+from umbel.clients.ledger.file import KEPT_REPLIES, REPLIES, GoneError, LedgerFile
+from umbel.clients.ledger.names import DATA, LEDGER
+from umbel.clients.ledger.node_ledger import Limits, StateLedger, total
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.core.errors import ConfigError, RunError
 from umbel.federation import Federation
 from umbel.privacy.budget.accounting import spent
 from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge
 from umbel.privacy.masking import keys
 from umbel.strategies import statement as statements
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.errors import ConfigError, RunError
-from umbel.strategies.layer import Claim, Facts, Stateless
 from umbel.strategies.node_policy import POLICY
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.release import Release
 from umbel.strategies.secure.identity import enrolled_key
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts, Stateless
 from umbel.transport.certificates import make_server_identity, open_authority, save_identity
 
 LOCAL = {"epsilon": 5.0, "mechanism": "local", "rounds": 1}
 
 
-def dp_sgd(folder: Path | None, **changes: Any) -> Asker:
-    return Asker(DP_SGD, folder, {"rounds": 3, "batch-size": 10, **changes})
+def dp_sgd(folder: Path | None, **changes: Any) -> QueryRunner:
+    return QueryRunner(DP_SGD, folder, {"rounds": 3, "batch-size": 10, **changes})
 
 
 def row(folder: Path, scope: str = "data", name: str = "default") -> dict[str, Any]:
@@ -141,7 +141,9 @@ def test_another_population_is_the_same_data(tmp_path: Path) -> None:
     for number in range(1, 4):
         dp_sgd(tmp_path).ask(number)
     with pytest.raises(RunError, match="first run about the data 'default'"):
-        Asker(DP_SGD, tmp_path, {"rounds": 3, "batch-size": 10, "population": "b"}, run=2).ask(1)
+        QueryRunner(
+            DP_SGD, tmp_path, {"rounds": 3, "batch-size": 10, "population": "b"}, run=2
+        ).ask(1)
     assert [r["name"] for r in LedgerFile(tmp_path).budget() if r["scope"] == "population"] == [
         "default"
     ]
@@ -150,7 +152,7 @@ def test_another_population_is_the_same_data(tmp_path: Path) -> None:
 def test_other_data_of_the_same_node_have_a_budget_of_their_own(tmp_path: Path) -> None:
     for number in range(1, 4):
         dp_sgd(tmp_path).ask(number)
-    ward = Asker(
+    ward = QueryRunner(
         DP_SGD,
         tmp_path,
         {"rounds": 3, "batch-size": 10, "population": "b"},
@@ -207,7 +209,7 @@ def test_noise_that_was_chosen_by_hand_is_a_promise_too(tmp_path: Path) -> None:
 
 
 def test_local_noise_that_was_planned_for_one_participation_is_drawn_once(tmp_path: Path) -> None:
-    node = Asker(PLAIN, tmp_path, LOCAL)
+    node = QueryRunner(PLAIN, tmp_path, LOCAL)
     first = node.ask(1)
     for number in range(40):
         with pytest.raises(RunError, match="takes no further part"):
@@ -220,7 +222,7 @@ def test_local_noise_that_was_planned_for_one_participation_is_drawn_once(tmp_pa
 
 
 def test_planned_participations_of_local_noise_all_fit(tmp_path: Path) -> None:
-    node = Asker(PLAIN, tmp_path, LOCAL | {"rounds": 5})
+    node = QueryRunner(PLAIN, tmp_path, LOCAL | {"rounds": 5})
     for number in range(1, 6):
         node.ask(number)
     with pytest.raises(RunError, match="takes no further part"):
@@ -230,7 +232,7 @@ def test_planned_participations_of_local_noise_all_fit(tmp_path: Path) -> None:
 
 def test_more_rounds_later_are_no_way_round_it(tmp_path: Path) -> None:
     """The noise grows with the rounds that are planned, so some more fit, and the sum holds."""
-    node = Asker(PLAIN, tmp_path, LOCAL)
+    node = QueryRunner(PLAIN, tmp_path, LOCAL)
     node.ask(1)
     with pytest.raises(RunError, match="takes no further part"):
         node.ask(2, rounds=10_000, name="more")
@@ -238,7 +240,7 @@ def test_more_rounds_later_are_no_way_round_it(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_the_nodes_records_hold_the_ledger() -> None:
-    node = Asker(PLAIN, None, LOCAL)
+    node = QueryRunner(PLAIN, None, LOCAL)
     node.ask(1)
     with pytest.raises(RunError, match="takes no further part"):
         node.ask(1, name="again")
@@ -246,7 +248,7 @@ def test_without_a_folder_the_nodes_records_hold_the_ledger() -> None:
 
 
 def test_a_run_that_is_not_private_leaves_no_ledger(tmp_path: Path) -> None:
-    node = Asker(PLAIN, tmp_path)
+    node = QueryRunner(PLAIN, tmp_path)
     reply = node.ask(1)
     assert statements.read(reply.content) == []
     assert list(tmp_path.iterdir()) == []
@@ -274,7 +276,7 @@ class OwnNoise(Stateless):
     against: Any = "server"
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
-        return facts.but(l2_bound=None)
+        return facts.replace(l2_bound=None)
 
     def claim(self, facts: Facts) -> Claim:  # noqa: ARG002
         return Claim(GaussianDpEvent(4.0), "client", REPLACE, self.against, sampled=False)
@@ -285,7 +287,7 @@ def test_an_apps_own_layer_is_charged_for_what_it_claims(tmp_path: Path) -> None
         stack = Stack((Clip(1.0), OwnNoise(against=against)), PlainSum(weighting="fixed"))
         return Federation(TorchTrainer(linear), data=examples, stack=stack)
 
-    node = Asker(app("server"), tmp_path / "node", {"rounds": 2})
+    node = QueryRunner(app("server"), tmp_path / "node", {"rounds": 2})
     for number in (1, 2):
         (signed,) = statements.read(node.ask(number).content)
         assert signed.statement().mechanism == "own-noise"
@@ -293,7 +295,7 @@ def test_an_apps_own_layer_is_charged_for_what_it_claims(tmp_path: Path) -> None
         node.ask(3)
     expected = spent({Charge(GaussianDpEvent(4.0), REPLACE): 2}, 1e-5).epsilon
     assert row(tmp_path / "node")["epsilon"] == pytest.approx(expected)
-    central = Asker(app("model-user"), tmp_path / "other", {"rounds": 2})
+    central = QueryRunner(app("model-user"), tmp_path / "other", {"rounds": 2})
     assert statements.read(central.ask(1).content) == []
 
 
@@ -350,7 +352,7 @@ def test_participations_are_limited_over_runs(tmp_path: Path) -> None:
 def test_a_limit_on_participations_counts_bare_updates_too(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     more = {POLICY: str(_policy(tmp_path, "participations = 2"))}
-    node = Asker(PLAIN, tmp_path / "state", more=more)
+    node = QueryRunner(PLAIN, tmp_path / "state", more=more)
     for number in (1, 1, 2):
         assert statements.read(node.ask(number).content) == []
     with pytest.raises(RunError, match="allows 2 participations"):
@@ -414,7 +416,7 @@ def test_a_secure_sums_noise_is_charged_when_the_masked_update_leaves(
 ) -> None:
     options = {"secure": True, "noise-multiplier": 4.0, "sampling": "all", "rounds": 2}
     nodes = {
-        id_: Asker(PLAIN, tmp_path / str(id_) if with_folder else None, options)
+        id_: QueryRunner(PLAIN, tmp_path / str(id_) if with_folder else None, options)
         for id_ in (1001, 1002, 1003)
     }
 
@@ -494,7 +496,7 @@ def test_seeded_noise_is_stated_as_no_privacy_at_all(tmp_path: Path) -> None:
 
 
 def test_noise_of_the_node_over_dp_sgd_is_stated_for_both_units(tmp_path: Path) -> None:
-    node = Asker(DP_SGD, tmp_path, {**LOCAL, "batch-size": 10})
+    node = QueryRunner(DP_SGD, tmp_path, {**LOCAL, "batch-size": 10})
     said = [signed.statement() for signed in statements.read(node.ask(1).content)]
     assert [(it.unit, it.mechanism) for it in said] == [
         ("record", "dp-sgd"),
@@ -538,8 +540,8 @@ def _spend(folder: Path, name: str) -> None:
 KILLED = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from tests.clients.node_asker import PLAIN, Asker
-from umbel.clients.ledger_file import LedgerFile
+from tests.clients.node_asker import PLAIN, QueryRunner
+from umbel.clients.ledger.file import LedgerFile
 
 folder, instants = Path(sys.argv[1]), int(sys.argv[2])
 options = {"epsilon": 5.0, "mechanism": "local", "rounds": 100000}
@@ -547,14 +549,14 @@ app = PLAIN.client_app()
 # Imports, the plan of the options, and how long an answer takes on this machine now.
 for number in (1, 2, 3):
     began = time.monotonic()
-    Asker(PLAIN, folder / "warm", options, app=app).ask(number)
+    QueryRunner(PLAIN, folder / "warm", options, app=app).ask(number)
 span = time.monotonic() - began
 sent = os.open(folder / "sent", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 found = []
 for instant in range(instants):
     child = os.fork()
     if child == 0:
-        node = Asker(PLAIN, folder, options, run=1, app=app)
+        node = QueryRunner(PLAIN, folder, options, run=1, app=app)
         number = 0
         while True:
             number += 1

@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 from umbel.clients.data.examples import Examples, Shares
 from umbel.clients.pytorch.one_step import PIECE, OneStep
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Job, Weights
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Job, Weights
+from umbel.core.errors import ConfigError
 
 OPTIONS = {"learning-rate": 0.5, "seed": 0}
 JOB = Job(1, 0, OPTIONS, learning_rate=2.0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from umbel.clients.data import datasets
 from umbel.clients.data.partition import ByKey, BySize, Dirichlet, Iid, Partitioner, Shards
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 
 EVERY: list[Partitioner] = [
     Iid(),

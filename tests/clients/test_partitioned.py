@@ -11,8 +11,8 @@ from umbel.clients.data.datasets import DataSet
 from umbel.clients.data.examples import Examples, Node
 from umbel.clients.data.partition import ByKey, Dirichlet, Iid, Partitioner, Rows
 from umbel.clients.data.partitioned import Partitioned
-from umbel.clients.trainer import Options
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Options
+from umbel.core.errors import ConfigError
 
 
 def node(partition: int, partitions: int = 4) -> Node:

@@ -10,14 +10,14 @@ from flwr.app import RecordDict
 from torch import nn
 
 from umbel.clients.data.examples import Examples
-from umbel.clients.node_ledger import StateLedger
-from umbel.clients.private_sgd import PrivateSgd
+from umbel.clients.ledger.node_ledger import StateLedger
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Job, Options, Weights
+from umbel.clients.trainers.base import Job, Options, Weights
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.core.errors import ConfigError, RunError
 from umbel.privacy.budget.accounting import epsilon as epsilon_of
 from umbel.privacy.budget.accounting import poisson
 from umbel.privacy.budget.events import Charge
-from umbel.strategies.errors import ConfigError, RunError
 
 
 def linear() -> nn.Module:

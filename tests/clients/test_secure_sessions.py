@@ -17,29 +17,29 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from umbel.benchmarks.speed.apps import write_federation
-from umbel.clients.ledger_database import LedgerDatabase
-from umbel.clients.ledger_file import LedgerFile
-from umbel.clients.ledger_names import STATE
+from umbel.clients.ledger.database import LedgerDatabase
+from umbel.clients.ledger.file import LedgerFile
+from umbel.clients.ledger.names import STATE
+from umbel.clients.process.app_process import Answer, AppProcess, AppSettings
 from umbel.clients.process.node_process import write_shared
 from umbel.clients.process.pipe import BESIDE
 from umbel.clients.process.sessions import SecureSessions
 from umbel.clients.process.spent import SpentRounds
-from umbel.clients.process.trainee import Answer, AppSettings, Trainee
+from umbel.core.errors import ConfigError
+from umbel.core.flower import take_identity
+from umbel.core.records import Manifest, to_array
 from umbel.strategies.collect import Gathering, Sum
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.layer import Facts
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.private.clip import Clip
-from umbel.strategies.records import Manifest, to_array
 from umbel.strategies.secure.distributed_skellam import DistributedSkellam
-from umbel.strategies.secure.node import HANDOVER, IDENTITY
+from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.wire import SECURE, STAGES, query_of, stage_of
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 from umbel.transport.certificates import make_server_identity, open_authority, save_identity
 from umbel.transport.codec import decode, encode, encode_values
-from umbel.transport.flower import take_identity
 from umbel.transport.link_pb2 import Begin
 
 NODES = (1001, 1002, 1003)
@@ -90,7 +90,7 @@ class Nodes:
         self.stack, self.folder = STACKS[stack], folder
         app = write_federation(folder / "app", task, name="x", config="")
         authority = open_authority(folder)
-        self.trainees: dict[int, Trainee] = {}
+        self.trainees: dict[int, AppProcess] = {}
         self.size, self.asked, self.memory = size, 0, folder / "memory"
         for partition, node in enumerate(NODES):
             identity = folder / f"{node}.pem"
@@ -102,7 +102,7 @@ class Nodes:
                 "num-partitions": 3,
             }
             settings = AppSettings(app, self.memory / str(node), config, 1)
-            self.trainees[node] = Trainee(replace(settings, spent=folder / f"{node}.rounds"))
+            self.trainees[node] = AppProcess(replace(settings, spent=folder / f"{node}.rounds"))
 
     async def ask(self, message: Message) -> Answer:
         """Send a message to its node."""
@@ -273,7 +273,7 @@ def test_a_session_is_of_one_run_and_ends_where_training_begins_again(tmp_path: 
     assert sessions.wanted
     assert not SecureSessions({}).wanted
     kept = {"ticket": bytes(32), "stage": "share", "run": 7, "round": 1}
-    session = b"".join(encode_values(HANDOVER, kept))
+    session = b"".join(encode_values(EXTERNAL_SESSION, kept))
     assert sessions.take_over(7, 1001, session) is None
     assert sessions.stage(7, query_of("mask")) == "mask"
     assert sessions.stage(8, query_of("mask")) is None
@@ -289,12 +289,12 @@ def test_a_session_is_of_one_run_and_ends_where_training_begins_again(tmp_path: 
 EVIL = """
 from task import federation
 from flwr.app import Message
-from umbel.clients.node import FederationClientApp
+from umbel.clients.handler import FederationClientApp
 
 
 class Evil(FederationClientApp):
     def unguarded(self, message, context):
-        from umbel.strategies.records import to_array
+        from umbel.core.records import to_array
         import torch
         from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -315,7 +315,7 @@ app = Evil(federation.client_app().half)
 
 @pytest.mark.parametrize("how", ["array", "metric", "numbers", "number", "long"])
 def test_an_app_cannot_send_an_update_by_itself_where_only_sums_may_leave(
-    how: str, evil: tuple[asyncio.AbstractEventLoop, Trainee]
+    how: str, evil: tuple[asyncio.AbstractEventLoop, AppProcess]
 ) -> None:
     loop, trainee = evil
     told = ConfigRecord({"how": how})
@@ -335,7 +335,7 @@ def test_an_app_cannot_send_an_update_by_itself_where_only_sums_may_leave(
 @pytest.fixture(scope="module")
 def evil(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[asyncio.AbstractEventLoop, Trainee]]:
+) -> Iterator[tuple[asyncio.AbstractEventLoop, AppProcess]]:
     """A node whose app goes around the gate in its own process."""
     folder = tmp_path_factory.mktemp("evil")
     task = TASK.replace("SIZE", "3").replace("STACK", next(iter(STACKS)))
@@ -345,7 +345,7 @@ def evil(
     config = {"policy": str(folder / "policy.toml")}
     loop = asyncio.new_event_loop()
     take_identity(1)
-    trainee = Trainee(AppSettings(app, folder / "memory", config, 1))
+    trainee = AppProcess(AppSettings(app, folder / "memory", config, 1))
     try:
         loop.run_until_complete(trainee.start())
         yield loop, trainee
@@ -363,7 +363,7 @@ def test_a_spent_round_stays_spent_whatever_happens_to_the_node(tmp_path: Path) 
 
     def begin(sessions: SecureSessions, ticket: bytes, round_: int, run: int = 7) -> str:
         kept = {"ticket": ticket, "stage": "share", "run": run, "round": round_}
-        taken = sessions.take_over(7, 1001, b"".join(encode_values(HANDOVER, kept)))
+        taken = sessions.take_over(7, 1001, b"".join(encode_values(EXTERNAL_SESSION, kept)))
         return "" if taken is None else refusal(Answer("m", taken))
 
     rounds = tmp_path / "rounds"

@@ -21,9 +21,9 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.svm import LinearSVC
 
 from umbel.clients.data.examples import Examples
-from umbel.clients.sklearn_trainer import SklearnTrainer
-from umbel.clients.trainer import Job, Trained, Weights
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Job, Trained, Weights
+from umbel.clients.trainers.sklearn import SklearnTrainer
+from umbel.core.errors import ConfigError
 
 
 def scaled(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

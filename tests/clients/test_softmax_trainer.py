@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from umbel.clients.data.datasets import DataSet
 from umbel.clients.data.examples import Examples, Node, each_of
 from umbel.clients.data.features import PART, Featured, Recipe, Rows, features_of
-from umbel.clients.softmax_trainer import SoftmaxTrainer
-from umbel.clients.trainer import Job, Weights
+from umbel.clients.trainers.base import Job, Weights
+from umbel.clients.trainers.softmax import SoftmaxTrainer
 from umbel.privacy.bounds.bundle import UNIT_STEP, Vectors
 
 WIDTH, COUNT = 7, 2 * PART + 300

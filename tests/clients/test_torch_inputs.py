@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from tests.clients.tasks import classes, close, job, linear, same
 from umbel.clients.data.examples import Examples
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Job, Options, Trained
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.clients.trainers.base import Job, Options, Trained
+from umbel.core.errors import ConfigError, RunError
 
 
 class Pairs(Dataset[tuple[Tensor, int]]):

@@ -20,8 +20,8 @@ from tests.clients.tasks import Counting, linear
 from umbel.clients.data.examples import Examples
 from umbel.clients.pytorch.loop import Share
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Job, Weights
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.clients.trainers.base import Job, Weights
+from umbel.core.errors import ConfigError, RunError
 
 TEAM = {"local-processes": 2, "device": "cpu"}
 

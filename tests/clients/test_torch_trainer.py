@@ -17,8 +17,8 @@ from umbel.clients.pytorch.batches import plan
 from umbel.clients.pytorch.loop import PlainSgd
 from umbel.clients.pytorch.settings import TorchSettings
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainer import Job, Options, Weights
-from umbel.strategies.errors import ConfigError
+from umbel.clients.trainers.base import Job, Options, Weights
+from umbel.core.errors import ConfigError
 
 
 class Dropping(nn.Module):

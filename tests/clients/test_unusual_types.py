@@ -9,7 +9,7 @@ import torch
 
 from tests.clients.tasks import job
 from umbel.clients.data.examples import Examples
-from umbel.clients.function_trainer import FunctionTrainer
+from umbel.clients.trainers.function import FunctionTrainer
 from umbel.loading import load
 from umbel.running import run
 from umbel.server.output.progress import SilentProgress

@@ -18,7 +18,7 @@ from tests.deliver.conftest import digits
 from umbel import ConfigError, Examples, Federation, FunctionTrainer, TorchTrainer, run
 from umbel.clients.data.datasets import load
 from umbel.clients.data.inputs import Columns, Pixels
-from umbel.clients.sklearn_module import module_of
+from umbel.clients.trainers.sklearn_module import module_of
 from umbel.deliver.export import Exported, export
 from umbel.deliver.predictor import open_delivered
 from umbel.deliver.signature import Signature

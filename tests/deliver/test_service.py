@@ -235,7 +235,7 @@ class Process:
     """`umbel predict --listen` as its users start it."""
 
     def __init__(self, *arguments: str) -> None:
-        command = "import sys; from umbel.cli import main; sys.argv[0] = 'umbel'; main()"
+        command = "import sys; from umbel.commands.cli import main; sys.argv[0] = 'umbel'; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", command, "predict", *arguments],
             stderr=subprocess.PIPE,

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from umbel.clients.data.datasets import place
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError
 from umbel.federation import FederationServerApp
 from umbel.running import example, run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.private.verify import verify
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from tests.server.small_federation import APP, OPTIONS
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.grid import LinkGrid
 from umbel.server.link.hub import Hub
-from umbel.server.link.listener import Doors, Listener
+from umbel.server.link.listener import ListenConfig, Listener
 from umbel.transport.certificates import (
     Identity,
     make_request,
@@ -35,7 +35,7 @@ from umbel.transport.frames import PROTOCOL, SERVICE, from_wire, to_wire
 from umbel.transport.link_pb2 import Certificate, EnrolRequest, Frame, Hello
 
 PATIENCE_S = 30.0
-UMBEL = (sys.executable, "-c", "from umbel.cli import main; main()")
+UMBEL = (sys.executable, "-c", "from umbel.commands.cli import main; main()")
 
 
 def eventually(what: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
@@ -112,7 +112,7 @@ class Lab:
         self.enrolment = Enrolment(folder)
         self.hub = Hub(lost_after=60)
         identity = make_server_identity(self.authority, ["localhost", "127.0.0.1"])
-        doors = Doors("127.0.0.1:0", identity, self.authority, "test", "app")
+        doors = ListenConfig("127.0.0.1:0", identity, self.authority, "test", "app")
         self.listener = Listener(self.hub, self.enrolment, doors)
         self.listener.start()
         self.address = f"127.0.0.1:{self.listener.port}"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from umbel.core.errors import ConfigError, RunError
 from umbel.server import checkpoint
 from umbel.server.checkpoint import Best, Position, load, load_nodes, save
-from umbel.strategies.errors import ConfigError, RunError
 
 
 def position(round_: int = 3, **more: Any) -> Position:
@@ -35,10 +35,10 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         slots={"first": torch.randn(5), "steps": torch.ones(1)},
         layers=({"bound": 1.5, "sum": torch.randn(5, dtype=torch.float64), "n": 3}, None, {}),
         best=Best(0.25, 2, torch.randn(5), torch.randn(2)),
-        stale=1,
+        evaluations_since_best=1,
         average=torch.randn(5),
         averaged=2,
-        abandoned=1,
+        failed_rounds=1,
     )
     assert load(tmp_path) is None
     save(tmp_path, before, {})

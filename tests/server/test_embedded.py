@@ -26,11 +26,11 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from tests.fakes import APPS, SharedNursery
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError
+from umbel.core.flower import UNAVAILABLE, UNKNOWN
 from umbel.server.embedded.executor import FIRST_NODE
 from umbel.server.embedded.grid import EmbeddedGrid
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError
-from umbel.transport.flower import UNAVAILABLE, UNKNOWN
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from tests.fakes import APPS, SharedNursery, WarmCommand
+from umbel.core import streams
+from umbel.core.flower import UNKNOWN
 from umbel.server.embedded.executor import FIRST_NODE
 from umbel.server.embedded.grid import EmbeddedGrid
-from umbel.strategies import streams
-from umbel.transport.flower import UNKNOWN
 
 SLOW = FIRST_NODE + 3
 """The node that waits for a file."""

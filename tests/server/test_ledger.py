@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from dp_accounting import GaussianDpEvent, NoOpDpEvent
 
+from umbel.core.errors import CheckError, ConfigError, RunError
 from umbel.privacy.budget.accounting import poisson
 from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, Charge
-from umbel.server.guard import BudgetSpentError
+from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.private.coordinator_key import coordinator_key, public_text
 from umbel.server.private.ledger import Ledger, entries
-from umbel.strategies.errors import CheckError, ConfigError, RunError
 
 ROUND = Charge(poisson(2.0, 0.1), ADD_OR_REMOVE, 1e-12)
 

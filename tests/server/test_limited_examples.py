@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from umbel.clients.data.examples import Node
-from umbel.clients.function_trainer import FunctionTrainer
+from umbel.clients.trainers.function import FunctionTrainer
 from umbel.federation import Federation
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress

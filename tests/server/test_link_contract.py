@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from tests.server.conftest import eventually
 from tests.server.test_link_stragglers import begun, echo
+from umbel.core.errors import ConfigError
+from umbel.core.flower import UNAVAILABLE, UNKNOWN
 from umbel.server.link.grid import LinkGrid
-from umbel.strategies.errors import ConfigError
-from umbel.transport.flower import UNAVAILABLE, UNKNOWN
 
 CONTENT = RecordDict({"c": ConfigRecord({"a": 1})})
 

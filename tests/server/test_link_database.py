@@ -8,9 +8,9 @@ import grpc
 import pytest
 
 from tests.server.conftest import eventually
+from umbel.core.errors import ConfigError
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.service import ServerSettings, identities
-from umbel.strategies.errors import ConfigError
 from umbel.transport.certificates import make_request, new_key, open_authority
 
 

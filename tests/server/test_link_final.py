@@ -17,11 +17,11 @@ from tests.server.conftest import Lab, eventually
 from tests.server.test_link_faults import shut
 from tests.server.test_link_membership import join
 from umbel.clients.process import link as link_module
+from umbel.clients.process.app_process import AppProcess, AppSettings
 from umbel.clients.process.link import NodeLink
 from umbel.clients.process.membership import Membership, NodeSettings, RefusedError
-from umbel.clients.process.trainee import AppSettings, Trainee
 from umbel.server.link.hub import Hub
-from umbel.server.link.listener import Doors, Listener
+from umbel.server.link.listener import ListenConfig, Listener
 from umbel.transport import certificates
 from umbel.transport.certificates import Identity, make_server_identity, open_authority
 from umbel.transport.join import write_join_file
@@ -40,7 +40,7 @@ class Node:
         self._link = NodeLink(
             self._membership,
             settings,
-            Trainee(app),
+            AppProcess(app),
             version="test",
             app_digest="app",
             on_event=self.events.append,
@@ -182,7 +182,7 @@ def test_an_accident_in_the_handshake_is_over_when_it_is_over(
     other, port = None, 0
     if what == "another":  # the coordinator of another federation is on the port for a while
         theirs = make_server_identity(open_authority(tmp_path / "other"), ["127.0.0.1"])
-        doors = Doors("127.0.0.1:0", theirs, None, "test", "app")
+        doors = ListenConfig("127.0.0.1:0", theirs, None, "test", "app")
         other = Listener(Hub(), lab.enrolment, doors)
         other.start()
         port = other.port
@@ -226,7 +226,7 @@ def test_a_coordinator_whose_clock_jumped_is_asked_again_and_the_clock_is_named(
         monkeypatch.setattr(certificates, "_now", lambda shift=shift: real() + shift)
         identity = make_server_identity(lab.authority, ["127.0.0.1"], days=3)
         monkeypatch.setattr(certificates, "_now", real)
-        doors = Doors("127.0.0.1:0", identity, lab.authority, "test", "app")
+        doors = ListenConfig("127.0.0.1:0", identity, lab.authority, "test", "app")
         listener = Listener(Hub(), lab.enrolment, doors)
         listener.start()
         try:
@@ -305,9 +305,9 @@ def test_ipv6_and_names_carry_enrolment_and_training(
         lab.close()
 
 
-def doors_at(address: str) -> Callable[..., Doors]:
-    def made(_: str, _identity: Identity, authority: Any, *more: Any) -> Doors:
+def doors_at(address: str) -> Callable[..., ListenConfig]:
+    def made(_: str, _identity: Identity, authority: Any, *more: Any) -> ListenConfig:
         names = ["localhost", "127.0.0.1", "::1"]
-        return Doors(address, make_server_identity(authority, names), authority, *more)
+        return ListenConfig(address, make_server_identity(authority, names), authority, *more)
 
     return made

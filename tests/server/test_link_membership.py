@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from umbel.clients.process.membership import Membership
 from umbel.clients.process.start import StartSettings, enrolled
+from umbel.core.errors import ConfigError, RunError
 from umbel.server.link.service import ServerSettings, identities, server_names
-from umbel.strategies.errors import ConfigError, RunError
 from umbel.transport.certificates import (
     Identity,
     covers,

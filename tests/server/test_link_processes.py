@@ -15,7 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-UMBEL = (sys.executable, "-c", "from umbel.cli import main; main()")
+UMBEL = (sys.executable, "-c", "from umbel.commands.cli import main; main()")
 FOREIGN = {
     # A Flower app that knows nothing of Umbel, with Flower's own strategy.
     "task.py": "import numpy as np\n\n\ndef first():\n    return [np.zeros((2, 3), np.float32)]\n",

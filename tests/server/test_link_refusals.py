@@ -17,10 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.conftest import eventually
 from umbel.clients.process.membership import refusal
+from umbel.core.errors import ConfigError, RunError
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub
-from umbel.server.link.listener import Doors, Listener
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.server.link.listener import ListenConfig, Listener
 from umbel.transport.certificates import (
     Identity,
     make_request,
@@ -308,7 +308,7 @@ def test_a_flood_of_frames_holds_nobody_up(lab: Any) -> None:
 
 
 def test_a_port_in_use_is_named(lab: Any) -> None:
-    doors = Doors(lab.address, lab.listener.doors.identity, lab.authority, "test", "app")
+    doors = ListenConfig(lab.address, lab.listener.doors.identity, lab.authority, "test", "app")
     with pytest.raises(ConfigError, match="port is in use"):
         Listener(Hub(), lab.enrolment, doors).start()
 

@@ -12,9 +12,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from tests.server.conftest import Lab, eventually
+from umbel.core.errors import ConfigError
 from umbel.server.link import doorkeeper
 from umbel.server.link.doorkeeper import Doorkeeper, check_room_for, most_connections
-from umbel.strategies.errors import ConfigError
 from umbel.transport.link_pb2 import Begin, Frame
 
 CONTENT = RecordDict({"a": ArrayRecord({"x": Array(np.arange(10, dtype=np.float32))})})
@@ -102,14 +102,14 @@ def test_a_connection_without_a_call_is_shut_in_time_and_one_with_a_call_stays(
 
 def test_the_most_crowded_address_gives_way_first() -> None:
     keeper = Doorkeeper(strangers=4)
-    guests = {
+    external_nodes = {
         number: doorkeeper._Guest(
             ("198.51.100.7" if number < 6 else f"192.0.2.{number}", 1), number
         )
         for number in range(9)
     }
-    assert keeper._too_many(guests, set()) == [0, 1, 2, 3, 4]
-    assert keeper._too_many(guests, {0, 1, 2, 3, 4}) == []
+    assert keeper._too_many(external_nodes, set()) == [0, 1, 2, 3, 4]
+    assert keeper._too_many(external_nodes, {0, 1, 2, 3, 4}) == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from umbel.server.drive import drive
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, PlainSum
-from umbel.strategies.layer import Facts
+from umbel.strategies.transform import Facts
 from umbel.transport.codec import encode
 from umbel.transport.link_pb2 import Begin, Frame
 

@@ -13,9 +13,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from umbel.core.records import from_array, record_of, to_array
 from umbel.server.embedded.mapped import PAGE, File, Mapped
 from umbel.server.embedded.packing import BY_FILE, Packed, pack, receive, send, unpack
-from umbel.strategies.records import from_array, record_of, to_array
 
 
 def records(size: int = 5000) -> RecordDict:

@@ -13,6 +13,7 @@ from dp_accounting import GaussianDpEvent, TruncatedSubsampledGaussianDpEvent, Z
 from tests.server.test_private_means import Blobs
 from tests.server.test_private_run import Lab, certificate, ledger_of
 from umbel import Dirichlet, Featured, Partitioned, Recipe
+from umbel.core.errors import CheckError, ConfigError
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.events import REPLACE, ZERO_OUT, Charge
 from umbel.server.output.rundir import RunDirectory
@@ -21,7 +22,6 @@ from umbel.server.private.coordinator_key import data_folder
 from umbel.server.private.ledger import Ledger, entries
 from umbel.server.private.population import declaration, name_of
 from umbel.server.private.verify import charges_in, verify
-from umbel.strategies.errors import CheckError, ConfigError
 
 
 @pytest.fixture

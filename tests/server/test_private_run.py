@@ -14,6 +14,7 @@ import torch
 
 from tests.fakes import WarmCommand
 from tests.server.tiny_private_app import write_app
+from umbel.core.errors import ConfigError
 from umbel.privacy.budget.accounting import epsilon, spent
 from umbel.privacy.budget.events import RELATIONS
 from umbel.running import run
@@ -23,7 +24,6 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.private.coordinator_key import data_folder
 from umbel.server.private.ledger import entries
 from umbel.server.private.verify import charges_in, verify
-from umbel.strategies.errors import ConfigError
 
 
 class Heard(SilentProgress):

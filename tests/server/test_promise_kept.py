@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.server.test_private_run import Heard, Lab, ledger_of
+from umbel.core.errors import ConfigError, RunError
 from umbel.running import Interrupted, run
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.private import budget
 from umbel.server.private.ledger import Ledger, entries
 from umbel.server.private.verify import charges_in, verify
-from umbel.strategies.errors import ConfigError, RunError
 
 
 class Impatient(Heard):

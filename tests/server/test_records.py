@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakes import reply
 from tests.server.test_private_run import Lab
+from umbel.core.errors import CheckError, ConfigError
 from umbel.privacy.budget.accounting import epsilon
 from umbel.privacy.masking.keys import new_signing_key, signing_key
 from umbel.server.output.report import write_report
@@ -20,7 +21,6 @@ from umbel.server.private.coordinator_key import coordinator_key, sign
 from umbel.server.private.seal import seal
 from umbel.server.private.statements import STATEMENTS, Statements, kept, signed_of, summary_of
 from umbel.server.private.verify import schema, verify
-from umbel.strategies.errors import CheckError, ConfigError
 from umbel.strategies.statement import RECORD, Statement, attach, make
 
 CLIENT = """

@@ -8,10 +8,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from tests.fakes import reply, request
+from umbel.core.errors import RunError
+from umbel.core.flower import take_identity
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.roster import roster
-from umbel.strategies.errors import RunError
-from umbel.transport.flower import take_identity
 
 
 class Strangers(Grid):

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from tests.fakes import APPS, PlusOne, SharedNursery, Times
 from umbel.clients.data.examples import Node
-from umbel.clients.node import job_seed
+from umbel.clients.handler import job_seed
+from umbel.core.app_folder import load
+from umbel.core.errors import ConfigError, RunError
 from umbel.federation import Federation
 from umbel.privacy.budget.events import ADD_OR_REMOVE
 from umbel.server.embedded.grid import EmbeddedGrid
-from umbel.server.job import Outcome
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.roster import NodeRef
 from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
-from umbel.strategies.app import load
-from umbel.strategies.errors import ConfigError, RunError
-from umbel.strategies.layer import Claim
+from umbel.server.training_spec import Outcome
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim
 
 Fit = Callable[..., tuple[Outcome, list[dict[str, Any]]]]
 

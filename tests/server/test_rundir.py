@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from umbel.core.errors import ConfigError, RunError
 from umbel.server.output.rundir import RunDirectory, machine, versions
-from umbel.strategies.errors import ConfigError, RunError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 lines = st.lists(st.dictionaries(st.text(), scalars, max_size=4), max_size=6)

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from umbel.clients.data.examples import Examples, Node, Split
-from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.trainer import TorchTrainer
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.core.records import Manifest
 from umbel.federation import Federation
 from umbel.loading import load
 from umbel.running import run
@@ -23,7 +24,6 @@ from umbel.server.statistics import _pooled
 from umbel.strategies.collect import PlainSum
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
-from umbel.strategies.records import Manifest
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.stack import Stack

@@ -11,10 +11,10 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from tests.fakes import APPS, SharedNursery
+from umbel.core.errors import ConfigError, RunError
 from umbel.server.embedded.executor import FIRST_NODE
 from umbel.server.embedded.grid import EmbeddedGrid
-from umbel.server.embedded.workers import Nursery
-from umbel.strategies.errors import ConfigError, RunError
+from umbel.server.embedded.workers import ForkServer
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_an_app_that_kills_its_process_while_loading(
 
 def test_no_process_is_left_behind() -> None:
     """Also not when the engine is the one that dies: its workers hang up with it."""
-    own = Nursery()
+    own = ForkServer()
     with EmbeddedGrid(APPS / "unruly", 2, workers=2, nursery=own) as grid:
         train(grid)
         children = psutil.Process().children(recursive=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 TASK = '''
 import torch
-from umbel.clients.trainer import Evaluated, Trained, Weights
+from umbel.clients.trainers.base import Evaluated, Trained, Weights
 from umbel.federation import Federation
 
 SIZE = 64
@@ -48,7 +48,7 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict, Message
 from flwr.clientapp import ClientApp
 from task import federation
-from umbel.strategies.records import from_array, to_array
+from umbel.core.records import from_array, to_array
 
 honest = federation.client_app()
 app = ClientApp()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import collected, gathering, reply, weighted_mean
 from umbel.strategies.collect import MeanMetrics, PlainSum
-from umbel.strategies.layer import Facts
+from umbel.strategies.transform import Facts
 
 NODES = (1001, 1002, 1003, 1004, 1005)
 

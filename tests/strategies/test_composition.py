@@ -23,13 +23,12 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from tests.fakes import PlusOne, Times, collected, gathering, reply
-from umbel.clients.function_trainer import FunctionTrainer
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import ConfigError, RunError, StackError, UmbelError
 from umbel.federation import Federation
 from umbel.privacy.noise.skellam import SkellamDpEvent
 from umbel.strategies import composition
 from umbel.strategies.collect import Gather, Gathering, PlainSum, Sum
-from umbel.strategies.errors import ConfigError, RunError, StackError, UmbelError
-from umbel.strategies.layer import Claim, Facts, Layer, Round, Stateless
 from umbel.strategies.private import banded_gaussian, gaussian, local_gaussian, tree_gaussian
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.banded_gaussian import BandedGaussian
@@ -48,10 +47,11 @@ from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.weigh import Weigh
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts, Round, Stateless, Transform
 
 SIZE = 6
 NODES = 9
-LAYERS: Mapping[str, Layer[Any]] = {
+LAYERS: Mapping[str, Transform[Any]] = {
     layer.name: layer
     for layer in (
         Clip(1.0),
@@ -375,7 +375,7 @@ class Choice:
     name: str = "choice"
 
     def check(self, facts: Facts) -> Facts:
-        return facts.but(**self.says)
+        return facts.replace(**self.says)
 
     def gather(self, requests: Any, round_: Gathering) -> Gather:
         raise NotImplementedError
@@ -437,7 +437,7 @@ def test_a_claim_makes_a_stack_private() -> None:
     hidden = Stack((Clip(1.0), Claiming(some=False)), FIXED)
     assert not hidden.private
     with pytest.raises(StackError, match="on some facts only"):
-        hidden.claims(BEFORE.but(size=SIZE + 1))
+        hidden.claims(BEFORE.replace(size=SIZE + 1))
 
 
 REFUSED: Mapping[str, tuple[Stack, Mapping[str, Any], str]] = {
@@ -549,9 +549,9 @@ class Longer(Stateless):
     name: str = "longer"
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
-        after = facts.but(size=facts.size + 1)
+        after = facts.replace(size=facts.size + 1)
         if self.says and facts.l2_bound is not None:
-            return after.but(l2_bound=math.hypot(facts.l2_bound, 1.0))
+            return after.replace(l2_bound=math.hypot(facts.l2_bound, 1.0))
         return after
 
     def encode(self, update: Tensor, config: Any, memory: RecordDict) -> Any:  # noqa: ARG002

@@ -13,7 +13,8 @@ from scipy import stats
 
 from umbel.benchmarks.speed.apps import write_federation
 from umbel.clients.data.examples import Node
-from umbel.clients.function_trainer import FunctionTrainer
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import ConfigError, RunError, StackError
 from umbel.federation import Federation
 from umbel.privacy.noise.skellam import SkellamDpEvent
 from umbel.server.embedded.grid import EmbeddedGrid
@@ -21,8 +22,6 @@ from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.errors import ConfigError, RunError, StackError
-from umbel.strategies.layer import Facts
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.secure.distributed_skellam import (
     DistributedDiscreteGaussian,
@@ -32,6 +31,7 @@ from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum, modulus_bits
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 
 SIZE = 4096
 
@@ -118,8 +118,8 @@ def test_the_claim_is_on_the_widened_bound_and_says_against_whom() -> None:
     assert bottom.l2_bound is not None and bottom.l2_bound > 1.0
     assert claim.event.l2 == pytest.approx(bottom.l2_bound / (bottom.grid or 0))
     assert math.sqrt(claim.event.variance) == pytest.approx(1.5 * claim.event.l2, rel=1e-5)
-    assert (claim.against, claim.sampled, claim.summed) == ("server", False, True)
-    assert 0 < claim.slack < 1e-20
+    assert (claim.against, claim.sampled, claim.seen_in_sum_only) == ("server", False, True)
+    assert 0 < claim.extra_delta < 1e-20
 
 
 def test_the_modulus_has_room_for_the_noise_and_the_sum() -> None:

@@ -18,22 +18,22 @@ from flwr.app import RecordDict
 from scipy import stats
 
 from tests.strategies.test_private_layers import FIXED, Run
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import clip, l2_norm
 from umbel.privacy.budget.accounting import epsilon, spent
 from umbel.privacy.budget.events import Charge
 from umbel.privacy.noise.gaussian import gaussian_delta
 from umbel.server.private.ledger import Ledger
 from umbel.server.private.plan import charge_for, claims_of
-from umbel.strategies.cohort import Poisson
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Facts
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import MARGIN, Gaussian
 from umbel.strategies.private.local_gaussian import LocalGaussian
 from umbel.strategies.private.private_metrics import PrivateMetrics
+from umbel.strategies.samplers import Poisson
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 
 
 def adapted(start: float, lengths: list[float], rounds: int, **options: Any) -> list[float]:

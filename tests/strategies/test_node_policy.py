@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
 from umbel.strategies.node_policy import KEYS, NodePolicy, default_file, policy_of, policy_path
 
 

@@ -11,10 +11,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from tests.fakes import collected, gathering, reply, request
+from umbel.core.errors import ConfigError
+from umbel.core.flower import take_identity
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.errors import ConfigError
 from umbel.strategies.optimizers import Adaptive, FedAvg, FedAvgM, ServerOptimizer, optimizer_named
-from umbel.transport.flower import take_identity
 
 SIZE, NODES, ROUNDS = 12, (1001, 1002, 1003, 1004), 6
 Pair = tuple[Callable[[], Any], ServerOptimizer]

@@ -15,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from umbel.core.errors import ConfigError, StackError
 from umbel.privacy.bounds.clipping import l2_norm
 from umbel.privacy.noise.lattice import grid_step, on_grid
 from umbel.strategies.collect import PlainSum, Sum
-from umbel.strategies.errors import ConfigError, StackError
-from umbel.strategies.layer import Facts, Round
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.banded_gaussian import BandedGaussian
 from umbel.strategies.private.clip import Clip
@@ -32,6 +31,7 @@ from umbel.strategies.recipe import compose
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, Round
 
 SIZE = 6
 FIXED = PlainSum(weighting="fixed")
@@ -273,7 +273,7 @@ def test_shared_noise_is_charged_as_it_grows() -> None:
     claim = claims(banded, 3)
     assert not claim.sampled
     assert claim.separation == 5
-    assert claim.again == GaussianDpEvent(3.0)
+    assert claim.repeat_event == GaussianDpEvent(3.0)
 
 
 def test_seeded_noise_claims_nothing() -> None:

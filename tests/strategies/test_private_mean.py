@@ -8,16 +8,16 @@ from dp_accounting import GaussianDpEvent
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.bundle import Grams
 from umbel.strategies.collect import Sum
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Facts, Round
 from umbel.strategies.private.private_mean import (
     END,
     PrivateMean,
     private_histogram,
     private_second_moment,
 )
+from umbel.strategies.transform import Facts, Round
 
 
 def _rows(examples: Tensor, public: Any) -> Tensor:  # noqa: ARG001 - the contract
@@ -49,7 +49,7 @@ def test_every_node_is_asked_so_nothing_is_amplified() -> None:
     (claim,) = _mean(noise_multiplier=30.0).claims()
     assert claim.event == GaussianDpEvent(30.0)
     assert (claim.sampled, claim.unit, claim.against) == (False, "client", "model-user")
-    assert 0 < claim.slack < 1e-9
+    assert 0 < claim.extra_delta < 1e-9
 
 
 def test_a_nodes_vector_is_the_mean_of_its_examples() -> None:

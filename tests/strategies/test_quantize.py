@@ -8,14 +8,14 @@ from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import clip, l2_norm
 from umbel.privacy.noise.lattice import on_grid
 from umbel.strategies.collect import Sum
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Facts, Round
 from umbel.strategies.secure.quantize import Quantize, step_for, widened
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts, Round
 
 NORMS = st.sampled_from([1e-3, 0.1, 1.0, 7.3, 1e3])
 

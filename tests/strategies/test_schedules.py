@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from umbel.core.errors import ConfigError
 from umbel.strategies import schedules
-from umbel.strategies.errors import ConfigError
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.schedules import checked_rate, factor
 

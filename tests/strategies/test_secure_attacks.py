@@ -8,22 +8,22 @@ import pytest
 from umbel.privacy.masking import keys, shamir
 from umbel.privacy.masking.session import Member, Roster, bitmap, pack_fields, unpack_fields
 from umbel.strategies.secure.checks import AbortedError
+from umbel.strategies.secure.local_session import LocalSession
 from umbel.strategies.secure.message import REFUSED, Plain
 from umbel.strategies.secure.policy import Policy
 from umbel.strategies.secure.protocol import advertise, respond
-from umbel.strategies.secure.rehearsal import Rehearsal
 
 NODES = (3, 14, 25, 36, 47, 58)
 VICTIM, OTHER = 25, 36
 KEYS = ("sealing", "masking", "identity", "certificate", "signature")
 
 
-def cohort(size: int = 5, policy: Policy | None = None) -> Rehearsal:
+def cohort(size: int = 5, policy: Policy | None = None) -> LocalSession:
     rows = np.random.default_rng(1).integers(0, 1 << 20, (len(NODES), size), "<u4")
-    return Rehearsal.of(dict(zip(NODES, rows, strict=True)), 20, policy=policy)
+    return LocalSession.of(dict(zip(NODES, rows, strict=True)), 20, policy=policy)
 
 
-def roster_of(session: Rehearsal, request: Plain) -> Roster:
+def roster_of(session: LocalSession, request: Plain) -> Roster:
     raw = request["roster"]
     assert isinstance(raw, bytes)
     return Roster.read(session.terms.ticket, session.terms.mode, raw)

@@ -9,22 +9,22 @@ import pytest
 from umbel.privacy.masking import keys, masks, packing
 from umbel.privacy.masking.session import Member, Roster, vector_key
 from umbel.strategies.secure.checks import AbortedError
+from umbel.strategies.secure.local_session import LocalSession
 from umbel.strategies.secure.message import Plain
 from umbel.strategies.secure.policy import Policy, RefusalError
-from umbel.strategies.secure.protocol import Self, advertise, serve
-from umbel.strategies.secure.rehearsal import Rehearsal
+from umbel.strategies.secure.protocol import Party, advertise, serve
 
 NODES = (3, 14, 25, 36, 47, 58)
 VICTIM, OTHER = 25, 36
 KEYS = ("sealing", "masking", "identity", "certificate", "signature")
 
 
-def cohort(size: int = 5, policy: Policy | None = None) -> Rehearsal:
+def cohort(size: int = 5, policy: Policy | None = None) -> LocalSession:
     rows = np.random.default_rng(1).integers(0, 1 << 20, (len(NODES), size), "<u4")
-    return Rehearsal.of(dict(zip(NODES, rows, strict=True)), 20, policy=policy)
+    return LocalSession.of(dict(zip(NODES, rows, strict=True)), 20, policy=policy)
 
 
-def roster_of(session: Rehearsal, request: Plain) -> Roster:
+def roster_of(session: LocalSession, request: Plain) -> Roster:
     raw = request["roster"]
     assert isinstance(raw, bytes)
     return Roster.read(session.terms.ticket, session.terms.mode, raw)
@@ -59,7 +59,7 @@ def test_s13_a_forged_share_is_laid_at_its_sender_s_door_and_another_subset_is_u
     assert (OTHER, "forged its share of a secret of node 3") in released.dropped
 
 
-def resigned(session: Rehearsal, node: int, stage: str, content: Plain) -> Plain:
+def resigned(session: LocalSession, node: int, stage: str, content: Plain) -> Plain:
     """What a dishonest node sends: other content, its own valid signature."""
     memory = session.wire[stage, node]
     sid = memory["sid"]
@@ -67,7 +67,7 @@ def resigned(session: Rehearsal, node: int, stage: str, content: Plain) -> Plain
     return session.nodes[node].signed(stage, sid, **content)
 
 
-def retagged(session: Rehearsal, node: int, message: Plain, vector: bytes) -> Plain:
+def retagged(session: LocalSession, node: int, message: Plain, vector: bytes) -> Plain:
     """What a dishonest node sends: another vector, its own valid tag and signature."""
     member = Member(node, *(bytes(session.wire["advertise", node][k]) for k in KEYS))  # type: ignore[arg-type]
     sid = bytes(message["sid"])  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ def test_replies_nobody_asked_for_and_second_replies_are_not_used() -> None:
 def test_s9_a_node_refuses_what_its_policy_does_not_allow() -> None:
     strict = Policy(mode="malicious", min_cohort=6, bits=(16, 24))
     terms = replace(cohort().terms, min_cohort=6)
-    me = Self(3, keys.signing_key(bytes(32)), policy=strict)
+    me = Party(3, keys.signing_key(bytes(32)), policy=strict)
     values = np.zeros(5, "<u4")
     advertise(me, terms, values, 6)
     for changed, shares, name in (
@@ -221,12 +221,12 @@ def test_a_cohort_that_shrank_below_the_promise_is_refused() -> None:
 def test_the_malicious_mode_is_not_for_five_nodes() -> None:
     values = {n: np.zeros(3, "<u4") for n in NODES[:5]}
     with pytest.raises(AbortedError, match="5 nodes advertised, 6 are needed"):
-        Rehearsal.of(values).run()
+        LocalSession.of(values).run()
 
 
 def test_a_sparser_graph_than_the_policy_wants_is_refused() -> None:
     values = {n: np.zeros(1, "<u4") for n in range(101)}
-    session = Rehearsal.of(values, policy=Policy(min_neighbours=90))
+    session = LocalSession.of(values, policy=Policy(min_neighbours=90))
     with pytest.raises(AbortedError):
         session.run()
     assert all(text.startswith("graph: 46 neighbours") for text in session.refusals().values())
@@ -234,7 +234,7 @@ def test_a_sparser_graph_than_the_policy_wants_is_refused() -> None:
 
 def test_s12_the_sum_wraps_like_integers_and_is_never_rounded() -> None:
     values = dict.fromkeys(NODES, np.full(4, (1 << 20) - 1, "<u4"))
-    total = Rehearsal.of(values, 20).run().total
+    total = LocalSession.of(values, 20).run().total
     assert masks.lift(total, 20).tolist() == [-6] * 4
     assert packing.packed_bytes(1_000_000, 20) < 4_000_000  # Flower sends eight bytes a number
 
@@ -242,7 +242,7 @@ def test_s12_the_sum_wraps_like_integers_and_is_never_rounded() -> None:
 def test_a_pinned_identity_may_not_change() -> None:
     session = cohort()
     session.run()
-    impostor = Self(VICTIM, keys.signing_key(keys.new_signing_key()))
+    impostor = Party(VICTIM, keys.signing_key(keys.new_signing_key()))
     nodes = dict(session.nodes) | {VICTIM: impostor}
     after = session.again(nonce=b"2" * 16)
     after.nodes = nodes

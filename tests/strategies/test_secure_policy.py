@@ -6,9 +6,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from umbel.core.errors import ConfigError
 from umbel.privacy.masking import keys
 from umbel.privacy.masking.session import Member
-from umbel.strategies.errors import ConfigError
 from umbel.strategies.node_policy import NodePolicy
 from umbel.strategies.secure.policy import Policy, RefusalError, fingerprint
 from umbel.transport.certificates import (

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from umbel.privacy.masking import graph, masks, packing
 from umbel.strategies.secure.checks import AbortedError
+from umbel.strategies.secure.local_session import STAGES, LocalSession
 from umbel.strategies.secure.message import Plain
-from umbel.strategies.secure.rehearsal import STAGES, Rehearsal
 
 
 def draw(count: int, size: int, bits: int, seed: int = 0) -> dict[int, masks.Words]:
@@ -22,7 +22,7 @@ def draw(count: int, size: int, bits: int, seed: int = 0) -> dict[int, masks.Wor
 @given(st.integers(3, 9), st.integers(1, 80), st.integers(8, 62), st.integers(0, 99))
 @settings(deadline=None, max_examples=25)
 def test_the_sum_is_exact_bit_for_bit(count: int, size: int, bits: int, seed: int) -> None:
-    session = Rehearsal.of(draw(count, size, bits, seed), bits, mode="semi-honest")
+    session = LocalSession.of(draw(count, size, bits, seed), bits, mode="semi-honest")
     released = session.run()
     assert released.included == tuple(session.values)
     assert released.total.tolist() == session.expected(released)
@@ -32,7 +32,7 @@ def test_the_sum_is_exact_bit_for_bit(count: int, size: int, bits: int, seed: in
 
 def test_node_ids_of_64_bits() -> None:
     values = {2**64 - 1 - i: np.full(4, i, "<u4") for i in range(6)}
-    assert Rehearsal.of(values).run().total.tolist() == [15] * 4
+    assert LocalSession.of(values).run().total.tolist() == [15] * 4
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 6])
@@ -43,7 +43,7 @@ def test_every_set_of_nodes_may_vanish_at_every_stage(count: int, stage: int) ->
     values = draw(count, 5, 20, seed=count)
     for size in range(count + 1):
         for gone in itertools.combinations(values, size):
-            session = Rehearsal.of(values, 20, mode=mode)
+            session = LocalSession.of(values, 20, mode=mode)
 
             def silence(
                 at: str, node: int, message: Plain, gone: tuple[int, ...] = gone
@@ -80,7 +80,7 @@ def test_losses_at_different_stages_add_up(stages: list[int]) -> None:
     """Each node falls silent at a stage of its own (from 5 on: never)."""
     values = draw(9, 7, 20, seed=3)
     plan = dict(zip(values, stages, strict=True))
-    session = Rehearsal.of(values)
+    session = LocalSession.of(values)
     session.to_server = lambda at, node, message: (
         None if STAGES.index(at) >= plan[node] else message
     )
@@ -97,7 +97,7 @@ def test_losses_at_different_stages_add_up(stages: list[int]) -> None:
 
 def test_the_next_round_works_after_one_that_was_given_up() -> None:
     """Flower's round dies of one loss before the shares, with a KeyError (defect S6)."""
-    session = Rehearsal.of(draw(6, 4, 20))
+    session = LocalSession.of(draw(6, 4, 20))
     session.to_server = lambda at, node, message: None if at == "mask" and node < 40 else message
     with pytest.raises(AbortedError, match="2 nodes sent a vector, 5 are needed") as caught:
         session.run()
@@ -111,7 +111,7 @@ def test_the_next_round_works_after_one_that_was_given_up() -> None:
 def test_one_node_s_bytes_on_the_wire_are_uniform() -> None:
     """Chi-squared over 256 values of the masked bytes of an all-zero vector, at 1e-7."""
     values = {node: np.zeros(400_000, "<u4") for node in range(1, 7)}
-    session = Rehearsal.of(values, 20)
+    session = LocalSession.of(values, 20)
     session.run()
     payload = session.wire["mask", 3]["vector"]
     assert isinstance(payload, bytes) and len(payload) == packing.packed_bytes(400_000, 20)
@@ -123,7 +123,7 @@ def test_one_node_s_bytes_on_the_wire_are_uniform() -> None:
 def test_nothing_of_a_vector_is_in_the_clear_on_the_wire() -> None:
     """The vector carries weight and metrics too (Flower sends those as they are, defect S8)."""
     marker = np.full(64, 0xABCDE, "<u4")
-    session = Rehearsal.of(dict.fromkeys(range(1, 7), marker), 20)
+    session = LocalSession.of(dict.fromkeys(range(1, 7), marker), 20)
     session.run()
     plain = packing.pack(marker, 20)
     for reply in session.wire.values():
@@ -137,7 +137,7 @@ def test_nothing_of_a_vector_is_in_the_clear_on_the_wire() -> None:
 
 
 def test_two_sessions_of_one_node_share_no_key_and_no_mask() -> None:
-    session = Rehearsal.of(draw(6, 50, 20))
+    session = LocalSession.of(draw(6, 50, 20))
     session.run()
     other = session.again(nonce=b"n" * 16)
     other.run()
@@ -147,7 +147,7 @@ def test_two_sessions_of_one_node_share_no_key_and_no_mask() -> None:
 
 def test_secrets_are_erased_step_by_step() -> None:
     """Flower keeps all of them in the node's context, in the clear, for ever (defect S10)."""
-    session = Rehearsal.of(draw(6, 4, 20))
+    session = LocalSession.of(draw(6, 4, 20))
     kept: dict[str, set[str]] = {}
 
     def look(stage: str, node: int, message: Plain) -> Plain | None:
@@ -166,7 +166,7 @@ def test_secrets_are_erased_step_by_step() -> None:
 
 def test_a_sparse_graph_of_110_nodes_with_losses() -> None:
     values = draw(110, 3, 20)
-    session = Rehearsal.of(values)
+    session = LocalSession.of(values)
     gone = {node for i, node in enumerate(values) if i % 7 == 0}
     session.to_server = lambda at, node, message: (
         None if (at == "mask" and node in gone) or (at == "unmask" and node % 9 == 0) else message
@@ -183,7 +183,7 @@ def test_a_sparse_graph_of_110_nodes_with_losses() -> None:
 @pytest.mark.slow
 def test_a_thousand_nodes() -> None:
     values = draw(1000, 20, 20)
-    session = Rehearsal.of(values)
+    session = LocalSession.of(values)
     gone = set(list(values)[::10])
     session.to_server = lambda at, node, message: None if at == "mask" and node in gone else message
     released = session.run()

@@ -12,24 +12,24 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from umbel.clients.data.examples import Node
-from umbel.clients.function_trainer import FunctionTrainer
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import StackError
 from umbel.federation import Federation
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Outcome, Rounds
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Facts
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.secure.identity import check_fresh, keep_session, spend, take_session
-from umbel.strategies.secure.node import HANDOVER, SPENT
+from umbel.strategies.secure.node import EXTERNAL_SESSION, SPENT
 from umbel.strategies.secure.policy import RefusalError
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum, modulus_bits, to_words
 from umbel.strategies.secure.wire import SECURE
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Facts
 
 SIZE = 50
 
@@ -177,7 +177,7 @@ def test_the_modulus_has_room_for_every_sum_within_the_bound() -> None:
         bits = modulus_bits(facts, count)
         assert count * 2**12 < 2 ** (bits - 1) <= 2 * (count * 2**12 + 1)
     with pytest.raises(StackError, match="fewer levels"):
-        modulus_bits(facts.but(grid=2.0**-70), 10)
+        modulus_bits(facts.replace(grid=2.0**-70), 10)
 
 
 def test_an_update_off_the_grid_or_too_large_is_refused_by_its_own_node() -> None:
@@ -208,14 +208,14 @@ def test_a_session_that_is_offered_again_once_its_round_is_over_is_refused(tmp_p
 
 def test_a_session_goes_where_its_node_keeps_sessions_and_leaves_nothing_else() -> None:
     """What a round leaves in a node's records would be written to its disk."""
-    state = RecordDict({HANDOVER: ConfigRecord()})
+    state = RecordDict({EXTERNAL_SESSION: ConfigRecord()})
     context = Context(run_id=1, node_id=1, node_config={}, state=state, run_config={})
     ticket = bytes(32)
     check_fresh(1, 1, ticket, context)
     keep_session({"ticket": ticket}, context)
-    assert dict(state[HANDOVER]) == {"ticket": ticket}
+    assert dict(state[EXTERNAL_SESSION]) == {"ticket": ticket}
     assert take_session(context) == {}
-    del state[HANDOVER]
+    del state[EXTERNAL_SESSION]
     assert not state
     # Without such a place the node keeps both itself.
     check_fresh(1, 1, ticket, context)
@@ -238,7 +238,7 @@ def test_a_round_is_given_once_and_rounds_only_go_up() -> None:
     check_fresh(1, 6, b"c" * 32, context)
     check_fresh(2, 1, b"d" * 32, context)
     # What a node process keeps on its disk counts too, whatever the app remembers.
-    state = RecordDict({HANDOVER: ConfigRecord(), SPENT: ConfigRecord({"round": 7})})
+    state = RecordDict({EXTERNAL_SESSION: ConfigRecord(), SPENT: ConfigRecord({"round": 7})})
     fresh = Context(run_id=1, node_id=1, node_config={}, state=state, run_config={})
     with pytest.raises(RefusalError, match="of round 7"):
         check_fresh(1, 7, b"e" * 32, fresh)

@@ -9,10 +9,10 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation
 from flwr.app import RecordDict
 
 from tests.fakes import PlusOne, Times, collected, gathering, reply
+from umbel.core.errors import StackError
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Claim, Facts, Round, Stateless
 from umbel.strategies.stack import Stack
+from umbel.strategies.transform import Claim, Facts, Round, Stateless
 
 NODES = (1001, 1002, 1003)
 UPDATES = [torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]), torch.tensor([3.0, 3.0])]
@@ -89,7 +89,7 @@ class Bounded(Stateless):
     name: str = "bounded"
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
-        return facts.but(l2_bound=1.0)
+        return facts.replace(l2_bound=1.0)
 
     def claim(self, facts: Facts) -> Claim:
         assert facts.l2_bound is not None

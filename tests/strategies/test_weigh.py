@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from umbel.clients.data.examples import Node
-from umbel.clients.function_trainer import FunctionTrainer
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.core.errors import StackError
 from umbel.federation import Federation
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
-from umbel.strategies.errors import StackError
-from umbel.strategies.layer import Facts
 from umbel.strategies.secure.weigh import Weigh
+from umbel.strategies.transform import Facts
 
 EXAMPLES = (1, 10, 100, 1000, 40, 7)
 

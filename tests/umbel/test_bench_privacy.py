@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.server.tiny_private_app import write_app
-from umbel.bench_privacy import opened
 from umbel.benchmarks.attack.plans import full, quick
-from umbel.cli import main
+from umbel.commands.bench_privacy import opened
+from umbel.commands.cli import main
+from umbel.core.errors import ConfigError
 from umbel.running import example
-from umbel.strategies.errors import ConfigError
 
 
 def umbel(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

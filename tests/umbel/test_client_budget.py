@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.clients.node_asker import DP_SGD, Asker
+from tests.clients.node_asker import DP_SGD, QueryRunner
 from tests.fakes import WarmCommand
 
 
@@ -14,7 +14,7 @@ def test_it_shows_each_count_with_its_limit_and_who_asked_last(
     state.mkdir()
     empty = umbel.command("client", "budget", "--state", state, cwd=tmp_path / "here")
     assert (empty.status, empty.out) == (0, "nothing that is counted has left this node\n")
-    node = Asker(DP_SGD, state, {"rounds": 3, "batch-size": 10}, run=77)
+    node = QueryRunner(DP_SGD, state, {"rounds": 3, "batch-size": 10}, run=77)
     node.more = {"umbel-coordinator": "hub.example:7443"}
     node.ask(1)
     node.ask(2)

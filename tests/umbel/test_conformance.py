@@ -14,17 +14,16 @@ from torch import nn
 
 from umbel.clients.data.examples import Examples
 from umbel.clients.data.partition import ByKey, BySize, Dirichlet, Iid, Shards
-from umbel.clients.function_trainer import FunctionTrainer
-from umbel.clients.private_sgd import PrivateSgd
 from umbel.clients.pytorch.one_step import OneStep
 from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.sklearn_trainer import SklearnTrainer
-from umbel.clients.softmax_trainer import SoftmaxTrainer
-from umbel.clients.trainer import Evaluated, Trained, Weights
+from umbel.clients.trainers.base import Evaluated, Trained, Weights
+from umbel.clients.trainers.function import FunctionTrainer
+from umbel.clients.trainers.private_sgd import PrivateSgd
+from umbel.clients.trainers.sklearn import SklearnTrainer
+from umbel.clients.trainers.softmax import SoftmaxTrainer
+from umbel.core.errors import ConfigError
 from umbel.privacy.budget.events import ADD_OR_REMOVE
 from umbel.strategies.collect import PlainSum, Sum
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.layer import Claim, Stateless
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.banded_gaussian import BandedGaussian
 from umbel.strategies.private.clip import Clip
@@ -40,6 +39,7 @@ from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.weigh import Weigh
+from umbel.strategies.transform import Claim, Stateless
 from umbel.testing import check_collect, check_layer, check_partitioner, check_trainer
 
 
@@ -331,7 +331,7 @@ BROKEN_LAYERS: list[tuple[dict[str, Any], str]] = [
     ({"encode": lambda s, u, c, m: (u / 3, {})}, "on the grid"),
     ({"encode": lambda s, u, c, m: (u + torch.rand(len(u)) * 0, {})}, ""),
     ({"encode": lambda s, u, c, m: (u * torch.rand(len(u)), {})}, "same update and config"),
-    ({"check": lambda s, f, st: f.but(modulus=16)}, "below the modulus"),
+    ({"check": lambda s, f, st: f.replace(modulus=16)}, "below the modulus"),
     ({"decode": lambda s, t, m, st, r: (t[1:], st, {})}, "original size"),
     ({"decode": lambda s, t, m, st, r: (t * torch.rand(1), st, {})}, "same state and sum"),
     ({"init": lambda s, n: {"rounds": 0}, "decode": _mutates_state}, "leaves the state"),
@@ -428,15 +428,21 @@ BROKEN_COLLECTS: list[tuple[Any, str]] = [
     (bent(lambda s, r: replace(s, total=s.total.abs())), "mean of equal|no other update"),
     (bent(lambda s, r: replace(s, total=s.total.sort().values)), "mean of equal|no other update"),
     (bent(lambda s, r: replace(s, weight=s.weight + 1)), "`weight` is the sum"),
-    (bent(lambda s, r: s, check=lambda s, f: f.but(kind="sum", weight_bound=0.5)), "weight_bound"),
+    (
+        bent(lambda s, r: s, check=lambda s, f: f.replace(kind="sum", weight_bound=0.5)),
+        "weight_bound",
+    ),
     (
         bent(
             lambda s, r: s,
-            check=lambda s, f: f.but(kind="sum", public_denominator=True),
+            check=lambda s, f: f.replace(kind="sum", public_denominator=True),
         ),
         "public denominator",
     ),
-    (bent(lambda s, r: s, check=lambda s, f: f.but(size=f.size + 1)), "does not change the size"),
+    (
+        bent(lambda s, r: s, check=lambda s, f: f.replace(size=f.size + 1)),
+        "does not change the size",
+    ),
     (bent(lambda s, r: s, _read=_believes), "costs its sender only"),
     (bent(lambda s, r: s, gather=_breaks), "the round broke off"),
     (bent(lambda s, r: replace(s, rejected=())), "`rejected` names"),
@@ -456,7 +462,7 @@ def test_a_choice_among_updates_need_not_be_linear() -> None:
     def middle(sum_: Sum, round_: Any) -> Sum:
         return replace(sum_, total=sum_.total.double().pow(3).sign() * sum_.total.abs())
 
-    check_collect(bent(middle, check=lambda s, f: f.but(kind="each")))
+    check_collect(bent(middle, check=lambda s, f: f.replace(kind="each")))
 
 
 class Parts:

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from umbel.clients.data.datasets import CATALOGUE
-from umbel.data_commands import app
-from umbel.strategies.errors import ConfigError
+from umbel.commands.data import app
+from umbel.core.errors import ConfigError
 
 runner = CliRunner()
 

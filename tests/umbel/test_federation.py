@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fakes import APPS, PlusOne, Times
+from umbel.core.app_folder import load
+from umbel.core.errors import ConfigError
 from umbel.federation import Federation
 from umbel.running import run
 from umbel.server.output.progress import SilentProgress
-from umbel.strategies.app import load
-from umbel.strategies.errors import ConfigError
 from umbel.strategies.stack import Stack
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tests.fakes import APPS
+from umbel.commands.server import client, server
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError
 from umbel.flower_engine import _SuperLink
 from umbel.flower_process import FlowerProcess, end_earlier, environment, program
 from umbel.serve import resolve
-from umbel.server_commands import client, server
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_model
 
 import umbel
-from umbel.clients.trainer import Weights
+from umbel.clients.trainers.base import Weights
+from umbel.core.errors import ConfigError
 from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.report import write_report
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.errors import ConfigError
 
 TASK = """
 import numpy as np

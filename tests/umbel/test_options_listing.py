@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from umbel.commands.options_listing import listing, meanings_of, reference
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError
+from umbel.core.limits import limits_of
 from umbel.federation import FederationServerApp
-from umbel.options_listing import listing, meanings_of, reference
 from umbel.running import example
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.limits import limits_of
 from umbel.strategies.run_options import RunOptions
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from umbel.core.errors import ConfigError
 from umbel.planning import schedule
 from umbel.privacy.budget.accounting import epsilon, spent
 from umbel.privacy.budget.calibrate import calibrate
-from umbel.strategies.errors import ConfigError
 
 NODES, SIZE, ROUNDS, DELTA = 1000, 2000, 20, 1e-5
 OPTIONS: dict[str, dict[str, Any]] = {

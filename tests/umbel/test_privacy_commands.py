@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from umbel.privacy_commands import app
-from umbel.strategies.errors import ConfigError
+from umbel.commands.privacy import app
+from umbel.core.errors import ConfigError
 
 SCHEDULE = ["--sampling-rate", "0.1", "--rounds", "100", "--delta", "1e-5"]
 

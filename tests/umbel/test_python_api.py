@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import umbel
+from umbel.core.errors import ConfigError
 from umbel.notebook import NotebookProgress
 from umbel.server.output.progress import SilentProgress
-from umbel.strategies.errors import ConfigError
 
 
 def line(node: Any, options: Any) -> umbel.Examples:  # noqa: ARG001
@@ -70,7 +70,7 @@ def test_worker_processes_need_an_app_folder() -> None:
 
 def test_the_names_are_those_of_the_page_whatever_was_imported_first() -> None:
     code = (
-        "import umbel.cli, umbel.run, umbel.running, umbel.loading, umbel.federation\n"
+        "import umbel.commands.cli, umbel.run, umbel.running, umbel.loading, umbel.federation\n"
         "from umbel.run import run\n"
         "assert run is umbel.run\n"
         "import umbel\n"

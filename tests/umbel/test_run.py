@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.fakes import APPS, Ended, WarmCommand
-from umbel.server.lock import locked
+from umbel.core.lock import locked
 from umbel.server.output.rundir import RunDirectory
 
 OPTIONS = {"rounds": 6, "optimizer": "fedadam", "server-learning-rate": 0.02}
@@ -59,7 +59,7 @@ DEATHS = {
     "with the nodes of the fourth saved": (f"{CHECKPOINT}:_save_nodes", 4, "after"),
     "with the position written but not in place": (f"{CHECKPOINT}:save_file", 3, "after"),
     "between line and checkpoint": (f"{RUNDIR}.append_round", 5, "after"),
-    "in the middle of training": ("umbel.clients.node:NodeHalf.train", 11, "before"),
+    "in the middle of training": ("umbel.clients.handler:ClientHandler.train", 11, "before"),
     "before the model is written": (f"{RUNDIR}.write_model", 1, "before"),
 }
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from umbel.core.app_folder import open_app
+from umbel.core.errors import ConfigError
 from umbel.scaffold import TEMPLATE, new_app
-from umbel.strategies.app import open_app
-from umbel.strategies.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", ["my-app", "a", "Clinic_7", "x.y"])

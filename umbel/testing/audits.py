@@ -148,7 +148,7 @@ def _subject(
     run: "Federation | Path | str",
 ) -> tuple[Any, dict[str, Any], str, float | None, int]:
     """The federation, its options, its name, what a finished run has spent, and its nodes."""
-    from umbel.bench_privacy import opened
+    from umbel.commands.bench_privacy import opened
     from umbel.server.output.rundir import RunDirectory
 
     if not isinstance(run, Path | str):

@@ -10,11 +10,11 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from umbel.core.flower import Envelope
+from umbel.core.records import to_array
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Collect, Gathering, Seals, Sum
-from umbel.strategies.layer import Facts
-from umbel.strategies.records import to_array
+from umbel.strategies.transform import Facts
 from umbel.testing.laws import attributes, hold, same
-from umbel.transport.flower import Envelope
 
 NODES = (11, 12, 13, 14, 15)
 COUNTS = (1, 2, 3, 4, 5)
@@ -87,7 +87,7 @@ def _order(collect: Collect, updates: Tensor, round_: Gathering) -> Sum:
             same(_numbers(whole), _numbers(other)),
             f"{collect.name}: the order of arrival does not change the bits",
             f"replies in the order {order} gave another result",
-            "add up by the place in the cohort (umbel.strategies.fold.Fold), or sort first",
+            "add up by the place in the cohort (umbel.strategies.ordered_sum.Fold), or sort first",
         )
     return whole
 

@@ -1,4 +1,4 @@
-"""`check_layer`: the laws of `umbel.strategies.layer.Layer`."""
+"""`check_layer`: the laws of `umbel.strategies.transform.Layer`."""
 
 import copy
 import math
@@ -11,24 +11,24 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import ConfigError, StackError
+from umbel.core.streams import seeded
 from umbel.privacy.bounds.clipping import clip_to_grid, is_within
 from umbel.privacy.noise.lattice import grid_step, on_grid
 from umbel.server.checkpoint import Position, load, save
 from umbel.strategies.collect import EXAMPLES, LENIENCE, PlainSum
-from umbel.strategies.errors import ConfigError, StackError
-from umbel.strategies.layer import (
+from umbel.strategies.order import keeps_sums
+from umbel.strategies.stack import Stack
+from umbel.strategies.transform import (
     Calibrated,
     Facts,
-    Layer,
     Round,
     SeesMetrics,
+    Transform,
     acts_on_sums,
     acts_on_updates,
     claims_privacy,
 )
-from umbel.strategies.order import keeps_sums
-from umbel.strategies.stack import Stack
-from umbel.strategies.streams import seeded
 from umbel.testing.laws import attributes, hold, same
 
 COHORT = 8
@@ -37,7 +37,7 @@ UNITS = ("client", "example")
 AGAINST = ("model-user", "server", "other-clients")
 
 
-def check_layer(layer: Layer[Any], size: int = 12, *, repeatable: bool = True) -> None:
+def check_layer(layer: Transform[Any], size: int = 12, *, repeatable: bool = True) -> None:
     """Fail unless a layer keeps its laws on random, zero, huge and one-hot updates.
 
     `encode` leaves its input alone; `check` says size, bound, grid and modulus that its result
@@ -86,15 +86,15 @@ def check_layer(layer: Layer[Any], size: int = 12, *, repeatable: bool = True) -
 def _places(size: int) -> list[Facts]:
     """The facts of free updates, and of bounded ones."""
     round_ = Facts(size, round=1, expected_replies=float(COHORT), max_replies=COHORT, kind="sum")
-    bounded = round_.but(l2_bound=1.0, grid=grid_step(1.0))
+    bounded = round_.replace(l2_bound=1.0, grid=grid_step(1.0))
     return [round_, bounded]
 
 
-def _taken(layer: Layer[Any], facts: Facts) -> bool:
+def _taken(layer: Transform[Any], facts: Facts) -> bool:
     return not _refusal(layer, facts)
 
 
-def _refusal(layer: Layer[Any], facts: Facts) -> str:
+def _refusal(layer: Transform[Any], facts: Facts) -> str:
     try:
         layer.check(facts, layer.init(facts.size))
     except StackError as error:
@@ -111,7 +111,7 @@ class _Trial:
         repeatable: whether the same input gives the same result.
     """
 
-    def __init__(self, layer: Layer[Any], facts: Facts, *, repeatable: bool) -> None:
+    def __init__(self, layer: Transform[Any], facts: Facts, *, repeatable: bool) -> None:
         self.layer, self.facts, self.repeatable = layer, facts, repeatable
         self.name, self.size = layer.name, facts.size
         self.state = layer.init(facts.size)
@@ -177,7 +177,7 @@ class _Trial:
             sent.shape == (after.size,),
             f"{name}: what is sent has the size that `check` says",
             f"{what} became {tuple(sent.shape)}, and `check` says {after.size}",
-            "say facts.but(size=...) in `check`",
+            "say facts.replace(size=...) in `check`",
         )
         hold(
             bool(torch.isfinite(sent).all()),
@@ -198,7 +198,7 @@ class _Trial:
                 on_grid(sent, after.grid),
                 f"{name}: updates lie on the grid of `check`",
                 f"{what} is off the multiples of {after.grid:g}",
-                "round to it, or say facts.but(grid=None)",
+                "round to it, or say facts.replace(grid=None)",
             )
         if after.modulus is not None:
             whole = sent.double()
@@ -226,9 +226,9 @@ class _Trial:
 
     def _back(self, sent: Tensor, state: Any, number: int = 1) -> tuple[Tensor, Any]:
         """What the server's half makes of a sum of one update with weight 1."""
-        bottom = PlainSum(weighting="fixed").check(self.after.but(round=number))
+        bottom = PlainSum(weighting="fixed").check(self.after.replace(round=number))
         generator = torch.Generator().manual_seed(0)
-        rnd = Round(number, 1.0, 1, 1.0, bottom, generator, self.facts.but(round=number), 1.0)
+        rnd = Round(number, 1.0, 1, 1.0, bottom, generator, self.facts.replace(round=number), 1.0)
         total, after, _ = self.layer.decode(sent.double(), {}, state, rnd)
         return total, after
 
@@ -319,7 +319,7 @@ class _Trial:
         try:
             claim = self.layer.claim(bottom)
         except StackError:  # it protects in a sum that the server does not see into
-            claim = self.layer.claim(bottom.but(server_sees="sum"))
+            claim = self.layer.claim(bottom.replace(server_sees="sum"))
         assert claim is not None, f"{name}: claims on some facts only; claim always or never"
         from dp_accounting import DpEvent, NeighboringRelation
 
@@ -328,14 +328,18 @@ class _Trial:
             ("relation", isinstance(claim.relation, NeighboringRelation), claim.relation),
             ("against", claim.against in AGAINST, claim.against),
             ("event", isinstance(claim.event, DpEvent), type(claim.event).__name__),
-            ("slack", math.isfinite(claim.slack) and 0 <= claim.slack < 1, claim.slack),
+            (
+                "slack",
+                math.isfinite(claim.extra_delta) and 0 <= claim.extra_delta < 1,
+                claim.extra_delta,
+            ),
             ("separation", claim.separation >= 1, claim.separation),
         ):
             hold(
                 good,
                 f"{name}: a claim has a known {what}",
                 f"it is {value!r}",
-                f"choose one that umbel.strategies.layer.Claim describes; units are "
+                f"choose one that umbel.strategies.transform.Claim describes; units are "
                 f"{' and '.join(UNITS)}, and it is against {', '.join(AGAINST)}",
             )
 

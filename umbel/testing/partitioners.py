@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from umbel.clients.data.partition import Partitioner
-from umbel.strategies.errors import ConfigError
-from umbel.strategies.streams import seeded
+from umbel.core.errors import ConfigError
+from umbel.core.streams import seeded
 from umbel.testing.laws import hold, same
 
 

@@ -1,4 +1,4 @@
-"""`check_trainer`: the laws of `umbel.clients.trainer.Trainer`."""
+"""`check_trainer`: the laws of `umbel.clients.trainers.base.Trainer`."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from umbel.clients.trainer import (
+from umbel.clients.trainers.base import (
     ChecksOptions,
     CohortTrainer,
     Job,
@@ -16,9 +16,9 @@ from umbel.clients.trainer import (
     Trainer,
     Weights,
 )
-from umbel.strategies.errors import ConfigError
+from umbel.core.errors import ConfigError
+from umbel.core.streams import seeded
 from umbel.strategies.run_options import RunOptions
-from umbel.strategies.streams import seeded
 from umbel.testing.laws import hold, same
 
 UNKNOWN = "an-option-that-nobody-knows"

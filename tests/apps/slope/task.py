@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from umbel import Examples, Federation, Split
-from umbel.clients.trainer import Evaluated, Trained, Weights
+from umbel.clients.trainers.base import Evaluated, Trained, Weights
 
 TRUE = torch.tensor([1.0, 2.0, 3.0])
 

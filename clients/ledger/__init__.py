@@ -1,0 +1,1 @@
+"""The node's own account of what its data have been used for."""

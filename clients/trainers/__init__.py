@@ -1,0 +1,1 @@
+"""Trainers: how a node's model is made, trained and evaluated."""

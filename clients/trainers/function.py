@@ -1,0 +1,173 @@
+"""A trainer made of plain functions of NumPy arrays, for any method and any library.
+
+    def train(arrays, examples, job):
+        slope = arrays["slope"] + job.learning_rate * ...
+        return {"slope": slope}, len(examples), {"loss": ...}
+
+    trainer = FunctionTrainer(initial=lambda options: {"slope": np.zeros(3)}, train=train)
+
+NumPy in, NumPy out. Global random generators are seeded from the job around each call and put
+back afterwards. Arrays of real or complex numbers are parameters; others are buffers.
+"""
+
+import cmath
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umbel.clients.data.arrays import not_a_number
+from umbel.clients.given import check_functions
+from umbel.clients.metrics import named_numbers
+from umbel.clients.seeding import seeded
+from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
+from umbel.core.errors import ConfigError
+
+Array = np.ndarray[Any, Any]
+Arrays = Mapping[str, Any]
+"""Names to arrays, in a fixed order; what functions return may be anything like an array."""
+
+Initial = Callable[[Options], Arrays]
+Train = Callable[[dict[str, Array], Any, Job], tuple[Arrays, int, Mapping[str, float]]]
+Evaluate = Callable[[dict[str, Array], Any], Mapping[str, float]]
+
+
+class FunctionTrainer:
+    """Trains whatever `train` trains.
+
+    Args:
+        initial: the run's options to the first arrays.
+        train: arrays, a node's examples and the job to new arrays (same names and shapes), the
+            number of examples, and metrics. The arrays that it gets are its own to change.
+        evaluate: arrays and examples to metrics, means over the examples; None for none.
+        options: options of the functions' own, with defaults; `job.options` has them all.
+    """
+
+    def __init__(
+        self,
+        initial: Initial,
+        train: Train,
+        evaluate: Evaluate | None = None,
+        options: Options | None = None,
+    ) -> None:
+        self._initial, self._train, self._evaluate = initial, train, evaluate
+        check_functions(self, "_initial", "_train", "_evaluate")
+        self.OPTIONS: dict[str, bool | int | float | str] = dict(options or {})
+
+    def initial(self, options: Options, seed: int) -> Weights:
+        """The first model; random draws of the function start from `seed`."""
+        with seeded(seed):
+            arrays = self._initial({**self.OPTIONS, **options})
+        if not isinstance(arrays, Mapping) or not arrays:
+            raise ConfigError(
+                f"the function `initial` returned {arrays!r}; return a dict of names to arrays"
+            )
+        return _split({name: _tensor(name, value) for name, value in arrays.items()})
+
+    USE = "model"
+
+    def ready(self, weights: Weights, options: Options) -> dict[str, Array]:  # noqa: ARG002
+        """The arrays by name."""
+        return _arrays({**weights.parameters, **weights.buffers})
+
+    def train(self, weights: Weights, examples: Any, job: Job) -> Trained:
+        """Call `train` on copies of the arrays; `weights` is not mutated.
+
+        Raises:
+            ConfigError: what it returns is not a model like the one it got.
+        """
+        before = {**weights.parameters, **weights.buffers}
+        complete = replace(job, options={**self.OPTIONS, **job.options})
+        with seeded(job.seed):
+            result = self._train(_arrays(before), examples, complete)
+        try:
+            arrays, count, metrics = result
+        except (TypeError, ValueError):
+            raise ConfigError(
+                "the function `train` has to return three values: arrays, number of examples and "
+                f"metrics; it returned {type(result).__name__}"
+            ) from None
+        if count < 1:
+            raise ConfigError(f"the function `train` trained on {count} examples; it needs one")
+        after = _like(before, arrays)
+        if not all(_finite(after[name]) for name in weights.parameters):
+            found = not_a_number(examples)
+            if found:
+                raise ConfigError(f"{found}; fill it or leave those examples out")
+        return Trained(
+            Weights(
+                {name: after[name] for name in weights.parameters},
+                {name: after[name] for name in weights.buffers},
+            ),
+            int(count),
+            named_numbers(metrics, "the function `train`"),
+        )
+
+    def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002
+        """Call `evaluate` on copies of the arrays; without one, there are no metrics."""
+        if self._evaluate is None:
+            return Evaluated(len(examples), {})
+        arrays = _arrays({**weights.parameters, **weights.buffers})
+        with seeded(0):
+            metrics = self._evaluate(arrays, examples)
+        return Evaluated(len(examples), named_numbers(metrics, "the function `evaluate`"))
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all are finite numbers; their sum tells, unless it is too large itself."""
+    return cmath.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    array = np.array(value, order="C")
+    if array.dtype.kind not in "biufc":
+        raise ConfigError(f"the array {name} holds values of type {array.dtype}; use numbers")
+    return torch.from_numpy(array)
+
+
+def _viewed(name: str, value: Any) -> Tensor:
+    """What a function returned, without a copy where that is an array that torch can hold."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" and value.flags.carray:
+        return torch.from_numpy(value)
+    return _tensor(name, value)
+
+
+def _split(tensors: dict[str, Tensor]) -> Weights:
+    real = {
+        n: value
+        for n, value in tensors.items()
+        if value.dtype.is_floating_point or value.is_complex()
+    }
+    if not real:
+        raise ConfigError(
+            f"none of the arrays {', '.join(tensors)} holds real or complex numbers, so there is "
+            "nothing to train; make the parameters float"
+        )
+    return Weights(real, {name: value for name, value in tensors.items() if name not in real})
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+
+
+def _like(before: Mapping[str, Tensor], arrays: Any) -> dict[str, Tensor]:
+    """The new arrays as tensors of the types they had before."""
+    names = set(arrays) if isinstance(arrays, Mapping) else set()
+    if names != set(before):
+        raise ConfigError(
+            f"the function `train` returned the arrays {sorted(map(str, names))}, but the model "
+            f"has {sorted(before)}; return all of them, under the same names"
+        )
+    after = {}
+    for name, old in before.items():
+        new = _viewed(name, arrays[name])
+        if new.shape != old.shape:
+            raise ConfigError(
+                f"the function `train` returned {name} with shape {tuple(new.shape)}, but the "
+                f"model has {tuple(old.shape)}; shapes have to stay"
+            )
+        after[name] = new.to(old.dtype)
+    return after

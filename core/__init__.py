@@ -1,0 +1,1 @@
+"""What every room stands on: errors, options, records, the app folder, the adapter to Flower."""

@@ -1,0 +1,100 @@
+"""`umbel export`, `compress`, `predict` and `tune`: from a trained model to its use."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line on stdout.")]
+AppFolder = Annotated[
+    Path | None, typer.Option("--app", help="The app's folder, if it was moved since the run.")
+]
+
+
+def export(
+    run: Run,
+    form: Annotated[
+        str, typer.Option("--to", help="onnx, torch-export, safetensors or keras.")
+    ] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to make. Default: RUN/deliver/FORMAT.")
+    ] = None,
+    app: AppFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model in a format that others load, with its card and its claims."""
+    from umbel.deliver.export import export as write
+    from umbel.delivering import trained_model
+    from umbel.server.output import strict
+
+    model = trained_model(run, app)
+    made = write(model, form, out or run / "deliver" / form)
+    if as_json:
+        typer.echo(strict.dumps(made.to_json()))
+        return
+    if made.difference is not None:
+        typer.echo(f"largest difference {made.difference:.2g}, {made.checked}")
+    for name, value in sorted(made.metrics.items()):
+        typer.echo(f"{name} {value:.4g}")
+    typer.echo(f"{made.bytes:,} bytes: {made.path}")
+
+
+def predict(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run, a folder of umbel export, or MODEL@TAG."),
+    ],
+    given: Annotated[
+        Path | None,
+        typer.Argument(metavar="[INPUT]", help="A file, or a folder of files."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="What is printed: table, json or csv.")
+    ] = "table",
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Serve the model over HTTP.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="With --listen: a second model for a share of requests."),
+    ] = None,
+    share: Annotated[float, typer.Option(help="Of the requests that --against answers.")] = 0.5,
+    certificate: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="With --listen: for HTTPS.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="Of the certificate.")] = None,
+    max_bytes: Annotated[int, typer.Option(help="Of one request's body.", min=1)] = 10_000_000,
+    max_rows: Annotated[int, typer.Option(help="Inputs in one request.", min=1)] = 1024,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 30.0,
+    threads: Annotated[int, typer.Option(help="Of one prediction; 0: all cores.", min=0)] = 0,
+    app: AppFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Use a model: on files, or as a service for others."""
+    from umbel.core.errors import ConfigError
+    from umbel.predicting import open_model, predictions, serve_model, show
+
+    if (given is None) == (listen is None):
+        raise ConfigError("give an INPUT to predict for, or --listen HOST:PORT to serve; one of it")
+    if listen is None:
+        for name, value in (("--against", against), ("--certificate", certificate), ("--key", key)):
+            if value is not None:
+                raise ConfigError(f"{name} is for serving; give --listen HOST:PORT with it")
+        assert given is not None
+        rows = predictions(open_model(model, app, threads), given)
+        show(rows, "json" if as_json else form)
+        return
+    from umbel.deliver.service import Limits
+
+    serve_model(
+        model,
+        listen=listen,
+        against=against,
+        share=share,
+        limits=Limits(max_bytes, max_rows, timeout),
+        certificate=certificate,
+        key=key,
+        threads=threads,
+        app=app,
+    )
