@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-ROOMS  := privacy strategies transport clients server deliver benchmarks
+ROOMS  := core privacy strategies transport clients server deliver benchmarks
 
 .PHONY: help demo federation test test-slow check fmt links proto wheel bench docs clean
 
@@ -39,7 +39,7 @@ fmt: $(READY) ## format the code
 	$(BIN)/ruff format .
 
 links: ## the layout that type checkers and editors need (.links/umbel/...)
-	@mkdir -p .links/umbel
+	@rm -rf .links && mkdir -p .links/umbel
 	@for room in $(ROOMS); do ln -sfn ../../$$room .links/umbel/$$room; done
 	@for file in umbel/*; do ln -sfn ../../$$file .links/umbel/$$(basename $$file); done
 

@@ -46,14 +46,11 @@ _QUERIES = {
 
 _HERE = Path(__file__).resolve().parent
 _PROTOCOL = (
+    str(_HERE.parent / "core"),
     str(_HERE.parent / "strategies"),
-    *(
-        str(_HERE / name)
-        for name in (
-            *("node.py", "admission.py", "pooling.py", "private_sgd.py"),
-            *("charging.py", "node_ledger.py", "ledger_file.py", "ledger_database.py"),
-        )
-    ),
+    str(_HERE / "ledger"),
+    *(str(_HERE / name) for name in ("handler.py", "admission.py", "pooling.py")),
+    str(_HERE / "trainers" / "private_sgd.py"),
 )
 """Where Umbel's own sentences come from that say nothing about a node's data."""
 

@@ -28,7 +28,7 @@ def whole() -> click.Command:
     root.registered_callback = cli.app.registered_callback
     root.registered_groups = [g for g in cli.app.registered_groups if g.name not in cli._GROUPS]
     for name, text in cli._GROUPS.items():
-        root.add_typer(importlib.import_module(f"umbel.{name}_commands").app, name=name, help=text)
+        root.add_typer(importlib.import_module(f"umbel.commands.{name}").app, name=name, help=text)
     return typer.main.get_command(root)
 
 

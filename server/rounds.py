@@ -34,8 +34,7 @@ from umbel.server.roster import NodeRef, newcomers
 from umbel.server.shortfall import Shortfall
 from umbel.server.statistics import ask_statistics
 from umbel.server.training_spec import Evaluate as Evaluate
-from umbel.server.training_spec import Outcome as Outcome
-from umbel.server.training_spec import TrainingSpec as TrainingSpec
+from umbel.server.training_spec import Outcome, TrainingSpec
 from umbel.strategies.collect import BUFFERS, NO_REPLY, Gathering, Seals, Sum
 from umbel.strategies.composition import check_rounds
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS, averaged_buffers

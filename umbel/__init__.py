@@ -8,6 +8,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from umbel import former
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
     from umbel.clients.data.scattering import Scattering as Scattering
     from umbel.clients.pytorch.one_step import OneStep as OneStep
     from umbel.clients.pytorch.trainer import TorchTrainer as TorchTrainer
+    from umbel.clients.trainers.base import Evaluated as Evaluated
+    from umbel.clients.trainers.base import Job as Job
+    from umbel.clients.trainers.base import Trained as Trained
+    from umbel.clients.trainers.base import Trainer as Trainer
+    from umbel.clients.trainers.base import Weights as Weights
     from umbel.clients.trainers.function import FunctionTrainer as FunctionTrainer
     from umbel.clients.trainers.private_sgd import PrivateSgd as PrivateSgd
     from umbel.clients.trainers.sklearn import SklearnTrainer as SklearnTrainer
@@ -62,7 +69,11 @@ if TYPE_CHECKING:
     from umbel.strategies.secure.secure_sum import SecureSum as SecureSum
     from umbel.strategies.secure.weigh import Weigh as Weigh
     from umbel.strategies.stack import Stack as Stack
+    from umbel.strategies.transform import Claim as Claim
+    from umbel.strategies.transform import Facts as Facts
+    from umbel.strategies.transform import Round as Round
     from umbel.strategies.transform import Stateless as Stateless
+    from umbel.strategies.transform import Transform as Transform
 
 _HOMES = {
     "ByKey": "clients.data.partition",
@@ -110,6 +121,15 @@ _HOMES = {
     "run": "running",
     "Interrupted": "running",
     "Result": "result",
+    "Claim": "strategies.transform",
+    "Evaluated": "clients.trainers.base",
+    "Facts": "strategies.transform",
+    "Job": "clients.trainers.base",
+    "Round": "strategies.transform",
+    "Trained": "clients.trainers.base",
+    "Trainer": "clients.trainers.base",
+    "Transform": "strategies.transform",
+    "Weights": "clients.trainers.base",
     "UmbelError": "core.errors",
     "ConfigError": "core.errors",
     "StackError": "core.errors",
@@ -131,6 +151,9 @@ class _Moved(types.ModuleType):
 
 # `import umbel.run` finds it here, and leaves the function `umbel.run` as it is.
 sys.modules.setdefault("umbel.run", _Moved("umbel.run", _Moved.__doc__))
+
+
+former.install()
 
 
 def __dir__() -> list[str]:

@@ -32,8 +32,9 @@ from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
 from umbel.server.provenance import record_start
 from umbel.server.roster import roster
-from umbel.server.rounds import Evaluate, Job, Outcome, Rounds
+from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
+from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
 from umbel.strategies.composition import compose
 from umbel.strategies.contract import Contract
 from umbel.strategies.layout import shows_statistics
@@ -204,7 +205,7 @@ class Federation:
         """The coordinator's app; assign it to `app` at the top level of `server_app.py`."""
         return FederationServerApp(self)
 
-    def job(self, options: Options, nodes: int = 0) -> Job:
+    def job(self, options: Options, nodes: int = 0) -> TrainingSpec:
         """What the coordinator trains under these options (complete ones) with so many nodes."""
         stack = self.stack_for(options)
         run_options = RunOptions.read(options)
@@ -217,7 +218,7 @@ class Federation:
                 "the private means out, or train with central privacy (epsilon alone)"
             )
         pooled = can_pool(self.trainer, self.data, nodes, stack, options, questions)
-        return Job(
+        return TrainingSpec(
             parameters=first.parameters,
             buffers=first.buffers,
             options=run_options,
@@ -336,7 +337,9 @@ class FederationServerApp(ServerApp):
             session.finish()
             write_report(session.run.path)
 
-    def _say_what_is_not_asked(self, job: Job, asked: RunOptions, session: Session) -> None:
+    def _say_what_is_not_asked(
+        self, job: TrainingSpec, asked: RunOptions, session: Session
+    ) -> None:
         """Say why the table of the nodes' own measurements will be empty."""
         if job.quiet and asked.federated_every >= 0:
             session.progress.note(
@@ -354,7 +357,7 @@ class FederationServerApp(ServerApp):
                 f"{drawn.cohort} cohorts, as its accounting assumes (option sampling)"
             )
 
-    def _say_what_is_lost(self, job: Job, rounds: Rounds, session: Session) -> None:
+    def _say_what_is_lost(self, job: TrainingSpec, rounds: Rounds, session: Session) -> None:
         """Say which updates the rounding that exact sums need takes a part of."""
         states = job.stack.init(rounds.facts.size)
         facts = job.stack.check(rounds.facts.replace(round=1), states)
@@ -369,7 +372,7 @@ class FederationServerApp(ServerApp):
                 "(secure-levels)"
             )
 
-    def _advise(self, job: Job, rounds: Rounds, session: Session, nodes: int) -> None:
+    def _advise(self, job: TrainingSpec, rounds: Rounds, session: Session, nodes: int) -> None:
         """Say what a user would otherwise find out from a bad curve."""
         advice = getattr(job.stack.collect, "advice", None)
         if advice is not None:

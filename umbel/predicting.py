@@ -15,8 +15,8 @@ import typer
 from umbel.core.errors import ConfigError
 from umbel.deliver.parcel import FILE, is_parcel, sha256
 from umbel.deliver.predictor import Predictor, exported_of, open_delivered
-from umbel.deliver.reading import read_inputs
 from umbel.deliver.registry import resolved
+from umbel.deliver.serving.reading import read_inputs
 from umbel.deliver.signature import FILE as SIGNATURE
 
 
@@ -125,13 +125,13 @@ def serve_model(
     threads: int,
     app: Path | None,
 ) -> None:
-    """Serve a model until a signal ends it; see `umbel.deliver.listening`.
+    """Serve a model until a signal ends it; see `umbel.deliver.serving.listening`.
 
     Raises:
         ConfigError: an argument cannot be used.
     """
-    from umbel.deliver.listening import address, serve
-    from umbel.deliver.routes import Routes
+    from umbel.deliver.serving.listening import address, serve
+    from umbel.deliver.serving.routes import Routes
 
     if not 0 <= share <= 1:
         raise ConfigError(f"--share is {share}; give a part of the requests, from 0 to 1")

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.app import Array, ArrayRecord, Message, RecordDict
@@ -331,7 +332,14 @@ async def _sit(
                 await call.write(Frame(beat=Beat(phase="idle")))
                 await call.read()
 
-    waiting = [asyncio.create_task(node(each, 0.01 * n)) for n, each in enumerate(identities)]
+    async def again(identity: Identity, wait: float) -> None:
+        """As nodes do: who is turned away at the door in a crowd comes again."""
+        while process.poll() is None:
+            with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+                await node(identity, wait)
+            wait = 1 + secrets.randbelow(1000) / 1000
+
+    waiting = [asyncio.create_task(again(each, 0.01 * n)) for n, each in enumerate(identities)]
     await asyncio.gather(*waiting, return_exceptions=True)
 
 

@@ -96,7 +96,7 @@ class Charging:
     _asked: "Asked | None" = None
 
     def charge(self, release: Release) -> "Receipt":
-        """Charge a release that is about to happen. See `umbel.clients.ledger.node_ledger.Account`."""
+        """Charge a release that is about to happen (`umbel.clients.ledger.node_ledger.Account`)."""
         receipt = self._account().charge(release)
         self.receipts.append(receipt)
         return receipt

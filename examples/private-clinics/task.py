@@ -10,8 +10,7 @@ import numpy as np
 from flwr.app import RecordDict
 from torch import nn
 
-from umbel import BySize, Federation, Node, Partitioned, PrivateSgd, TorchTrainer
-from umbel.clients.trainers.base import Job
+from umbel import BySize, Federation, Job, Node, Partitioned, PrivateSgd, TorchTrainer
 
 HOSPITALS = 5
 

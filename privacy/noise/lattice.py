@@ -43,8 +43,8 @@ STEPS = 128
 
 MANTISSA = 17
 """Bits between the clipping norm and the grid that updates are rounded to: 32 updates, even twice
-as long as the norm, add up in float32 without rounding (`umbel.strategies.ordered_sum` adds as many at a
-time as the bound and the grid allow)."""
+as long as the norm, add up in float32 without rounding (`umbel.strategies.ordered_sum` adds as many
+at a time as the bound and the grid allow)."""
 
 _CHUNK = 1 << 16
 _PIECE = 1 << 16

@@ -4,8 +4,9 @@ A TCP connection costs its maker nothing and the coordinator a descriptor, of wh
 has so many; where strangers hold them all, the ledger cannot be opened and the run ends. gRPC
 admits connections up to a number (`most_connections`), which leaves descriptors for everything
 else; those among them that have not made a call within `HANDSHAKE_S`, or are more than
-`STRANGERS`, are shut from here, the oldest of the most crowded address first, so that nodes,
-whose handshake takes milliseconds, find a place.
+`most_strangers`, are shut from here, the oldest of the most crowded address first, so that nodes,
+whose handshake takes milliseconds, find a place. Nodes that all come at once, after the coordinator
+was started again, are strangers too until their handshakes are done: hence the room for many.
 
 gRPC does not say which connections it has accepted; the process's own table of descriptors
 does. A connection is shut by a copy of its descriptor, so gRPC, which owns it, sees an ordinary
@@ -29,8 +30,8 @@ log = logging.getLogger("umbel.link")
 
 HANDSHAKE_S = 20.0
 """Seconds until a connection must have passed TLS and made a call."""
-STRANGERS = 256
-"""Connections without a call that are left alone at once."""
+STRANGERS = 1024
+"""Connections without a call that are left alone at once, where there are files for so many."""
 RESERVE = 256
 """Descriptors for everything but connections: databases, files, threads' wake-ups."""
 WANTED = 65_536
@@ -56,6 +57,11 @@ def most_connections() -> int:
     if soft == resource.RLIM_INFINITY:
         soft = WANTED
     return int(max(soft // 2, soft - RESERVE))
+
+
+def most_strangers() -> int:
+    """How many connections may be without a call: a quarter of the room, if that is fewer."""
+    return min(STRANGERS, most_connections() // 4)
 
 
 def check_room_for(nodes: int) -> None:
@@ -88,7 +94,7 @@ class Doorkeeper:
         refused: how many were shut.
     """
 
-    strangers: int = STRANGERS
+    strangers: int = field(default_factory=most_strangers)
     refused: int = 0
     _guests: dict[int, _Guest] = field(default_factory=dict)
     _known: set[tuple[str, int]] = field(default_factory=set)

@@ -7,7 +7,7 @@ from umbel.server.private.certificate import issue, record_body
 from umbel.server.private.coordinator_key import coordinator_key
 from umbel.server.private.population import place_of, state_of
 from umbel.server.private.run import run_name
-from umbel.server.rounds import Outcome
+from umbel.server.training_spec import Outcome
 from umbel.strategies.private.options import PrivacyOptions
 
 

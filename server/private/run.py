@@ -22,7 +22,7 @@ from umbel.server.private.ledger import Ledger
 from umbel.server.private.plan import PrivacyPlan, make_plan
 from umbel.server.private.population import Elsewhere, LedgerLocation, Register, place_of, state_of
 from umbel.server.roster import NodeRef
-from umbel.server.rounds import Job, Outcome
+from umbel.server.training_spec import Outcome, TrainingSpec
 from umbel.strategies.private.options import PrivacyOptions
 
 _MAY_CHANGE = ("rounds", "nodes", "expected_cohort")
@@ -50,7 +50,7 @@ class PrivateRun:
 
     def __init__(
         self,
-        job: Job,
+        job: TrainingSpec,
         privacy: PrivacyOptions,
         nodes: Sequence[NodeRef],
         session: Session,
@@ -76,7 +76,7 @@ class PrivateRun:
 
     def _begin(
         self,
-        job: Job,
+        job: TrainingSpec,
         privacy: PrivacyOptions,
         nodes: Sequence[NodeRef],
         start: Mapping[str, Any],

@@ -2,10 +2,10 @@
 
 An identity file (PEM: certificate, key, the authority's certificate, as the link keeps it) makes
 the node sign with its enrolled key and check everybody's certificate. A node process of the link
-also takes the session over (see EXTERNAL_SESSION): it is in memory only, never on disk, gone with the
-process, and out of reach of a server that asks for an earlier step again. Elsewhere (virtual nodes,
-Flower's SuperNodes) the node makes a key on first use and keeps it, like the session, in Flower's
-`Context.state`; identities of others are pinned on first use.
+also takes the session over (see EXTERNAL_SESSION): it is in memory only, never on disk, gone with
+the process, and out of reach of a server that asks for an earlier step again. Elsewhere (virtual
+nodes, Flower's SuperNodes) the node makes a key on first use and keeps it, like the session, in
+Flower's `Context.state`; identities of others are pinned on first use.
 """
 
 import os

@@ -13,7 +13,7 @@ from umbel.clients.data.partitioned import Partitioned
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.core.options import Options
 from umbel.federation import Federation
-from umbel.server.rounds import Outcome
+from umbel.server.training_spec import Outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 

@@ -20,7 +20,7 @@ from umbel.clients.data.inputs import (
     from_json,
     to_json,
 )
-from umbel.deliver.reading import read_inputs
+from umbel.deliver.serving.reading import read_inputs
 
 FASHION = Pixels(28, 28, mean=(0.2860,), std=(0.3530,))
 TABLE = Columns(("age", "weight"), (50.0, 70.0), (10.0, 20.0))

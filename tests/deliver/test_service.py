@@ -19,12 +19,12 @@ import pytest
 
 from umbel import ConfigError
 from umbel.deliver import registry
-from umbel.deliver.batching import Batcher, OverloadedError
 from umbel.deliver.export import Exported
-from umbel.deliver.listening import address, checked_files
 from umbel.deliver.predictor import Predictor, open_delivered
-from umbel.deliver.routes import Routes
-from umbel.deliver.service import Limits, make_app
+from umbel.deliver.serving.batching import Batcher, OverloadedError
+from umbel.deliver.serving.listening import address, checked_files
+from umbel.deliver.serving.routes import Routes
+from umbel.deliver.serving.service import Limits, make_app
 from umbel.deliver.trained import TrainedModel
 
 pytest.importorskip("fastapi", reason="pip install 'umbel[deliver]'")

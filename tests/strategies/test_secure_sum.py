@@ -18,7 +18,8 @@ from umbel.federation import Federation
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
-from umbel.server.rounds import Outcome, Rounds
+from umbel.server.rounds import Rounds
+from umbel.server.training_spec import Outcome
 from umbel.strategies.collect import PlainSum
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.secure.identity import check_fresh, keep_session, spend, take_session

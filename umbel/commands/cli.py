@@ -38,7 +38,7 @@ _GROUPS = {
     "registry": "Models by name: versions, tags, and where each comes from.",
     "client": "Be a node of a federation: stay connected, train when asked.",
 }
-"""Command groups, each in a module `umbel.{name}_commands` of its own, as `app`."""
+"""Command groups, each in a module `umbel.commands.{name}` of its own, as `app`."""
 
 app = Commands(
     name="umbel",
@@ -185,7 +185,7 @@ def _mount(arguments: list[str]) -> None:
     completing = "_UMBEL_COMPLETE" in os.environ  # a shell asks what could come next
     for name, text in _GROUPS.items():
         if completing or name == wanted:
-            module = importlib.import_module(f"umbel.{name}_commands")
+            module = importlib.import_module(f"umbel.commands.{name}")
             app.add_typer(module.app, name=name, help=text)
         else:
             app.add_typer(Commands(), name=name, help=text)

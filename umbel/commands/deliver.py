@@ -85,7 +85,7 @@ def predict(
         rows = predictions(open_model(model, app, threads), given)
         show(rows, "json" if as_json else form)
         return
-    from umbel.deliver.service import Limits
+    from umbel.deliver.serving.service import Limits
 
     serve_model(
         model,

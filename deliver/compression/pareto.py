@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from umbel.deliver.compress import Variant
+from umbel.deliver.compression.compress import Variant
 
 
 def front(variants: Sequence[Variant], metric: str, *, higher: bool) -> list[Variant]:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from umbel.core.errors import ConfigError
-from umbel.deliver.batching import Batcher
 from umbel.deliver.made_up import example_of
 from umbel.deliver.predictor import Predictor
+from umbel.deliver.serving.batching import Batcher
 
 Array = np.ndarray[Any, Any]
 

@@ -19,17 +19,17 @@ import numpy as np
 from torch import nn
 
 from umbel.core.errors import CheckError, ConfigError
+from umbel.deliver.compression.fine_tuning import fine_tune
+from umbel.deliver.compression.pruning import settled, with_low_rank, with_zeros, without_units
+from umbel.deliver.compression.rounding import CALIBRATED, to_int8
+from umbel.deliver.compression.target import Condition
 from umbel.deliver.export import FORMS, Exported, deliver
 from umbel.deliver.made_up import example_of
 from umbel.deliver.metrics import scores
 from umbel.deliver.onnx_graph import OnnxPredictor, write_onnx
 from umbel.deliver.parcel import Step, fresh_folder
-from umbel.deliver.pruning import settled, with_low_rank, with_zeros, without_units
-from umbel.deliver.rounding import CALIBRATED, to_int8
 from umbel.deliver.signature import Signature
-from umbel.deliver.target import Condition
 from umbel.deliver.trained import HeldOut, TrainedModel
-from umbel.deliver.tuning import fine_tune
 
 Array = np.ndarray[Any, Any]
 Int8 = Literal["none", "dynamic", "static"]

@@ -24,11 +24,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from umbel.clients.data.inputs import Inputs, Pixels
 from umbel.core.errors import ConfigError, UmbelError, described
-from umbel.deliver.batching import OverloadedError
 from umbel.deliver.extras import needed
 from umbel.deliver.predictor import Predictor
-from umbel.deliver.reading import from_json, parse
-from umbel.deliver.routes import Routes
+from umbel.deliver.serving.batching import OverloadedError
+from umbel.deliver.serving.reading import from_json, parse
+from umbel.deliver.serving.routes import Routes
 
 Array = np.ndarray[Any, Any]
 
@@ -166,7 +166,9 @@ def make_app(
         counted.rolled.set(routes.rolled)
         return responses.PlainTextResponse(generate_latest(counted.registry).decode())
 
-    page = resources.files("umbel.deliver").joinpath("page.html").read_text(encoding="utf-8")
+    page = (
+        resources.files("umbel.deliver.serving").joinpath("page.html").read_text(encoding="utf-8")
+    )
 
     async def root() -> Any:
         return responses.HTMLResponse(page)

@@ -17,8 +17,8 @@ from typing import Any
 from umbel.core.errors import ConfigError, UmbelError
 from umbel.deliver.extras import needed
 from umbel.deliver.predictor import Predictor
-from umbel.deliver.routes import Routes
-from umbel.deliver.service import Limits, make_app
+from umbel.deliver.serving.routes import Routes
+from umbel.deliver.serving.service import Limits, make_app
 
 EVERY_S = 1.0
 

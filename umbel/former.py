@@ -1,0 +1,62 @@
+"""Modules under the addresses that they had in earlier releases.
+
+Apps, notebooks and pickled states name modules by their addresses. An address that has changed
+still finds its module, the same object, so that a class keeps one identity.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Sequence
+
+ADDRESSES = {
+    "cli": "commands.cli",
+    "clients.function_trainer": "clients.trainers.function",
+    "clients.node": "clients.handler",
+    "clients.private_sgd": "clients.trainers.private_sgd",
+    "clients.sklearn_trainer": "clients.trainers.sklearn",
+    "clients.softmax_trainer": "clients.trainers.softmax",
+    "clients.trainer": "clients.trainers.base",
+    "server.asking": "server.queries",
+    "strategies.app": "core.app_folder",
+    "strategies.errors": "core.errors",
+    "strategies.layer": "strategies.transform",
+    "strategies.options": "core.options",
+    "strategies.records": "core.records",
+}
+"""Former addresses of what people import, and today's, below `umbel`."""
+
+
+class _Former(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module under its former address."""
+
+    def __init__(self) -> None:
+        self._specs: dict[str, importlib.machinery.ModuleSpec | None] = {}
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002
+        target: types.ModuleType | None = None,  # noqa: ARG002
+    ) -> importlib.machinery.ModuleSpec | None:
+        known = fullname.removeprefix("umbel.") in ADDRESSES and fullname.startswith("umbel.")
+        return importlib.machinery.ModuleSpec(fullname, self) if known else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        module = importlib.import_module(f"umbel.{ADDRESSES[spec.name.removeprefix('umbel.')]}")
+        self._specs[spec.name] = module.__spec__
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        # The import system has just written the former address into the module.
+        former = module.__spec__
+        if former is not None and former.name in self._specs:
+            module.__spec__ = self._specs.pop(former.name)
+
+
+def install() -> None:
+    """Let the former addresses be imported."""
+    if not any(isinstance(finder, _Former) for finder in sys.meta_path):
+        sys.meta_path.append(_Former())
