@@ -30,6 +30,7 @@ from umbel.deliver.onnx_graph import OnnxPredictor, write_onnx
 from umbel.deliver.parcel import Step, fresh_folder
 from umbel.deliver.signature import Signature
 from umbel.deliver.trained import HeldOut, TrainedModel
+from umbel.server.output.rundir import RunDirectory
 
 Array = np.ndarray[Any, Any]
 Int8 = Literal["none", "dynamic", "static"]
@@ -184,7 +185,7 @@ class Workshop:
         judged: HeldOut,
         *,
         epochs: int,
-        further: Callable[[nn.Module], nn.Module] | None = None,
+        further: Callable[[nn.Module], tuple[nn.Module, RunDirectory]] | None = None,
     ) -> None:
         """Measure the original.
 
@@ -194,13 +195,15 @@ class Workshop:
             data: for calibration and training.
             judged: that metrics are measured on; none of `data` is among them.
             epochs: of training further.
-            further: trains a module in rounds of the federation in place of `data`.
+            further: trains a module in rounds of the federation in place of `data`; gives it back
+                with the directory of that run.
 
         Raises:
             ConfigError: the model is no graph.
         """
         self.model, self.folder, self.data, self.judged = model, folder, data, judged
         self._epochs, self._further = epochs, further
+        self._model = model  # whose run the numbers are of
         made = model.exported()
         self._module = made.module
         self.signature: Signature = model.described(made.module, made.output)
@@ -225,10 +228,20 @@ class Workshop:
                 raise
             return Variant(recipe, why_not=str(error))
 
-    def deliver(self, variant: Variant, out: Path) -> Exported:
-        """Put a variant into a folder, as `umbel export` does."""
+    def deliver(
+        self, variant: Variant, out: Path, beside: Callable[[Path], None] | None = None
+    ) -> Exported:
+        """Put a variant into a folder, as `umbel export` does.
+
+        Args:
+            variant: that was made.
+            out: the folder.
+            beside: writes more into it, before it is closed.
+        """
         assert variant.file is not None
         folder = fresh_folder(out)
+        if beside is not None:
+            beside(folder)
         shutil.copy(variant.file, folder / FORMS["onnx"])
         self.signature.write(folder)
         outputs = OnnxPredictor(variant.file)(self.judged.x)
@@ -237,7 +250,7 @@ class Workshop:
         difference = float(np.abs(outputs - first).max())
         checked = f"on {len(self.judged):,} held-out examples that no step has seen"
         return deliver(
-            self.model,
+            self._model,
             folder,
             "onnx",
             list(variant.steps),
@@ -271,8 +284,10 @@ class Workshop:
         if recipe.trains:
             what = "distil" if recipe.student else "fine-tune"
             if self._further is not None:
-                module = self._further(module)
-                steps.append(Step(what, "federated"))
+                module, run = self._further(module)
+                self._model = replace(self.model, run=run)
+                rounds = run.result().get("rounds", 0)
+                steps.append(Step(what, "federated", {"run": run.path.name, "rounds": rounds}))
             elif self._epochs:
                 fine_tune(
                     module,

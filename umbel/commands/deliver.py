@@ -98,3 +98,69 @@ def predict(
         threads=threads,
         app=app,
     )
+
+
+def compress(
+    run: Run,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Round to 8 bits, with scales from examples (static).")
+    ] = False,
+    int8_dynamic: Annotated[
+        bool, typer.Option("--int8-dynamic", help="Round to 8 bits without examples.")
+    ] = False,
+    prune: Annotated[float, typer.Option(help="Share of weights that become zero.")] = 0.0,
+    units: Annotated[float, typer.Option(help="Share of hidden units that go.")] = 0.0,
+    low_rank: Annotated[float, typer.Option(help="Share of rank that matrices keep.")] = 0.0,
+    student: Annotated[
+        str | None,
+        typer.Option(metavar="'K=V ...'", help="Options of a smaller model of the app."),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="What to reach, such as 'size<1MB accuracy>0.84'.")
+    ] = "",
+    data: Annotated[
+        str,
+        typer.Option(help="What training sees: held-out, synthetic, federated, or FILE.npz."),
+    ] = "held-out",
+    epochs: Annotated[int, typer.Option(help="Of training further.", min=0)] = 10,
+    config: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--run-config", metavar="'K=V ...'", help="Of federated rounds."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to make. Default: RUN/deliver/compressed.")
+    ] = None,
+    app: AppFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model small: prune, factor, distil, round; with a table of what each way costs."""
+    from umbel.compressing import compress as make
+    from umbel.core.errors import ConfigError
+    from umbel.core.options import parse
+    from umbel.deliver.compression.compress import Recipe
+    from umbel.server.output import strict
+
+    if int8 and int8_dynamic:
+        raise ConfigError("--int8 and --int8-dynamic are two ways of rounding; give one of them")
+    recipe = Recipe(
+        prune,
+        units,
+        low_rank,
+        parse([student]) if student else {},
+        "static" if int8 else "dynamic" if int8_dynamic else "none",
+    )
+    found = make(
+        run,
+        recipe=None if recipe == Recipe() else recipe,
+        target=target,
+        data=data,
+        epochs=epochs,
+        options=parse(config or []),
+        out=out,
+        app=app,
+        say=lambda line: typer.echo(line, err=as_json),
+    )
+    if as_json:
+        typer.echo(strict.dumps(found.to_json()))
+        return
+    typer.echo(f"{found.chosen.recipe}: {found.delivered.bytes:,} bytes: {found.delivered.path}")
