@@ -1,4 +1,4 @@
-"""`umbel compress`: which data, which recipes, and rounds of the federation where these are asked."""
+"""`umbel compress`: which data, which recipes, and rounds of the federation where asked for."""
 
 import copy
 from collections.abc import Callable, Mapping

@@ -14,6 +14,7 @@ from umbel.clients.data.datasets import DataSet
 from umbel.clients.data.examples import ArrayLike, Examples, Node, Split
 from umbel.clients.data.inputs import Inputs
 from umbel.clients.data.partition import ByKey, Iid, Partitioner, Rows, generator_of
+from umbel.clients.data.sealed import check_open
 from umbel.clients.trainers.base import Options
 from umbel.core.errors import ConfigError
 
@@ -84,7 +85,12 @@ class Partitioned:
         return Split(self._ready(np.sort(mixed[kept:])), self._ready(np.sort(mixed[:kept])))
 
     def central_test(self, options: Options) -> Examples:  # noqa: ARG002 - same shape as data
-        """The held-out examples, ready for a model; no node trains on them."""
+        """The held-out examples, ready for a model; no node trains on them.
+
+        Raises:
+            ConfigError: they are locked; see `umbel.clients.data.sealed`.
+        """
+        check_open()
         if "test" not in self._memory:
             data = self.load()
             self._memory["test"] = (self.transform or data.prepare)(data.test)

@@ -207,7 +207,7 @@ class Workshop:
         made = model.exported()
         self._module = made.module
         self.signature: Signature = model.described(made.module, made.output)
-        self._graphs: dict[Recipe, tuple[Path, tuple[Step, ...]]] = {}
+        self._graphs: dict[str, tuple[Path, tuple[Step, ...]]] = {}  # by the recipe's text
         self.original = self.variant(Recipe())
 
     def variant(self, recipe: Recipe) -> Variant:
@@ -261,12 +261,13 @@ class Workshop:
         )
 
     def _graph(self, recipe: Recipe) -> tuple[Path, tuple[Step, ...]]:
-        if recipe not in self._graphs:
+        name = str(recipe)
+        if name not in self._graphs:
             module, steps = self._made(recipe)
             file = self.folder / f"{len(self._graphs)}.onnx"
             write_onnx(module, example_of(self.signature.inputs), file)
-            self._graphs[recipe] = file, steps
-        return self._graphs[recipe]
+            self._graphs[name] = file, steps
+        return self._graphs[name]
 
     def _made(self, recipe: Recipe) -> tuple[nn.Module, tuple[Step, ...]]:
         module, steps = copy.deepcopy(self._module), list[Step]()

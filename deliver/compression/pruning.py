@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize, prune
 
+from umbel.clients.trainers.exported import TakenOutput
 from umbel.core.errors import ConfigError
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -76,6 +77,8 @@ def settled(module: nn.Module) -> nn.Module:
 def with_low_rank(module: nn.Module, share: float) -> nn.Module:
     """The module with matrices of a share of their rank, where that has fewer numbers.
 
+    The last layer stays whole: with few outputs, its rank is how many of them can differ.
+
     Args:
         module: stays as it is.
         share: of the largest rank a matrix can have, above 0 and below 1.
@@ -84,9 +87,11 @@ def with_low_rank(module: nn.Module, share: float) -> nn.Module:
         ConfigError: no layer gets smaller by it.
     """
     made = copy.deepcopy(module)
-    changed = 0
+    changed, last = 0, list(_layers(made))[-1:]
     for parent in list(made.modules()):
         for name, layer in list(parent.named_children()):
+            if layer in last:  # of a few classes, which a lower rank could not tell apart
+                continue
             thin = _thinner(layer, share)
             if thin is not None:
                 setattr(parent, name, thin)
@@ -146,14 +151,15 @@ def without_units(module: nn.Module, share: float) -> nn.Module:
         ConfigError: no layer allows it.
     """
     made = copy.deepcopy(module)
+    traced = made.module if isinstance(made, TakenOutput) else made
     try:
-        graph = fx.symbolic_trace(made).graph
+        graph = fx.symbolic_trace(traced).graph
     except Exception as error:
         raise ConfigError(
             f"units cannot be removed from this model: its steps depend on its inputs "
             f"({type(error).__name__}); use --prune or --low-rank"
         ) from error
-    layers = dict(made.named_modules())
+    layers = dict(traced.named_modules())
     pairs = [pair for node in graph.nodes if (pair := _pair(node, layers)) is not None]
     if not pairs:
         raise ConfigError(
