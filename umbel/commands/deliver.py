@@ -164,3 +164,67 @@ def compress(
         typer.echo(strict.dumps(found.to_json()))
         return
     typer.echo(f"{found.chosen.recipe}: {found.delivered.bytes:,} bytes: {found.delivered.path}")
+
+
+def tune(
+    path: Annotated[Path, typer.Argument(metavar="APP", help="An app's folder.")],
+    space: Annotated[
+        str,
+        typer.Option(help="Such as 'learning-rate=log(0.001,1) batch-size=[16,32]'."),
+    ],
+    trials: Annotated[int, typer.Option(help="How many; with --charge, expected.")] = 30,
+    metric: Annotated[str | None, typer.Option(help="Accuracy, else loss, if left out.")] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--run-config", metavar="'K=V ...'", help="Of every trial."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Virtual nodes.", min=1)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; a search in it goes on. Default: tune/APP.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Trials side by side.", min=1)] = 1,
+    charge: Annotated[
+        str | None,
+        typer.Option(
+            help="Under privacy: charge the search; poisson, geometric or logarithmic trials."
+        ),
+    ] = None,
+    public: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Search on public examples instead.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choices.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Search for better options, judged on examples that the result never sees."""
+    from umbel.core.options import parse
+    from umbel.server.output import strict
+    from umbel.tuning import tune as search
+
+    found = search(
+        path,
+        space=space,
+        trials=trials,
+        metric=metric,
+        options=parse(config or []),
+        nodes=nodes,
+        out=out,
+        workers=workers,
+        charge=charge,
+        public=public,
+        seed=seed,
+        say=lambda line: typer.echo(line, err=as_json),
+    )
+    if as_json:
+        typer.echo(strict.dumps(found))
+        return
+    if found["best"] is None:
+        typer.echo("no trial was drawn, so nothing is better than the defaults")
+        return
+    for name in ("best", "default"):
+        if name in found:
+            row = found[name]
+            said = " ".join(f"{key}={value}" for key, value in row["options"].items())
+            metrics = ", ".join(f"{key} {value:.4g}" for key, value in row["metrics"].items())
+            typer.echo(f"{name}: {said}  (test half: {metrics})")
+    for name, value in found["importance"].items():
+        typer.echo(f"importance of {name}: {value:.0%}")
