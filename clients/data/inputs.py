@@ -46,7 +46,8 @@ class Plain:
         Raises:
             ConfigError: another shape, or no numbers.
         """
-        return self.ready_all(as_numbers(value)[None])[0]
+        found: Array = self.ready_all(as_numbers(value)[None])[0]
+        return found
 
     def ready_all(self, values: Any) -> Array:
         """Examples of shape (n, *shape), in the model's type.
@@ -109,7 +110,8 @@ class Pixels:
         Raises:
             ConfigError: another size, or other values than bytes.
         """
-        return self.ready_all(as_numbers(value)[None])[0]
+        found: Array = self.ready_all(as_numbers(value)[None])[0]
+        return found
 
     def ready_all(self, values: Any) -> Array:
         """Images of bytes, (n, height, width) or (n, height, width, channels).
@@ -178,7 +180,8 @@ class Columns:
         Raises:
             ConfigError: a column is missing, unknown, or no number.
         """
-        return self.ready_all([value])[0]
+        found: Array = self.ready_all([value])[0]
+        return found
 
     def ready_all(self, values: Any) -> Array:
         """Rows of shape (n, columns), or mappings of names to numbers.
@@ -323,13 +326,15 @@ def from_json(value: Mapping[str, Any]) -> Inputs:
             f"{dict(value)!r} says nothing about inputs that this version knows; it knows the "
             f"kinds {', '.join(_KINDS)}"
         )
-    return kind(
+    make: Any = kind  # the fields are those of this kind, and their values are as written
+    made: Inputs = make(
         **{
             name: tuple(part) if isinstance(part, list) else part
             for name, part in value.items()
             if name != "kind"
         }
     )
+    return made
 
 
 def as_numbers(value: Any) -> Array:

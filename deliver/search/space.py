@@ -93,7 +93,8 @@ def parse_space(text: str, known: Mapping[str, Value]) -> list[Dimension]:
             raise ConfigError(
                 f"--space cannot be read at {text[place:].split()[0]!r}; write {EXAMPLE}"
             )
-        found.append(_dimension(*match.groups(), known))
+        name, kind, ends, listed = match.groups()
+        found.append(_dimension(name, kind, ends, listed, known))
         place = match.end()
     if not found:
         raise ConfigError(f"--space is empty; write {EXAMPLE}")

@@ -34,7 +34,7 @@ ORDERS = (*(1 + x / 10 for x in range(6, 100)), *range(11, 64), 128, 256, 512, 1
 
 
 @dataclass(frozen=True)
-class SelectionDpEvent(DpEvent):
+class SelectionDpEvent(DpEvent):  # type: ignore[misc]  # dp-accounting has no types
     """The best of a random number of runs of one mechanism.
 
     Attributes:
