@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, RepeatAndSelectDpEvent
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,11 +35,6 @@ def test_it_is_what_dp_accounting_computes(distribution: str, mean: float) -> No
     """An implementation that nobody here wrote, of the same theorems."""
     mine = selection_epsilon({SelectionDpEvent(RUN, mean, distribution): 1}, ADD_OR_REMOVE, 1e-5)
     theirs = RdpAccountant(ORDERS, ADD_OR_REMOVE)
-    base = RdpAccountant(ORDERS, ADD_OR_REMOVE)
-    for event, times in RUN:
-        base.compose(event, times)
-    from dp_accounting import SelfComposedDpEvent
-
     (event, times), *_ = RUN
     repeated = RepeatAndSelectDpEvent(
         SelfComposedDpEvent(event, times), mean, SHAPES_OF_THEIRS[distribution]
@@ -54,11 +50,10 @@ def test_it_is_the_formula_of_the_paper_for_one_gaussian() -> None:
     sigma, mean = 3.0, 20.0
     orders = [1.5, 2, 3, 5, 8, 13, 21, 34, 55, 89]
     rdp = [a / (2 * sigma**2) for a in orders]
+    pairs = list(zip(orders, rdp, strict=True))
     gamma = 1 / mean  # geometric: the mean is 1/gamma
-    other = min(
-        2 * ((1 - 1 / a) * r + math.log(1 / gamma) / a) for a, r in zip(orders, rdp, strict=True)
-    )
-    wanted = [r + other + math.log(mean) / (a - 1) for a, r in zip(orders, rdp, strict=True)]
+    other = min(2 * ((1 - 1 / a) * r + math.log(1 / gamma) / a) for a, r in pairs)
+    wanted = [r + other + math.log(mean) / (a - 1) for a, r in pairs]
     wanted = [min(wanted[i:]) for i in range(len(wanted))]
     assert selection_rdp(orders, rdp, mean, "geometric") == pytest.approx(wanted)
     poisson = []
