@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from umbel.clients.data.features import Featured as Featured
     from umbel.clients.data.features import Recipe as Recipe
     from umbel.clients.data.features import features_of as features_of
+    from umbel.clients.data.inputs import Columns as Columns
+    from umbel.clients.data.inputs import Letters as Letters
+    from umbel.clients.data.inputs import Pixels as Pixels
+    from umbel.clients.data.inputs import Plain as Plain
+    from umbel.clients.data.inputs import Samples as Samples
     from umbel.clients.data.partition import ByKey as ByKey
     from umbel.clients.data.partition import BySize as BySize
     from umbel.clients.data.partition import Dirichlet as Dirichlet
@@ -76,6 +81,11 @@ if TYPE_CHECKING:
     from umbel.strategies.transform import Transform as Transform
 
 _HOMES = {
+    "Columns": "clients.data.inputs",
+    "Letters": "clients.data.inputs",
+    "Pixels": "clients.data.inputs",
+    "Plain": "clients.data.inputs",
+    "Samples": "clients.data.inputs",
     "ByKey": "clients.data.partition",
     "BySize": "clients.data.partition",
     "Dirichlet": "clients.data.partition",
