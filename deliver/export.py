@@ -137,7 +137,7 @@ def deliver(
         file=file.name,
         steps=steps,
         config=config,
-        run=model.run.path,
+        run=model.run.path.resolve(),
         model=claims.model_hash(model.run),
         metrics=metrics,
         difference=difference,

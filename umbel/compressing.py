@@ -13,6 +13,7 @@ from torch import nn
 from umbel.clients.chosen_trainer import ChosenTrainer
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.base import Trainer
+from umbel.clients.trainers.exported import TakenOutput
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options
 from umbel.deliver.compression.compress import (
@@ -205,20 +206,25 @@ def _rounds(
     Under a budget it is charged to the ledger like every other run about the same people.
     """
     before = opened(run, app)
-    federation = before.federation
-    changes = {**before.directory.config().get("options", {}), "rounds": 5, **options}
+    federation, config = before.federation, before.directory.config()
+    if config.get("engine") != "embedded":
+        raise ConfigError(
+            f"{run} is a run of the engine {config.get('engine')!r}, whose nodes are elsewhere; "
+            "train a small model there from the start, or use --data held-out"
+        )
+    changes = {**config.get("options", {}), "rounds": 5, **options}
 
     def further(module: nn.Module) -> tuple[nn.Module, RunDirectory]:
-        net = module.get_submodule("module")
+        net = module.module if isinstance(module, TakenOutput) else module
         trainer = _beginning_with(federation.trainer, before.options, net)
-        again = replace(federation, trainer=trainer, summary=None, tuned=None)
+        # under the name of the first run, so that both are about one population
+        name = str(config.get("app") or federation.name)
+        again = replace(federation, trainer=trainer, summary=None, tuned=None, name=name)
         known = again.complete({})
         changed = {n: v for n, v in changes.items() if n in known and known[n] != v}
         if "batched" in known:
             changed["batched"] = "off"  # one model at a time keeps its zeros by itself
-        result = run_federation(
-            again, options=changed, nodes=int(before.directory.config()["nodes"])
-        )
+        result = run_federation(again, options=changed, nodes=int(config["nodes"]))
         ended = opened(result.path, again)
         trained = copy.deepcopy(module)
         trained.set_submodule("module", trainer.ready(ended.weights, ended.options))  # type: ignore[attr-defined]

@@ -229,7 +229,7 @@ def task_of(
         data = Partitioned(arrays=(x, y, x[:1], y[:1]))
     judged = replace(
         federation,
-        name=federation.name or name,
+        name=name,  # as runs of the app have it: they are about the same population
         data=data,
         test=lambda _: validation,
         summary=None,

@@ -25,7 +25,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from umbel.clients.data.inputs import Inputs, Pixels
 from umbel.core.errors import ConfigError, UmbelError, described
 from umbel.deliver.extras import needed
-from umbel.deliver.predictor import Predictor
 from umbel.deliver.serving.batching import OverloadedError
 from umbel.deliver.serving.reading import from_json, parse
 from umbel.deliver.serving.routes import Routes
@@ -274,8 +273,3 @@ def _body(inputs: Inputs) -> dict[str, Any]:
     }.get(inputs.KIND, ("application/x-npy", "text/csv"))
     binary = {"schema": {"type": "string", "format": "binary"}}
     return {"requestBody": {"required": True, "content": content | dict.fromkeys(files, binary)}}
-
-
-def same_model(one: Predictor, other: Predictor) -> bool:
-    """Whether two opened models are one and the same file."""
-    return (one.path, one.version) == (other.path, other.version)
