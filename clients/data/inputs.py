@@ -128,7 +128,7 @@ class Pixels:
                 f"{self.height} x {self.width} pixels in {_colours(self.channels)}; scale it first"
             )
         if pixels.dtype != np.uint8:
-            whole = pixels.size and bool((pixels == np.floor(pixels)).all())
+            whole = pixels.dtype.kind in "iub" or bool((pixels == np.floor(pixels)).all())
             if not (whole and pixels.min() >= 0 and pixels.max() <= 255):
                 raise ConfigError(
                     "an image holds values that are no whole numbers from 0 to 255; give its "

@@ -7,6 +7,7 @@ old one is answered by the old one, and no request is dropped.
 import asyncio
 import hashlib
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +37,16 @@ class Line:
             ConfigError: it does not predict what its signature says.
         """
         outputs = predictor.predict(example_of(predictor.signature.inputs))
+        began = time.thread_time()
+        predictor.predict(example_of(predictor.signature.inputs))
+        took = time.thread_time() - began
         size = int(np.prod(outputs.shape[1:], dtype=np.int64))
         if size != predictor.signature.size:
             raise ConfigError(
                 f"{predictor.path} gives {size} numbers for an input, but its signature says "
                 f"{predictor.signature.size}; export it again"
             )
-        return cls(predictor, Batcher(predictor.predict, room=room))
+        return cls(predictor, Batcher(predictor.predict, room=room, took=took))
 
 
 class Routes:

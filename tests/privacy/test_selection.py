@@ -69,7 +69,7 @@ def test_it_is_the_formula_of_the_paper_for_one_gaussian() -> None:
 
 
 def test_the_best_of_many_is_never_said_to_cost_less_than_one() -> None:
-    one = epsilon(2.0, 0.1, 50, 1e-5, accountant="rdp")
+    one = epsilon(2.0, 0.1, 50, 1e-5)
     costs = [
         selection_epsilon({SelectionDpEvent(RUN, mean, d): 1}, ADD_OR_REMOVE, 1e-5)
         for d in SHAPES
