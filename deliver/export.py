@@ -201,10 +201,16 @@ def _final_metrics(model: TrainedModel) -> dict[str, float]:
 
 
 def _keras(model: TrainedModel, file: Path) -> None:
-    save = getattr(model.trainer, "save_keras", None)
-    if save is None:
+    """Save a Keras model in Keras' own format.
+
+    Raises:
+        ConfigError: the trainer has no Keras model.
+    """
+    ready = getattr(model.trainer, "ready", None)
+    made = None if ready is None else ready(model.weights, model.options)
+    if not any(kind.__module__.partition(".")[0] == "keras" for kind in type(made).__mro__):
         raise ConfigError(
             f"the model was trained by {type(model.trainer).__name__}, which is no Keras model; "
             "export it with --to onnx, torch-export or safetensors"
         )
-    save(model.weights, model.options, file)
+    made.save(file)

@@ -52,9 +52,9 @@ def exported_by(trainer: Any, weights: Weights, options: Options) -> Exported:
     """
     if not isinstance(trainer, ExportableTrainer):
         raise ConfigError(
-            f"{type(trainer).__name__} keeps its model as arrays whose meaning only the app "
-            "knows, so no graph can be made of it; export it with --to safetensors, or give the "
-            "trainer a method `exported`"
+            f"{type(trainer).__name__} gives no module that a graph could be made of; export its "
+            "model with --to safetensors (one of Keras with --to keras), or give the trainer a "
+            "method `exported`"
         )
     return trainer.exported(weights, options)
 

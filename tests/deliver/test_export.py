@@ -161,7 +161,7 @@ def test_what_has_no_graph_is_said(tmp_path: Path, trained: TrainedModel) -> Non
     )
     run(federation, options={"rounds": 1}, nodes=2, out=tmp_path / "run")
     model = trained_model(tmp_path / "run", federation)
-    with pytest.raises(ConfigError, match="FunctionTrainer keeps its model as arrays"):
+    with pytest.raises(ConfigError, match="FunctionTrainer gives no module that a graph"):
         export(model, "onnx", tmp_path / "out")
     assert export(model, "safetensors", tmp_path / "out").bytes > 0
     with pytest.raises(ConfigError, match="--to is 'tflite'; it can be onnx, torch-export"):
