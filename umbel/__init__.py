@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from umbel.clients.data.partition import Shards as Shards
     from umbel.clients.data.partitioned import Partitioned as Partitioned
     from umbel.clients.data.scattering import Scattering as Scattering
+    from umbel.clients.pytorch.compact import compact as compact
     from umbel.clients.pytorch.one_step import OneStep as OneStep
     from umbel.clients.pytorch.trainer import TorchTrainer as TorchTrainer
     from umbel.clients.trainers.base import Evaluated as Evaluated
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from umbel.strategies.transform import Transform as Transform
 
 _HOMES = {
+    "compact": "clients.pytorch.compact",
     "Columns": "clients.data.inputs",
     "Letters": "clients.data.inputs",
     "Pixels": "clients.data.inputs",

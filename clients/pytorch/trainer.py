@@ -17,6 +17,7 @@ import torch
 
 from umbel.clients.pytorch import batched as torch_cohort
 from umbel.clients.pytorch.batches import to_device, to_model
+from umbel.clients.pytorch.compact import settled
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import (
     MakeOptimizer,
@@ -139,7 +140,8 @@ class TorchTrainer(TorchSettings):
 
     def exported(self, weights: Weights, options: Options) -> Exported:
         """The module of `ready`, which gives the one tensor that the loss is about."""
-        module: torch.nn.Module = TakenOutput(self.ready(weights, options), self.objective.outputs)
+        ready = settled(self.ready(weights, options))
+        module: torch.nn.Module = TakenOutput(ready, self.objective.outputs)
         return Exported(module.float().eval(), _OUTPUTS.get(self.objective.name, "raw"))
 
     def statistics(self, options: Options) -> tuple[str, ...]:

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from umbel.clients.pytorch.compact import settled
 from umbel.core.errors import CheckError, ConfigError
 from umbel.deliver.compression.fine_tuning import fine_tune
-from umbel.deliver.compression.pruning import settled, with_low_rank, with_zeros, without_units
+from umbel.deliver.compression.pruning import with_low_rank, with_zeros, without_units
 from umbel.deliver.compression.rounding import CALIBRATED, to_int8
 from umbel.deliver.compression.target import Condition
 from umbel.deliver.export import FORMS, Exported, deliver
@@ -300,7 +301,7 @@ class Workshop:
                 )
                 details = {"examples": len(self.data.x), "epochs": self._epochs}
                 steps.append(Step(what, self.data.kind, details))
-        return settled(module).eval(), tuple(steps)
+        return settled(copy.deepcopy(module)).eval(), tuple(steps)
 
     def _student(self, changes: Mapping[str, Any]) -> nn.Module:
         unknown = [name for name in changes if name not in self.model.options]

@@ -65,15 +65,6 @@ def with_zeros(module: nn.Module, share: float) -> nn.Module:
     return made
 
 
-def settled(module: nn.Module) -> nn.Module:
-    """The module with plain weights, the zeros among them."""
-    made = copy.deepcopy(module)
-    for layer in made.modules():
-        if parametrize.is_parametrized(layer, "weight"):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    return made
-
-
 def with_low_rank(module: nn.Module, share: float) -> nn.Module:
     """The module with matrices of a share of their rank, where that has fewer numbers.
 

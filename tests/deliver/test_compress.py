@@ -12,17 +12,13 @@ from torch import nn
 
 from tests.deliver.conftest import digits
 from umbel import CheckError, ConfigError, TorchTrainer, run
+from umbel.clients.pytorch.compact import settled
 from umbel.compressing import compress
 from umbel.deliver.checking import check_delivery
 from umbel.deliver.compression.compress import Recipe, Variant, best_of, halves
 from umbel.deliver.compression.fine_tuning import fine_tune
 from umbel.deliver.compression.pareto import front
-from umbel.deliver.compression.pruning import (
-    settled,
-    with_low_rank,
-    with_zeros,
-    without_units,
-)
+from umbel.deliver.compression.pruning import with_low_rank, with_zeros, without_units
 from umbel.deliver.compression.target import conditions
 from umbel.deliver.predictor import open_delivered
 from umbel.deliver.trained import HeldOut, TrainedModel
@@ -56,7 +52,7 @@ def test_zeros_are_the_smallest_and_stay_in_training(conv: nn.Module) -> None:
     made = with_zeros(conv, 0.75)
     x = IMAGES.numpy()
     fine_tune(made, conv, x, np.zeros(5, np.int64), output="logits", epochs=3)
-    plain = settled(made).eval()
+    plain = settled(copy.deepcopy(made)).eval()
     weights = [m.weight for m in plain.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     zeros = sum(int((w == 0).sum()) for w in weights)
     assert zeros == round(0.75 * sum(w.numel() for w in weights))
