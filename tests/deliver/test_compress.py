@@ -80,6 +80,9 @@ def test_a_matrix_of_low_rank_is_its_factors(conv: nn.Module) -> None:
         conv.second.weight.copy_(
             torch.einsum("o,ikl->oikl", torch.arange(1.0, 5), conv.second.weight[0])
         )
+        conv.first.weight.copy_(
+            torch.einsum("o,ikl->oikl", torch.arange(1.0, 7), conv.first.weight[0])
+        )
     made = with_low_rank(conv, 0.25).eval()
     assert isinstance(made.second, nn.Sequential) and isinstance(made.last, nn.Linear)
     with torch.no_grad():
