@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ROOMS  := core privacy strategies transport clients server deliver benchmarks
 
-.PHONY: help demo federation test test-slow check fmt links proto wheel bench docs clean
+.PHONY: help demo federation test test-slow check fmt links proto wheel bench docs sbom clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,5 +61,10 @@ $(VENV)/.docs: $(READY)
 docs: $(VENV)/.docs links ## build the documentation as a site in .site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+sbom: $(READY) ## list what is installed, with licences, as CycloneDX in sbom.json
+	$(PYTHON) -m venv .sbom
+	.sbom/bin/python -m pip install --quiet 'cyclonedx-bom>=5,<8'
+	.sbom/bin/cyclonedx-py environment $(BIN)/python --output-file sbom.json
+
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .links .proto .site build dist *.egg-info
+	rm -rf $(VENV) .links .proto .sbom sbom.json .site build dist *.egg-info

@@ -12,10 +12,11 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from umbel.clients.gate import Guarded, Known
 from umbel.core.contents import find_record
 from umbel.core.errors import StackError
-from umbel.strategies.collect import EXAMPLES, METRICS, PlainSum
-from umbel.strategies.layout import CONFIG, STATISTICS
+from umbel.core.names import CONFIG, EXAMPLES, METRICS, STATISTICS
+from umbel.strategies.exchange import Exchange, is_own
 from umbel.strategies.node_policy import NodePolicy, PolicyError
 from umbel.strategies.protection import Protection
+from umbel.strategies.transform import Facts
 
 
 def admit(
@@ -73,8 +74,13 @@ def _check_measures(policy: NodePolicy, known: Known, protection: Protection) ->
     if known.outlook.quiet:
         policy.check_level("metrics", protection.metrics)
         policy.check_level("counts", protection.counts)
-    elif not isinstance(collect, PlainSum) or collect.weighting == "examples":
+    elif _counts_matter(collect):
         policy.check_level("counts", "clear")
+
+
+def _counts_matter(collect: Exchange) -> bool:
+    """Whether the coordinator uses numbers of examples, or nobody can say that it does not."""
+    return not is_own(collect) or collect.check(Facts(size=1)).weight_bound is None
 
 
 def without_measures(reply: Message, policy: NodePolicy) -> Message:

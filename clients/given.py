@@ -1,19 +1,70 @@
 """Whether what an app hands to `Federation` is of the right kind, said when it is handed over."""
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from umbel.core.errors import ConfigError
+from umbel.clients.trainers.base import Options, SaysUse, Trainer
+from umbel.core.errors import ConfigError, UmbelError, described
+from umbel.core.registry import is_function
 
 METHODS = ("initial", "train", "evaluate")
+
+
+@runtime_checkable
+class HasOptions(Protocol):
+    """A trainer that says which options it understands."""
+
+    OPTIONS: Mapping[str, bool | int | float | str]
+    """By name, each with its default."""
+
+
+def understood(trainer: Trainer) -> Mapping[str, bool | int | float | str]:
+    """The options that a trainer understands, each with its default."""
+    return trainer.OPTIONS if isinstance(trainer, HasOptions) else {}
+
+
+def use_of(trainer: Trainer) -> str:
+    """How the model is used that `umbel.load` gives: an expression of `model` and `x`."""
+    return trainer.USE if isinstance(trainer, SaysUse) else "model"
+
+
+def trainer_of(given: Trainer | Callable[[Options], Trainer], options: Options) -> Trainer:
+    """The trainer of these options, where an app gives a function of them.
+
+    Raises:
+        ConfigError: the function fails, or gives no trainer.
+    """
+    if not is_function(given):
+        return given  # type: ignore[return-value]  # `check_trainer` has seen it
+    try:
+        found = given(options)  # type: ignore[operator]  # a function
+    except UmbelError:
+        raise
+    except Exception as error:
+        raise _no_trainer(given, f"it failed with {described(error)}") from error
+    if not all(hasattr(found, method) for method in METHODS) or inspect.isclass(found):
+        raise _no_trainer(given, f"it gave a {type(found).__name__}")
+    return found
+
+
+def _no_trainer(given: Any, what: str) -> ConfigError:
+    name = given.__name__ if inspect.isroutine(given) else "trainer"
+    return ConfigError(
+        f"trainer is the function {name}, which was asked for a trainer under the run's options: "
+        f"{what}; give TorchTrainer({name}) if it makes a model, or "
+        f"FunctionTrainer(initial, {name}) if it trains one"
+    )
 
 
 def check_trainer(trainer: Any) -> None:
     """Raises:
     ConfigError: it is no trainer; the sentence says how to make one of it.
     """
+    if is_function(trainer):
+        return  # of the options; what it gives is looked at when they are known
     name = getattr(trainer, "__name__", type(trainer).__name__)
     if isinstance(trainer, nn.Module) or (
         inspect.isclass(trainer) and issubclass(trainer, nn.Module)
@@ -31,11 +82,6 @@ def check_trainer(trainer: Any) -> None:
     if inspect.isclass(trainer):
         raise ConfigError(f"trainer is the class {name}; give an object: trainer={name}(...)")
     missing = [method for method in METHODS if not callable(getattr(trainer, method, None))]
-    if missing and callable(trainer):
-        raise ConfigError(
-            f"trainer is the function {name}; give TorchTrainer({name}) if it makes a model, or "
-            f"FunctionTrainer(initial, {name}) if it trains one"
-        )
     if missing:
         raise ConfigError(
             f"trainer is a {name} without the method {missing[0]}; give TorchTrainer, "

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.gate import guarded
+from umbel.clients.given import trainer_of
 from umbel.clients.holding import Holder
 from umbel.clients.ledger.charging import (
     Charging,
@@ -59,6 +60,7 @@ from umbel.clients.trainers.base import (
 )
 from umbel.core.contents import find_record, take_record
 from umbel.core.errors import ConfigError
+from umbel.core.names import ASK, POOL
 from umbel.core.records import (
     Manifest,
     from_array,
@@ -78,6 +80,7 @@ from umbel.strategies.collect import (
     Sealing,
     Seals,
 )
+from umbel.strategies.contexts import SENT, NodeContext
 from umbel.strategies.contract import Contract
 from umbel.strategies.layout import (
     CONFIG,
@@ -88,7 +91,6 @@ from umbel.strategies.layout import (
     averaged_buffers,
     local_buffers,
 )
-from umbel.strategies.private.pooled import ASK, POOL
 from umbel.strategies.protection import Outlook, hides, quiet
 from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack
@@ -105,7 +107,7 @@ class ClientHandler:
     """What a node does with messages; the same object serves every virtual node of a process.
 
     Attributes:
-        trainer: knows the model.
+        trainer: knows the model; or a function of the options that gives one of several.
         data: the node's own examples.
         options: completes the run's configuration with defaults.
         stack: the layers, from the options.
@@ -113,7 +115,7 @@ class ClientHandler:
         app_digest: SHA-256 of the app's files in hex; empty where the engine has none.
     """
 
-    trainer: Trainer
+    trainer: Trainer | Callable[[Options], Trainer]
     data: Callable[[Node, Options], Split | Any]
     options: Callable[[Options], Options]
     stack: Callable[[Options], Stack]
@@ -131,8 +133,8 @@ class ClientHandler:
         refused = plan.consider(message, context)
         if refused is not None:
             return Message(refused, reply_to=message)
-        task = plan.receive(message, context, self._split(plan, context))
-        return plan.reply(task, self.trainer.train(task.weights, task.split.train, task.job))
+        task = self._begin(plan, plan.receive(message, context, self._split(plan, context)))
+        return plan.reply(task, plan.trainer.train(task.weights, task.split.train, task.job))
 
     def train_many(
         self, messages: Sequence[Message], contexts: Sequence[Context]
@@ -141,14 +143,14 @@ class ClientHandler:
 
         None where the trainer cannot do that, or does not find it worth while.
         """
-        if isinstance(self.trainer, CohortTrainer) and len(messages) > 1:
-            plan = self.plan(contexts[0])
+        plan = self.plan(contexts[0])
+        if isinstance(plan.trainer, CohortTrainer) and len(messages) > 1:
             tasks: list[_Received] = []
             for message, context in zip(messages, contexts, strict=True):
                 before = tasks[-1] if tasks else None
                 split = self._split(plan, context)
-                tasks.append(plan.receive(message, context, split, before))
-            trained = self.trainer.train_cohort(
+                tasks.append(self._begin(plan, plan.receive(message, context, split, before)))
+            trained = plan.trainer.train_cohort(
                 [task.weights for task in tasks],
                 [task.split.train for task in tasks],
                 [task.job for task in tasks],
@@ -172,7 +174,7 @@ class ClientHandler:
         examples = 0
         if split.test is not None and len(split.test) > 0:
             task = plan.receive(message, context, split)
-            result = self.trainer.evaluate(task.weights, split.test, plan.options)
+            result = plan.trainer.evaluate(task.weights, split.test, plan.options)
             metrics, examples, counted = result.metrics, result.examples, result.counted
         content = RecordDict({METRICS: MetricRecord({**metrics, EXAMPLES: examples})})
         if counted:
@@ -207,7 +209,7 @@ class ClientHandler:
                 "running statistics would travel in the clear beside protected updates; "
                 "use buffers=never, or a model with group normalisation"
             )
-        names = statistics_of(self.trainer, plan.stack, plan.options)
+        names = statistics_of(plan.trainer, plan.stack, plan.options)
         return answer_statistics(message, names, plan.kept(context), context.state)
 
     def _ask(self, message: Message, context: Context) -> Message:
@@ -228,7 +230,7 @@ class ClientHandler:
             found = question_bundles(question, examples, public_of(message))
             return answer_pool(message, found, question.stack, question.size)
         task = plan.receive(message, context, Split(None))
-        bundles = training_bundles(self.trainer, task.weights, examples, task.job)
+        bundles = training_bundles(plan.trainer, task.weights, examples, task.job)
         return answer_pool(message, bundles, plan.stack, plan.manifest.size)
 
     def plan(self, context: Context) -> "Plan":
@@ -240,15 +242,24 @@ class ClientHandler:
         key = _options_key(context)
         if key not in self._plans:
             options = self.options(context.run_config)
+            trainer = trainer_of(self.trainer, options)
             self._plans.clear()
             self._plans[key] = Plan(
                 options,
                 self.stack(options),
-                _without_values(self.trainer.initial(options, int(options["seed"]))),
-                promising(self.trainer, options),
+                trainer,
+                _without_values(trainer.initial(options, int(options["seed"]))),
+                promising(trainer, options),
                 self.app_digest,
             )
         return self._plans[key]
+
+    def _begin(self, plan: "Plan", task: "_Received") -> "_Received":
+        """The task with what the layers ask for before training."""
+        if "start-loss" in plan.stack.needs:
+            found = plan.trainer.evaluate(task.weights, task.split.train, plan.options)
+            task = replace(task, start_loss=found.metrics.get("loss"))
+        return plan.begin(task)
 
     def _split(self, plan: "Plan", context: Context) -> Split:
         key, node = (context.node_id, _options_key(context)), node_of(context)
@@ -273,6 +284,7 @@ class _Received:
     job: Job
     account: Charging
     sent: bytes
+    start_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -282,6 +294,7 @@ class Plan:
     Attributes:
         options: complete ones.
         stack: as they build it.
+        trainer: of these options.
         first: the first model, its parameters without values.
         promise: the trainer, where it promises privacy for single records.
         app_digest: of the app's files.
@@ -289,6 +302,7 @@ class Plan:
 
     options: Options
     stack: Stack
+    trainer: Trainer
     first: Weights
     promise: Trainer | None = None
     app_digest: str = ""
@@ -404,13 +418,34 @@ class Plan:
         weights = Weights(parameters, buffers)
         return _Received(message, context, split, weights, vector, job, account, sent)
 
+    def begin(self, task: _Received) -> _Received:
+        """The task with what the stack's objectives add to its gradients."""
+        if not self.stack.objectives:
+            return task
+        told = self._told(task.message, task.job.round, task.job.learning_rate)
+        correction = self.stack.begin(task.vector, told, task.context.state)
+        return replace(task, job=replace(task.job, correction=correction))
+
+    def _told(self, message: Message, number: int, rate: float | None) -> NodeContext:
+        """What the layers are told of a round, before training."""
+        model = take_record(message.content, MODEL, ArrayRecord)
+        sent = {
+            name.removeprefix(SENT): from_array(array)
+            for name, array in model.items()
+            if name.startswith(SENT)
+        }
+        config: Mapping[str, Any] = take_record(message.content, CONFIG, ConfigRecord)
+        return NodeContext(config=config, sent=sent, round=number, learning_rate=rate or 0.0)
+
     def reply(self, task: _Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
         config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
         measured = {**trained.metrics, EXAMPLES: trained.examples}
         buffers, examples = trained.weights.buffers, trained.examples
+        told = self._told(task.message, task.job.round, task.job.learning_rate)
+        told = replace(told, steps=trained.steps, start_loss=task.start_loss)
         del trained  # a model; from here on only its difference is needed
-        encoded, said = self.stack.encode(update, config, task.context.state, measured)
+        encoded, said = self.stack.encode(update, config, task.context.state, measured, told)
         del update
         record, size = record_of({UPDATE: to_array(encoded)}), encoded.numel()
         del encoded

@@ -20,15 +20,21 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from umbel.clients.chosen_trainer import ChosenTrainer, bundling
 from umbel.clients.data.examples import each_of
 from umbel.clients.trainers.base import BundleTrainer, Job, Options, Trainer, Weights
 from umbel.core.contents import take_record
 from umbel.core.errors import ConfigError
+from umbel.core.names import (
+    CONFIG,
+    EXAMPLES,
+    MEMBERS,
+    METRICS,
+    MODEL,
+    PUBLIC,
+    QUESTION,
+    UPDATE,
+)
 from umbel.core.records import from_array, to_array
-from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
-from umbel.strategies.layout import CONFIG, MODEL
-from umbel.strategies.private.pooled import MEMBERS, PUBLIC, QUESTION
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
@@ -150,8 +156,7 @@ def can_pool(
     questions: Sequence[PrivateMean] = (),
 ) -> bool:
     """Whether a pool of this app's virtual nodes gives what single answers would."""
-    found = trainer.chosen(options) if isinstance(trainer, ChosenTrainer) else trainer
-    if not isinstance(found, BundleTrainer) or not isinstance(data, PooledData):
+    if not isinstance(trainer, BundleTrainer) or not isinstance(data, PooledData):
         return False
     examples = data.pool([], count, options)
     # A question's vector for each example is a node's own only where it has no other.
@@ -174,5 +179,11 @@ def pooled_examples(data: Any, members: Sequence[int], count: int, options: Opti
 def training_bundles(
     trainer: Trainer, weights: Weights, examples: Any, job: Job
 ) -> Iterator[Bundle]:
-    """The updates of one step of many one-example nodes."""
-    return bundling(trainer, job.options).bundles(weights, examples, job)
+    """The updates of one step of many one-example nodes.
+
+    Raises:
+        ConfigError: this trainer cannot train many nodes as one bundle.
+    """
+    if not isinstance(trainer, BundleTrainer):
+        raise ConfigError(f"{type(trainer).__name__} cannot train many nodes as one bundle")
+    return trainer.bundles(weights, examples, job)

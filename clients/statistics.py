@@ -1,10 +1,8 @@
 """A node's running statistics: which they are, and whether they may be shown."""
 
-from typing import Any
-
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from umbel.clients.trainers.base import Options, Trainer, Tree
+from umbel.clients.trainers.base import KeepsStatistics, Options, Trainer, Tree
 from umbel.core.contents import find_record
 from umbel.core.records import to_array
 from umbel.strategies.collect import BUFFERS, EXAMPLES, METRICS
@@ -21,10 +19,10 @@ def statistics_of(trainer: Trainer, stack: Stack, options: Options) -> tuple[str
     A trainer says by a method `statistics` which of its buffers are statistics of the examples;
     one without it, such as `PrivateSgd`, shows none.
     """
-    names: Any = getattr(trainer, "statistics", None)
-    if names is None or not shows_statistics(stack, str(options["buffers"])):
+    shown = shows_statistics(stack, str(options["buffers"]))
+    if not isinstance(trainer, KeepsStatistics) or not shown:
         return ()
-    return tuple(names(options))
+    return tuple(trainer.statistics(options))
 
 
 def answer_statistics(

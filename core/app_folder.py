@@ -37,6 +37,7 @@ class AppFolder:
         client: reference to the `ClientApp`.
         options: `[tool.flwr.app.config]`, flattened.
         nodes: how many virtual nodes the app asks for, or None.
+        pool: where its virtual nodes run, or None.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class AppFolder:
     client: str
     options: Mapping[str, Value]
     nodes: int | None
+    pool: str | None = None
 
     def server_app(self) -> ServerApp:
         """Import the server's app; ConfigError says what went wrong."""
@@ -100,6 +102,7 @@ def open_app(path: Path) -> AppFolder:
         client=str(references[1]),
         options=flatten(_optional(file, app, "config")),
         nodes=_nodes(file, project),
+        pool=_pool(file, project),
     )
 
 
@@ -135,6 +138,14 @@ def _nodes(file: Path, project: Mapping[str, Any]) -> int | None:
     if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
         raise ConfigError(f"{file} asks for {nodes!r} nodes; it must be a whole number above 0")
     return nodes
+
+
+def _pool(file: Path, project: Mapping[str, Any]) -> str | None:
+    """`[tool.umbel] pool`."""
+    pool = _optional(file, project["tool"], "umbel").get("pool")
+    if pool is not None and not (isinstance(pool, str) and pool):
+        raise ConfigError(f"{file} asks for the pool {pool!r}; it must be a name in quotes")
+    return pool
 
 
 def load(path: Path, reference: str, kind: type[T]) -> T:

@@ -12,6 +12,7 @@ from typing import Any
 
 from umbel.core.errors import ConfigError
 from umbel.core.options import dashed
+from umbel.core.registry import is_known, names
 
 _KEY = "umbel.limit"
 
@@ -27,6 +28,8 @@ class Limit:
         without_most: `most` itself is excluded.
         infinite: infinity is a value too (no budget, no bound).
         choices: the only texts; empty where any will do.
+        kind: the kind of part whose names are the only texts, besides `choices`; see
+            `umbel.core.registry`.
         hint: what to do instead, added to the refusal.
     """
 
@@ -36,12 +39,15 @@ class Limit:
     without_most: bool = False
     infinite: bool = False
     choices: tuple[str, ...] = ()
+    kind: str = ""
     hint: str = ""
 
     def admits(self, value: bool | int | float | str) -> bool:
         """Whether an option may have this value."""
         if isinstance(value, str):
-            return not self.choices or value in self.choices
+            if value in self.choices or not (self.choices or self.kind):
+                return True
+            return bool(self.kind) and is_known(self.kind, value)
         if math.isinf(value):
             return self.infinite and value > 0
         low = value > self.least if self.without_least else value >= self.least
@@ -50,8 +56,8 @@ class Limit:
 
     def words(self) -> str:
         """The limit as the rest of "it must be ..." or "it can be ..."."""
-        if self.choices:
-            return ", ".join(self.choices)
+        if self.choices or self.kind:
+            return ", ".join((*(names(self.kind) if self.kind else ()), *self.choices))
         if math.isfinite(self.least) and math.isfinite(self.most):
             if not (self.without_least or self.without_most):
                 return f"from {self.least:g} to {self.most:g}"
@@ -83,6 +89,11 @@ def one_of(*choices: str) -> Limit:
     return Limit(choices=choices)
 
 
+def named(kind: str, *choices: str) -> Limit:
+    """The names of the parts of a kind, and these texts."""
+    return Limit(choices=choices, kind=kind)
+
+
 def option(default: bool | int | float | str, limit: Limit) -> Any:
     """A dataclass field with a default, and with the values that it may have."""
     return field(default=default, metadata={_KEY: limit})
@@ -112,7 +123,7 @@ def _problems(settings: Any) -> Iterator[str]:
         if limit.admits(value):
             continue
         hint = f" ({limit.hint})" if limit.hint else ""
-        if limit.choices:
+        if limit.choices or limit.kind:
             yield f"{name} is {value!r}; it can be {limit.words()}{hint}"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{name} is {value}; it must be finite{hint}"

@@ -42,3 +42,20 @@ def locked(file: Path, busy: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds the lock; nothing is made or changed."""
+    try:
+        lock = os.open(file, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return False

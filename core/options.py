@@ -17,6 +17,13 @@ Options = Mapping[str, Value]
 
 LARGEST = 10**18
 """No whole number among the options is beyond this: nodes receive them as 64-bit integers."""
+FORMER: Mapping[str, str] = {
+    "tau": "adaptive-epsilon",
+    "federated-every": "client-eval-every",
+    "federated-nodes": "client-eval-nodes",
+    "keep": "keep-model",
+}
+"""Options under the names that they had in earlier releases, and today's."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -28,6 +35,35 @@ def shown(value: object) -> str:
 def dashed(name: str) -> str:
     """A field's name as an option."""
     return name.replace("_", "-")
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options under today's names.
+
+    Raises:
+        ConfigError: one is given under both of its names, with two values.
+
+    >>> renamed({"tau": 0.5, "rounds": 3})
+    {'adaptive-epsilon': 0.5, 'rounds': 3}
+    """
+    result: dict[str, Any] = {}
+    for name, value in options.items():
+        today = FORMER.get(name, name)
+        if today != name and options.get(today, value) != value:
+            raise ConfigError(
+                f"{name} and {today} are one option, with two values; give {today} alone"
+            )
+        result[today] = value
+    return result
+
+
+def renaming_notes(options: Mapping[str, Any]) -> list[str]:
+    """A sentence for each option that is given under its former name."""
+    return [
+        f"the option {name} is now called {FORMER[name]}; the former name is still understood"
+        for name in options
+        if name in FORMER
+    ]
 
 
 def choose(name: str, value: str, allowed: Iterable[str]) -> str:
@@ -55,6 +91,7 @@ class OptionGroup:
             ConfigError: a value has the wrong type, or the group refuses it.
         """
         own = cls.defaults()
+        options = renamed(options)
         return cls(
             **{
                 name.replace("-", "_"): checked(name, value, own[name])

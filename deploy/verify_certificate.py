@@ -360,7 +360,10 @@ def in_total(seen, central, against, delta):
 def problems_of(run, key):
     certificate = load((run / "certificate.json").read_bytes())
     if certificate["format"] != FORMAT:
-        yield f"the certificate is of format {certificate['format']!r}, not {FORMAT}"
+        yield (
+            f"the certificate is of format {certificate['format']!r}, and this file checks format "
+            f"{FORMAT}: nothing of it was checked; check it with the Umbel that issued it"
+        )
         return
     public = certificate["key"]
     if key is not None and key != public:

@@ -1,6 +1,7 @@
 """What Umbel's own engines share as Flower grids."""
 
 from abc import abstractmethod
+from collections.abc import Iterable, Iterator
 
 from flwr.app import Array, Message, RecordDict
 from flwr.serverapp import Grid
@@ -9,6 +10,8 @@ from torch import Tensor
 from umbel.core.errors import ConfigError
 from umbel.core.flower import NodeInfo, Run, empty_run, expired, is_over, take_identity
 from umbel.core.records import to_array
+from umbel.server.mailbox import Mailbox
+from umbel.server.node_states import NodeStates
 from umbel.server.roster import NodeRef
 
 
@@ -18,7 +21,13 @@ class BaseGrid(Grid):
     Args:
         run_id: of the run, for messages and contexts.
         enough: the share of a round's training replies that is waited for.
+
+    Attributes:
+        states: what lasts of nodes that this engine keeps; None where they keep it themselves, so
+            that it does not go back with a checkpoint.
     """
+
+    states: NodeStates | None = None
 
     def __init__(self, run_id: int, enough: float = 1.0) -> None:
         self._run = empty_run(run_id)
@@ -27,6 +36,23 @@ class BaseGrid(Grid):
     @abstractmethod
     def roster(self) -> list[NodeRef]:
         """All nodes, by partition."""
+
+    @abstractmethod
+    def open(self, timeout: float | None = None) -> Mailbox:
+        """A mailbox whose replies end after `timeout` seconds; None is no end."""
+
+    def stream(
+        self, messages: Iterable[Message], timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send, and yield the replies as they arrive, for `timeout` seconds at most."""
+        with self.open(timeout) as box:
+            box.send(messages)
+            yield from box
+
+    @property
+    def sharing(self) -> int:
+        """How many places of work share the nodes; 0 where each node is a place of its own."""
+        return 0
 
     def gone(self) -> set[int]:
         """Ids of nodes that were shut out for good and are asked no more."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from umbel.core.errors import ConfigError, RunError
 from umbel.strategies.optimizers import Slots
+from umbel.strategies.samplers import NodeHistory
 from umbel.strategies.stack import States
 
 _FILE = "position.safetensors"
@@ -52,10 +53,11 @@ class Position:
         slots: of the server optimiser.
         layers: one state a layer of the stack.
         best: the best model, where the run keeps track of it.
-        stale: evaluations since the best.
+        evaluations_since_best: how many there were.
         average: mean of the models since `average-from`; `averaged` says of how many.
-        abandoned: rounds in a row without enough replies.
+        failed_rounds: rounds in a row without enough replies.
         public: what private means have released, by name; `answered` says which were asked.
+        history: what nodes did, by name, where the sampler looks at that.
     """
 
     round: int
@@ -70,6 +72,12 @@ class Position:
     failed_rounds: int = 0
     public: Mapping[str, Tensor] = field(default_factory=dict)
     answered: tuple[str, ...] = ()
+    history: Mapping[str, NodeHistory] = field(default_factory=dict)
+
+    @property
+    def delivered(self) -> Tensor:
+        """The model that the run would end with now, flat."""
+        return self.parameters if self.average is None else self.average
 
     def replace(self, **changes: Any) -> "Position":
         """This position with some of it replaced."""
@@ -99,6 +107,10 @@ def save(directory: Path, position: Position, nodes: Mapping[int, bytes]) -> Non
         "best": None if position.best is None else [position.best.value, position.best.round],
         "layers": [],
     }
+    if position.history:
+        numbers["history"] = {
+            name: [node.asked, node.last, node.metrics] for name, node in position.history.items()
+        }
     for i, state in enumerate(position.layers):
         numbers["layers"].append(_without_tensors(state, f"layer.{i}.", tensors))
     file = directory / _FILE
@@ -157,6 +169,7 @@ def load(directory: Path) -> Position | None:
             if name.startswith("public.")
         },
         answered=tuple(numbers["answered"]),
+        history={name: NodeHistory(*said) for name, said in numbers.get("history", {}).items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""The loop that runs a collect's protocol over a grid, and the clock that watches it."""
+"""The loop that runs an exchange's protocol over a grid, and the clock that watches it."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,25 +7,46 @@ from contextlib import contextmanager
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from umbel.strategies.collect import Gather, Sum
+from umbel.server.base_grid import BaseGrid
+from umbel.server.mailbox import GridMailbox, Mailbox
+from umbel.server.node_states import NodeStates
+from umbel.strategies.aggregator import Aggregate
+from umbel.strategies.exchange import Gather
 
 ROUND_TTL = 365 * 86400.0
 """Seconds that a message of a round is good for: what ends it is the option `round-timeout`, and
 not the twelve hours after which Flower lets a message expire that says nothing."""
 
 
+def mailbox(grid: Grid, timeout: float | None) -> Mailbox:
+    """A way to talk to the nodes of any grid; its replies end after `timeout` seconds."""
+    return grid.open(timeout) if isinstance(grid, BaseGrid) else GridMailbox(grid, timeout)
+
+
 def stream(grid: Grid, messages: Sequence[Message], timeout: float | None) -> Iterator[Message]:
-    """Replies in order of arrival, on grids that can do so; else as one batch."""
+    """Replies in order of arrival, on Umbel's own grids; else as one batch.
+
+    A plain grid waits for a batch better than one that asks it again and again.
+    """
     if not messages:
         return iter(())
-    streaming: Callable[..., Iterator[Message]] | None = getattr(grid, "stream", None)
-    if streaming is not None:
-        return streaming(messages, timeout)
+    if isinstance(grid, BaseGrid):
+        return grid.stream(messages, timeout)
     return iter(grid.send_and_receive(messages, timeout=timeout))
 
 
-def drive(gathering: Gather, send: Callable[[Sequence[Message]], Iterator[Message]]) -> Sum:
-    """Run a collect's protocol over a way to send: requests out, replies in, until the sum."""
+def states_of(grid: Grid) -> NodeStates | None:
+    """What lasts of the nodes that the grid keeps; None where nodes keep it themselves."""
+    return grid.states if isinstance(grid, BaseGrid) else None
+
+
+def sharing(grid: Grid) -> int:
+    """How many places of work share this grid's virtual nodes; 0 where nodes are their own."""
+    return grid.sharing if isinstance(grid, BaseGrid) else 0
+
+
+def drive(gathering: Gather, send: Callable[[Sequence[Message]], Iterator[Message]]) -> Aggregate:
+    """Run an exchange's protocol over a way to send: requests out, replies in, until the end."""
     try:
         requests = next(gathering)
         while True:

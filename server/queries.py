@@ -18,24 +18,16 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from umbel.core.errors import RunError
+from umbel.core.names import ASK, CONFIG, MEMBERS, MODEL, POOL, PUBLIC, QUESTION
 from umbel.core.records import record_of, to_array
 from umbel.server.drive import ROUND_TTL, drive, stream
 from umbel.server.privacy_gate import PrivacyGate
 from umbel.server.roster import NodeRef
-from umbel.strategies.collect import Gather, Gathering
-from umbel.strategies.layout import CONFIG, MODEL
-from umbel.strategies.private.pooled import ASK, MEMBERS, POOL, PUBLIC, QUESTION, gather_pools
-from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, Round
+from umbel.strategies.aggregator import RoundSpec
+from umbel.strategies.transform import Facts, RoundContext
 
 if TYPE_CHECKING:
     from umbel.strategies.private.private_mean import PrivateMean
-
-
-def processes_of(grid: Grid) -> int:
-    """How many processes share this grid's virtual nodes; 0 where nodes are their own."""
-    pids = getattr(grid, "worker_pids", None)
-    return 0 if pids is None else max(1, len(pids))
 
 
 def public_arrays(public: Mapping[str, Tensor]) -> dict[str, Array]:
@@ -58,13 +50,6 @@ def pool_requests(
             first, kind = part[0].node_id, f"query.{POOL}"
             requests.append(Message(content, first, kind, ttl=ROUND_TTL, group_id=group))
     return requests
-
-
-def trips(stack: Stack, requests: Sequence[Message], round_: Gathering) -> Gather:
-    """The stack's own gathering, or that of pools where the requests are for pools."""
-    if requests and requests[0].metadata.message_type == f"query.{POOL}":
-        return gather_pools(requests, round_)
-    return stack.collect.gather(requests, round_)
 
 
 @dataclass(frozen=True)
@@ -105,7 +90,7 @@ class QueryRunner:
         config = ConfigRecord({"round": number, "manifest": digest, QUESTION: question.name})
         for name, value in stack.publish(states, before).items():
             config[name] = value
-        round_ = Gathering(
+        round_ = RoundSpec(
             number=number,
             size=question.size,
             dtype=torch.float32,
@@ -115,7 +100,7 @@ class QueryRunner:
         )
         requests = self._requests(public, config)
         sum_ = drive(
-            trips(stack, requests, round_),
+            stack.collect.gather(requests, round_),
             lambda messages: stream(self.grid, messages, self.timeout),
         )
         if sum_.replies == 0 and sum_.rejected:
@@ -124,7 +109,7 @@ class QueryRunner:
                 f"{sum_.rejected[0].reason}"
             )
         self.guard.release(question.name, question.claims(number))
-        rnd = Round(
+        rnd = RoundContext(
             number=number,
             cohort=everyone,
             replies=sum_.replies,

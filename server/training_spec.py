@@ -12,7 +12,9 @@ from umbel.core.errors import ConfigError
 from umbel.core.records import Tree
 from umbel.server.privacy_gate import NoGuard, PrivacyGate
 from umbel.strategies.contract import Contract
+from umbel.strategies.optimizers import ServerOptimizer
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import Sampler
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:  # its mathematics takes a second to import
@@ -38,6 +40,8 @@ class TrainingSpec:
         statistics: names of the buffers that nodes show for the delivered model.
         pooled: virtual nodes that share a process may answer as one.
         quiet: why nodes are not asked what they measure; empty where they are.
+        sampler: who takes part in a round; None is the one that the options name.
+        optimizer: makes the next model; None is the one that the options name.
         contract: what nodes act on, for secure sums; None takes their word.
 
     Raises:
@@ -55,13 +59,15 @@ class TrainingSpec:
     statistics: tuple[str, ...] = ()
     pooled: bool = False
     quiet: str = ""
+    sampler: Sampler | None = None
+    optimizer: ServerOptimizer | None = None
     contract: Contract | None = None
 
     def __post_init__(self) -> None:
         options = self.options
-        watching = options.keep == "best" or options.early_stop_patience > 0
+        watching = options.keep_model == "best" or options.early_stop_patience > 0
         if watching and self.evaluate is None:
-            what = "keep=best" if options.keep == "best" else "early-stop-patience"
+            what = "keep-model=best" if options.keep_model == "best" else "early-stop-patience"
             raise ConfigError(
                 f"{what} needs held-out examples at the coordinator, and this app has none; give "
                 "Federation a `test` function, or leave the option out"

@@ -20,17 +20,20 @@ import torch
 
 from umbel.core.errors import ConfigError, StackError
 from umbel.core.options import Options, dashed
-from umbel.strategies.collect import PlainSum, Sum, is_own
+from umbel.strategies.aggregator import Aggregate
+from umbel.strategies.exchange import CapsExamples, Masks, is_own
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Claim, Facts, Round
+from umbel.strategies.transform import Claim, Facts, RoundContext
 
 SIZE = 64
 """Coordinates for which a stack is asked what it does, where its layers take any number."""
+PROXIMAL = "proximal-mu"
+"""The option for the strength of FedProx; trainers that take corrections have it."""
 MANY = float(1 << 20)
 """Nodes of a round that is so large that no stack is too small for it."""
 
@@ -73,12 +76,31 @@ def compose(stack: Stack, options: Options, size: Callable[[], int]) -> Stack:
         StackError: layers that do not fit together.
     """
     asked = Asked.read(options)
+    stack = with_proximal(stack, float(options.get(PROXIMAL, 0.0)))
     try:
         return _composed(stack, asked, SIZE)
     except Exception:
         if all(type(layer).__module__.startswith("umbel.") for layer in stack.layers):
             raise
         return _composed(stack, asked, size())  # an app's layer may be made for one model
+
+
+def with_proximal(stack: Stack, mu: float) -> Stack:
+    """The stack with what the option `proximal-mu` asks for, above all layers.
+
+    Raises:
+        ConfigError: the app's stack has a proximal term of its own.
+    """
+    if not mu:
+        return stack
+    from umbel.strategies.methods.fedprox import FedProx
+
+    if any(isinstance(layer, FedProx) for layer in stack.layers):
+        raise ConfigError(
+            f"proximal-mu is {mu:g}, but the app's own stack {stack} has FedProx already; leave "
+            "the option out"
+        )
+    return replace(stack, layers=(FedProx(mu), *stack.layers))
 
 
 def _composed(stack: Stack, asked: Asked, size: int) -> Stack:
@@ -114,12 +136,13 @@ def _limited(stack: Stack, most: int) -> Stack:
     collect = stack.collect
     if not most:
         return stack
-    if not (isinstance(collect, PlainSum) and collect.weighting == "examples"):
+    limited = collect.with_max_examples(most) if isinstance(collect, CapsExamples) else None
+    if limited is None:
         raise ConfigError(
             f"max-examples is {most}, but {stack} does not weigh nodes by their examples (a "
             "secure sum has secure-weight-cap); leave max-examples out"
         )
-    return replace(stack, collect=replace(collect, max_examples=most))
+    return replace(stack, collect=limited)
 
 
 def check_asked(stack: Stack, asked: Asked, size: int = SIZE) -> None:
@@ -162,9 +185,7 @@ def _check_secret(stack: Stack, bottom: Facts, secure: SecureOptions) -> None:
             f"secure-min-cohort is {secure.secure_min_cohort}, but the app's own collect makes "
             f"sums of {bottom.min_replies}; leave it out, or raise the app's min_cohort"
         )
-    from umbel.strategies.secure.secure_sum import SecureSum
-
-    mode = stack.collect.mode if isinstance(stack.collect, SecureSum) else ""
+    mode = stack.collect.mode if isinstance(stack.collect, Masks) else ""
     if secure.secure_mode not in ("auto", mode):
         raise ConfigError(
             f"secure-mode is {secure.secure_mode}, but the app's own collect is {mode}; leave it "
@@ -271,7 +292,11 @@ def _play(stack: Stack, facts: Facts, rounds: int) -> None:
         except StackError as error:
             raise StackError(f"{error} (in round {number})") from error
         cohort = max(1.0, facts.expected_replies)
-        sum_ = Sum(torch.ones(bottom.size, dtype=torch.float64), cohort, round(cohort), cohort)
+        sum_ = Aggregate(
+            torch.ones(bottom.size, dtype=torch.float64), cohort, round(cohort), cohort
+        )
         generator = torch.Generator().manual_seed(number)
-        rnd = Round(number, cohort, round(cohort), cohort, bottom, generator)
+        rnd = RoundContext(
+            number, cohort, round(cohort), cohort, bottom, generator, learning_rate=1.0
+        )
         _, states, _ = stack.decode(sum_, states, rnd, before)

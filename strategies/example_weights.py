@@ -100,6 +100,12 @@ class LimitedFold(OrderedSum):
         self._decide()
         return super().finish()
 
+    def _adopt(self, other: OrderedSum) -> None:
+        super()._adopt(other)
+        assert isinstance(other, LimitedFold)
+        self.counted, self._said = other.counted, other._said
+        self._waiting, self._decided = other._waiting, other._decided
+
     def _add(self, vector: Tensor, weight: float) -> None:
         most, wait = self.patience.most, self.patience.wait
         bisect.insort(self._said, weight)

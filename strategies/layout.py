@@ -1,19 +1,13 @@
-"""Names that both sides of a federation's messages use, and which buffers travel."""
+"""Which buffers travel beside updates."""
 
+from umbel.core.names import CONFIG as CONFIG
+from umbel.core.names import HELLO as HELLO
+from umbel.core.names import MODEL as MODEL
+from umbel.core.names import PARAMETERS as PARAMETERS
+from umbel.core.names import STATISTICS as STATISTICS
 from umbel.core.records import Tree
-from umbel.strategies.collect import Seals
+from umbel.strategies.exchange import Seals
 from umbel.strategies.stack import Stack
-
-MODEL = "model"
-"""Name of the request's ArrayRecord."""
-PARAMETERS = "parameters"
-"""In that record: the model's parameters as one flat vector."""
-CONFIG = "umbel"
-"""Name of the request's ConfigRecord: round, manifest, learning rate, what the layers publish."""
-HELLO = "umbel_hello"
-"""The query by which a node says which partition it holds."""
-STATISTICS = "umbel_statistics"
-"""The query for the running statistics that a node keeps."""
 
 
 def averaged_buffers(buffers: Tree, policy: str) -> Tree:

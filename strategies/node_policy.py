@@ -34,6 +34,8 @@ FORMER = "secure-policy"
 """Its former name, which is read too."""
 
 ANSWERS = ("train", "evaluate", "statistics", "private-mean", "query")
+UNLIMITED = "unlimited"
+"""What an epsilon may be that no first promise shall limit; TOML's `inf` says the same."""
 LEVELS = ("none", "noised", "summed", "clear")
 """How metrics and counts may leave: what stands later in the list tells more."""
 
@@ -81,6 +83,10 @@ def _number(value: Any) -> bool:
 
 def _positive(value: Any) -> bool:
     return _number(value) and 0 < value < math.inf
+
+
+def _budget(value: Any) -> bool:
+    return value == UNLIMITED or (_number(value) and value > 0)
 
 
 def _texts(value: Any, among: Sequence[str] = ()) -> bool:
@@ -225,8 +231,10 @@ KEYS = (
         (
             "How much privacy the node as a whole may spend, over all runs about the same data.",
             "Every update must carry noise of the nodes; a bare one would cost infinity.",
+            'Left out, what the first run promised is the limit. "unlimited": each run keeps its',
+            "own promise, all of them together have no limit, and nothing is asked of updates.",
         ),
-        _positive,
+        _budget,
         protects=True,
     ),
     Key(
@@ -234,9 +242,9 @@ KEYS = (
         "8.0",
         (
             "The same for a single record. Every update must be trained with record-level",
-            "privacy, or carry noise of the nodes.",
+            'privacy, or carry noise of the nodes; nothing is asked with "unlimited".',
         ),
-        _positive,
+        _budget,
         protects=True,
     ),
     Key(
@@ -290,7 +298,9 @@ class NodePolicy:
         min_noise: noise multiplier, made on the nodes; None is none.
         sums: the limits on secure sums.
         only_sums: the key for whose sake updates leave in secure sums alone, or empty.
-        participations: of this node; epsilon and record_epsilon likewise; None is no limit.
+        participations: of this node; None is no limit.
+        epsilon: of this node; None is what was promised first, infinity is no limit.
+        record_epsilon: of each of its records, likewise.
         metrics: the most telling way in which they may leave; None follows the run.
         counts: of examples, likewise.
         errors: `place` or `full`; None follows the run.
@@ -334,7 +344,12 @@ class NodePolicy:
                     f"{path} says {name} = {value!r}, which is no such setting; known are "
                     f"{', '.join(sorted(known))}; umbel client policy explains them"
                 )
-        protecting = [key.name for key in KEYS if key.protects and key.name in found]
+        for name in ("epsilon", "record-epsilon"):
+            if found.get(name) == UNLIMITED:
+                found[name] = math.inf
+        protecting = [
+            key.name for key in KEYS if key.protects and found.get(key.name) not in (None, math.inf)
+        ]
         if protecting and found.get("unprotected") is True:
             raise ConfigError(
                 f"{path} says unprotected = true and {protecting[0]}, which asks for protection; "
@@ -423,7 +438,8 @@ class NodePolicy:
                 f"{self.only_sums} asks for secure sums, and in this run the node's update would "
                 "leave without one; run it with secure=true",
             )
-        if protection.seeded and (self.min_noise is not None or self.epsilon is not None):
+        limited = self.epsilon is not None and self.epsilon < math.inf
+        if protection.seeded and (self.min_noise is not None or limited):
             key = "min-noise" if self.min_noise is not None else "epsilon"
             raise PolicyError(
                 key,
@@ -437,13 +453,14 @@ class NodePolicy:
                 f"nodes of this run make {protection.noise:g}; run it with secure=true and more "
                 "noise (a smaller epsilon), or with mechanism=local",
             )
-        if self.epsilon is not None and not protection.noise > 0:
+        if limited and not protection.noise > 0:
             raise PolicyError(
                 "epsilon",
                 "epsilon is limited, and in this run nodes add no noise, which costs infinity; "
                 "run it with secure=true epsilon=..., or with mechanism=local",
             )
-        if self.record_epsilon is not None and not (records or protection.noise > 0):
+        each = self.record_epsilon is not None and self.record_epsilon < math.inf
+        if each and not (records or protection.noise > 0):
             raise PolicyError(
                 "record-epsilon",
                 "record-epsilon is limited, and in this run nothing protects a single record, "
@@ -499,8 +516,8 @@ class NodePolicy:
             "roster": None if self.sums.roster is None else f"{len(self.sums.roster)} nodes",
             "authority": None if self.sums.authority is None else "of the file",
             "participations": self.participations,
-            "epsilon": self.epsilon,
-            "record-epsilon": self.record_epsilon,
+            "epsilon": _epsilon(self.epsilon),
+            "record-epsilon": _epsilon(self.record_epsilon),
             "metrics": self.metrics or "as the run",
             "counts": self.counts or "as the run",
             "errors": self.errors or "as the run",
@@ -508,6 +525,13 @@ class NodePolicy:
             "options": dict(self.options),
         }
         return {name: "no limit" if value is None else value for name, value in own.items()}
+
+
+def _epsilon(limit: float | None) -> float | str:
+    """A limit of the node's ledger, as `umbel client policy` shows it."""
+    if limit is None:
+        return "what the first run promises"
+    return UNLIMITED if math.isinf(limit) else limit
 
 
 _LEVEL = {

@@ -2,26 +2,32 @@
 
 The update is a direction of improvement, so it plays the part of the negative gradient
 (Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2).
+
+    Federation(optimizer=...)    a value, a function of the options, or a name
+    -c optimizer=NAME            a name; see `umbel.register`
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from umbel.core.errors import ConfigError
+from umbel.core.errors import RunError
+from umbel.core.registry import provide
 
 Slots = dict[str, Tensor]
 """An optimiser's state: named tensors of the model's size."""
 
 
+@runtime_checkable
 class ServerOptimizer(Protocol):
     """Turns the average update of a round into the next model."""
 
     @property
     def name(self) -> str:
-        """As in the option `optimizer`."""
+        """As in reports, and in the option `optimizer` where it is registered."""
         ...
 
     def init(self, parameters: Tensor) -> Slots:
@@ -29,8 +35,38 @@ class ServerOptimizer(Protocol):
         ...
 
     def step(self, parameters: Tensor, update: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-        """The next model and state; the inputs are not mutated."""
+        """The next model and state; the inputs are not mutated.
+
+        Args:
+            parameters: the model, flat, of shape (size,).
+            update: the average update of the same shape and type.
+            slots: the state, as `init` or the last step returned it.
+        """
         ...
+
+
+def advance(
+    optimizer: ServerOptimizer, parameters: Tensor, update: Tensor, slots: Slots
+) -> tuple[Tensor, Slots]:
+    """One step of an optimiser, whose result is a model again.
+
+    Raises:
+        RunError: it returns something else.
+    """
+    after, kept = optimizer.step(parameters, update.to(parameters.dtype), slots)
+    if not isinstance(after, Tensor) or after.shape != parameters.shape:
+        found = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+        raise RunError(
+            f"the optimizer {optimizer.name} returned {found} in place of a model of "
+            f"{tuple(parameters.shape)}; let step return the next parameters and the state"
+        )
+    wrong = [name for name, slot in kept.items() if not isinstance(slot, Tensor)]
+    if wrong:
+        raise RunError(
+            f"the optimizer {optimizer.name} keeps {wrong[0]!r} as a "
+            f"{type(kept[wrong[0]]).__name__}; keep tensors only, which a checkpoint can hold"
+        )
+    return after.to(parameters.dtype), kept
 
 
 @dataclass(frozen=True)
@@ -75,14 +111,15 @@ class Adaptive:
         learning_rate: of the server.
         beta_1: decay of the first moment; FedAdagrad uses none.
         beta_2: decay of the second moment.
-        tau: added to the root of the second moment; the smaller, the more adaptive.
+        epsilon: added to the root of the second moment (tau in the paper); the smaller, the more
+            adaptive.
     """
 
     name: Literal["fedadam", "fedyogi", "fedadagrad"]
     learning_rate: float = 0.1
     beta_1: float = 0.9
     beta_2: float = 0.99
-    tau: float = 1e-3
+    epsilon: float = 1e-3
 
     def init(self, parameters: Tensor) -> Slots:
         zeros = torch.zeros_like(parameters)
@@ -98,7 +135,7 @@ class Adaptive:
         if self.name == "fedadam":
             count = float(steps) + 1
             rate *= (1 - self.beta_2**count) ** 0.5 / (1 - self.beta_1**count)
-        after = parameters + rate * first / (second.sqrt() + self.tau)
+        after = parameters + rate * first / (second.sqrt() + self.epsilon)
         return after, {"first": first, "second": second, "steps": steps}
 
     def _second_moment(self, second: Tensor, square: Tensor) -> Tensor:
@@ -113,29 +150,34 @@ def _moved(parameters: Tensor, direction: Tensor, rate: float) -> Tensor:
     return torch.add(parameters, direction.to(parameters.dtype), alpha=rate)
 
 
-OPTIMIZERS = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+# ---- by name, from the options `server-learning-rate` and those beside it
 
 
-def optimizer_named(
-    name: str,
-    *,
-    learning_rate: float,
-    momentum: float = 0.9,
-    beta_1: float = 0.9,
-    beta_2: float = 0.99,
-    tau: float = 1e-3,
-) -> ServerOptimizer:
-    """The optimiser that the options name; with a learning rate of 0, its own.
+def _rate(options: Mapping[str, Any], own: float) -> float:
+    """The server's learning rate; 0 is the optimiser's own."""
+    return float(options["server-learning-rate"]) or own
 
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    plain, adaptive = learning_rate or 1.0, learning_rate or 0.1
-    match name:
-        case "fedavg":
-            return FedAvg(plain)
-        case "fedavgm":
-            return FedAvgM(plain, momentum)
-        case "fedadam" | "fedyogi" | "fedadagrad":
-            return Adaptive(name, adaptive, beta_1, beta_2, tau)
-    raise ConfigError(f"optimizer is {name!r}; it can be {', '.join(OPTIMIZERS)}")
+
+def _adaptive(name: Literal["fedadam", "fedyogi", "fedadagrad"]) -> None:
+    provide(
+        "optimizer",
+        name,
+        lambda options: Adaptive(
+            name,
+            _rate(options, 0.1),
+            float(options["beta-1"]),
+            float(options["beta-2"]),
+            float(options["adaptive-epsilon"]),
+        ),
+    )
+
+
+provide("optimizer", "fedavg", lambda options: FedAvg(_rate(options, 1.0)))
+provide(
+    "optimizer",
+    "fedavgm",
+    lambda options: FedAvgM(_rate(options, 1.0), float(options["server-momentum"])),
+)
+_adaptive("fedadam")
+_adaptive("fedyogi")
+_adaptive("fedadagrad")

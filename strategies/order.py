@@ -15,6 +15,7 @@ isometry is tried.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from umbel.core.errors import StackError
 from umbel.strategies.transform import (
     Facts,
     Isometry,
-    Round,
+    RoundContext,
     Transform,
     acts_on_sums,
     acts_on_updates,
@@ -88,12 +89,13 @@ def _tried(layer: Transform[Any]) -> str:
     except Exception as error:
         return f"it cannot be tried on {_TRIED} coordinates: {error}"
     one, other = torch.randn(2, size, dtype=torch.float64, generator=generator)
-    rnd = Round(1, 8.0, 8, 8.0, before.replace(size=size), generator, before, 8.0)
+    rnd = RoundContext(1, 8.0, 8, 8.0, before.replace(size=size), generator, before, 8.0)
     found = []
     for total in (one, other, one + 3 * other):
-        made, after, said = layer.decode(total.clone(), {}, state, rnd)
-        if said:
-            return f"its server half releases {', '.join(said)}"
+        ctx = replace(rnd, reports={})
+        made, after = layer.decode(total.clone(), state, ctx)
+        if ctx.reports:
+            return f"its server half releases {', '.join(ctx.reports)}"
         if not _same(after, state):
             return "its server half keeps something of the sum"
         if float(made.norm()) > float(total.norm()) * (1 + _CLOSE):

@@ -82,12 +82,45 @@ class OrderedSum:
         """The sum over all offered terms, of shape (size,) in float64 or the vectors' dtype."""
         for position in sorted(self._held):
             self._take(self._held.pop(position))
+        self._close()
+        return self._block if self._total is None else self._total.add_(self._block)
+
+    def merge(self, other: "OrderedSum") -> None:
+        """Take the terms of another part of the same sum, which is used up.
+
+        One of the parts may have begun, at the first place; the others hold all that they have,
+        so that the bits are those of one sum in order.
+
+        Raises:
+            ValueError: both have begun, so a place was offered twice.
+        """
+        if other._next and self._next:
+            raise ValueError("two parts of one sum both have its first place")
+        if other._next:
+            self._adopt(other)
+        for position in sorted(other._held):
+            held = other._held.pop(position)
+            self._held[position] = (
+                None if held is None else self._hold(other._vector(held), held.weight)
+            )
+        other._close()
+        self._drain()
+
+    def _adopt(self, other: "OrderedSum") -> None:
+        """Go on where another part is."""
+        self._block, self._total = other._block, other._total
+        self._in_block, self._next = other._in_block, other._next
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
-        return self._block if self._total is None else self._total.add_(self._block)
+            self._file = None
 
     def _advance(self) -> None:
         self._next += 1
+        self._drain()
+
+    def _drain(self) -> None:
         while self._next in self._held:
             self._take(self._held.pop(self._next))
             self._next += 1
@@ -107,15 +140,18 @@ class OrderedSum:
     def _take(self, held: _Held | None) -> None:
         if held is None:
             return
+        self._add(self._vector(held), held.weight)
+
+    def _vector(self, held: _Held) -> Tensor:
+        """A term that was held back."""
         if held.vector is not None:
             self._room += held.vector.numel() * held.vector.element_size()
-            self._add(held.vector, held.weight)
-            return
+            return held.vector
         assert self._file is not None
         self._file.seek(held.offset)
         values = np.empty(self._block.numel(), self._block.numpy().dtype)
         self._file.readinto(values.data)  # type: ignore[attr-defined]
-        self._add(torch.from_numpy(values), held.weight)
+        return torch.from_numpy(values)
 
     def _add(self, vector: Tensor, weight: float) -> None:
         self._block.add_(vector, alpha=weight)

@@ -15,7 +15,7 @@ from typing import Any
 from umbel.core.errors import StackError
 from umbel.strategies.collect import Seals
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, SeesMetrics, Transform
+from umbel.strategies.transform import Facts, Transform, needs_of
 
 _EXACT = 1e-9
 """Relative difference of two machines' arithmetic on one bound."""
@@ -198,7 +198,7 @@ def _carried(stack: Stack, sealed: bool, noise: bool, what: str) -> str:
     """How something that a node measured leaves it: beside its update, or inside."""
     if not quiet(stack):
         return "clear"
-    inside = any(isinstance(each, SeesMetrics) and _takes(each, what) for each in stack.layers)
+    inside = any("metrics" in needs_of(each) and _takes(each, what) for each in stack.layers)
     if not inside:
         return "none"
     return "noised" if noise else "summed" if sealed else "clear"

@@ -23,11 +23,10 @@ off the stack (`umbel.strategies.composition`).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from umbel.core.errors import ConfigError, StackError
-from umbel.strategies.collect import Collect, PlainSum
+from umbel.strategies.exchange import Exchange, Masks, Weighs, is_own
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions, limits_of
@@ -38,7 +37,6 @@ from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_stack import secret_sum, share_layer, whole_steps
-from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.weigh import Weigh
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Facts, Transform
@@ -83,7 +81,7 @@ def _private_already(
     stack: Stack, privacy: PrivacyOptions, secure: SecureOptions, size: int
 ) -> Stack:
     """The app's own noise, decided where the options decide it."""
-    if secure.secure and not isinstance(stack.collect, SecureSum):
+    if secure.secure and not isinstance(stack.collect, Masks):
         raise ConfigError(
             "the app's stack adds its own noise; leave out secure=true, or let the options make "
             "the private layers"
@@ -121,7 +119,7 @@ def _with_privacy(
 
 
 def _summed_in_secret(stack: Stack, secure: SecureOptions, size: int) -> Stack:
-    if isinstance(stack.collect, SecureSum):
+    if isinstance(stack.collect, Masks):
         return stack  # the app's own layers; what they hold is read off the finished stack
     collect = secret_sum(stack.collect, secure, "equal")
     above, below = _parts(stack.layers)
@@ -191,17 +189,17 @@ def _own_bound(layers: Sequence[Transform[Any]], privacy: PrivacyOptions, size: 
         )
 
 
-def _counting_once(collect: Collect, secure: SecureOptions) -> Collect:
-    """The collect under noise: every update counts once, over a public denominator."""
+def _counting_once(collect: Exchange, secure: SecureOptions) -> Exchange:
+    """The exchange under noise: every update counts once, over a public denominator."""
     if secure.secure:
         return secret_sum(collect, secure, "fixed")
-    if type(collect) is PlainSum or type(collect) is SecureSum:
-        return replace(collect, weighting="fixed")
+    if is_own(collect) and isinstance(collect, Weighs):
+        return collect.weighted("fixed")
     return collect
 
 
 def _go_together(stack: Stack, privacy: PrivacyOptions, secret: bool) -> None:
-    if privacy.mechanism == "local" and isinstance(stack.collect, SecureSum) and not secret:
+    if privacy.mechanism == "local" and isinstance(stack.collect, Masks) and not secret:
         raise ConfigError(
             "mechanism=local makes updates of any length, which the app's SecureSum cannot sum; "
             "leave out one of them"

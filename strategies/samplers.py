@@ -1,71 +1,172 @@
-"""Who takes part in a round."""
+"""Who takes part in a round.
+
+A sampler is a value: it chooses nodes, round by round. It may look at who they are and at what
+they did before; what the privacy accounting may assume of the choice, it says in `sampling`, and
+one that says nothing gets no amplification.
+
+    from umbel import Sampler    the protocol; `Everyone`, `FixedSize`, `Poisson` are Umbel's own
+    Federation(sampler=...)      a value, a function of the options, or a name
+    -c cohort=NAME               a name; see `umbel.register`
+"""
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from umbel.core.errors import ConfigError
+from umbel.core.errors import ConfigError, RunError
+from umbel.core.registry import make, provide
 
 
-class Sampler(Protocol):
-    """Chooses positions 0..population-1 for a round."""
+class SampledNode(Protocol):
+    """A node, as a sampler sees it."""
 
     @property
     def name(self) -> str:
-        """As in the option `cohort`."""
+        """The name that people know it by."""
         ...
 
-    def expected(self, population: int) -> float:
-        """The expected number of nodes: a public number, unlike the number drawn."""
+    @property
+    def partition(self) -> int:
+        """Its part of the data; nodes are given in this order."""
         ...
 
-    def most(self, population: int) -> int:
-        """The largest number of nodes a round can have."""
-        ...
 
-    def draw(self, population: int, entropy: Sequence[int] | None) -> list[int]:
-        """The round's positions, ascending.
-
-        Args:
-            population: how many nodes there are.
-            entropy: seeds the choice; None draws from the operating system, as the accounting
-                of a private run assumes.
-        """
-        ...
+N = TypeVar("N", bound=SampledNode)
 
 
 @dataclass(frozen=True)
-class Everyone:
+class Sampling:
+    """What an accountant may assume of a sampler's choice.
+
+    Attributes:
+        kind: `poisson`: each node with the same probability, independently of all others;
+            `fixed`: so many of them, each set of that size equally likely.
+        size: the expected number of nodes (of `poisson`), or the number (of `fixed`).
+        cap: the most nodes of a Poisson round, of which a uniformly random part is kept; None is
+            no cap.
+    """
+
+    kind: Literal["poisson", "fixed"]
+    size: float
+    cap: int | None = None
+
+
+@dataclass(frozen=True)
+class NodeHistory:
+    """What one node did in earlier rounds.
+
+    Attributes:
+        asked: in how many rounds it was chosen.
+        last: the latest of them; 0 is none.
+        metrics: what it measured when it trained last, `num-examples` among them; nothing where
+            the run is private or its updates are hidden.
+    """
+
+    asked: int = 0
+    last: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingContext:
+    """What a sampler knows of the round for which it chooses.
+
+    Attributes:
+        number: the round, from 1.
+        entropy: seeds the choice; None draws from the operating system, as the accounting of a
+            private run assumes.
+        history: what nodes did before, by name; a node that is not in it did nothing.
+    """
+
+    number: int
+    entropy: Sequence[int] | None = None
+    history: Mapping[str, NodeHistory] = field(default_factory=dict)
+
+    def generator(self) -> np.random.Generator:
+        """A generator of random numbers for this round; the same one each time where it is seeded.
+
+        In a private run it is seeded by the operating system, and differs from call to call.
+        """
+        return _generator(self.entropy)
+
+    def of(self, node: SampledNode) -> NodeHistory:
+        """What a node did before."""
+        return self.history.get(node.name, _NOTHING)
+
+
+_NOTHING = NodeHistory()
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Chooses the nodes of a round."""
+
+    @property
+    def name(self) -> str:
+        """As in reports, and in the option `cohort` where it is registered."""
+        ...
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """What an accountant may assume of the choice; None is nothing, so no amplification."""
+        ...
+
+    def bounds(self, population: int) -> tuple[float, int]:
+        """The expected number of nodes and the largest, of so many.
+
+        Both are public: a private average is divided by the first, whoever came.
+        """
+        ...
+
+    def select(self, nodes: Sequence[N], ctx: SamplingContext) -> Sequence[N]:
+        """The nodes of a round: some of `nodes`, none twice."""
+        ...
+
+
+class Drawn:
+    """For a sampler that draws positions, whoever the nodes are and whatever they did."""
+
+    def draw(self, population: int, entropy: Sequence[int] | None) -> list[int]:
+        """The round's positions 0..population-1, ascending."""
+        raise NotImplementedError
+
+    def select(self, nodes: Sequence[N], ctx: SamplingContext) -> list[N]:
+        """The nodes at the positions drawn."""
+        return [nodes[i] for i in self.draw(len(nodes), ctx.entropy)] if nodes else []
+
+
+@dataclass(frozen=True)
+class Everyone(Drawn):
     """All nodes, every round."""
 
     name: Literal["all"] = "all"
+    sampling: None = None
 
-    def expected(self, population: int) -> float:
-        return float(population)
-
-    def most(self, population: int) -> int:
-        return population
+    def bounds(self, population: int) -> tuple[float, int]:
+        return float(population), population
 
     def draw(self, population: int, entropy: Sequence[int] | None) -> list[int]:  # noqa: ARG002
         return list(range(population))
 
 
 @dataclass(frozen=True)
-class FixedSize:
+class FixedSize(Drawn):
     """`size` nodes, without replacement."""
 
     size: int
     name: Literal["fixed"] = "fixed"
 
-    def expected(self, population: int) -> float:
-        return float(min(self.size, population))
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling("fixed", self.size)
 
-    def most(self, population: int) -> int:
-        return min(self.size, population)
+    def bounds(self, population: int) -> tuple[float, int]:
+        size = min(self.size, population)
+        return float(size), size
 
     def draw(self, population: int, entropy: Sequence[int] | None) -> list[int]:
         size = min(self.size, population)
@@ -73,7 +174,7 @@ class FixedSize:
 
 
 @dataclass(frozen=True)
-class Poisson:
+class Poisson(Drawn):
     """Each node with the same probability, independently of all others.
 
     Args:
@@ -86,19 +187,100 @@ class Poisson:
     cap: int | None = None
     name: Literal["poisson"] = "poisson"
 
-    def expected(self, population: int) -> float:
-        return min(float(self.size), float(population))
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling("poisson", self.size, self.cap)
 
-    def most(self, population: int) -> int:
-        return population if self.cap is None else min(self.cap, population)
+    def bounds(self, population: int) -> tuple[float, int]:
+        most = population if self.cap is None else min(self.cap, population)
+        return min(float(self.size), float(population)), most
 
     def draw(self, population: int, entropy: Sequence[int] | None) -> list[int]:
         generator = _generator(entropy)
-        rate = self.expected(population) / population
+        rate = self.bounds(population)[0] / population
         drawn = np.flatnonzero(_uniform(generator, population, entropy) < rate)
         if self.cap is not None and len(drawn) > self.cap:
             drawn = np.sort(generator.choice(drawn, self.cap, replace=False))
         return [int(position) for position in drawn]
+
+
+def choose(sampler: Sampler, nodes: Sequence[N], ctx: SamplingContext) -> list[N]:
+    """The nodes that a sampler selects, in their own order.
+
+    Raises:
+        RunError: some are not among `nodes`, one is there twice, or they are more than the sampler
+            says a round can have.
+    """
+    chosen = list(sampler.select(nodes, ctx))
+    if is_own(sampler):
+        return chosen
+    places = {node: place for place, node in enumerate(nodes)}
+    strange = [node for node in chosen if node not in places]
+    if strange:
+        raise RunError(
+            f"the sampler {sampler.name} chose {strange[0]!r} for round {ctx.number}, which is not "
+            "one of the nodes that it was given; let select return some of them"
+        )
+    if len(set(chosen)) < len(chosen):
+        raise RunError(
+            f"the sampler {sampler.name} chose a node twice for round {ctx.number}; let select "
+            "return each node once"
+        )
+    most = sampler.bounds(len(nodes))[1]
+    if len(chosen) > most:
+        raise RunError(
+            f"the sampler {sampler.name} chose {len(chosen)} nodes for round {ctx.number}, and "
+            f"says in bounds that there are {most} at most; let the two agree"
+        )
+    return sorted(chosen, key=places.__getitem__)
+
+
+def check_bounds(sampler: Sampler, population: int) -> tuple[float, int]:
+    """A sampler's bounds for a population.
+
+    Raises:
+        ConfigError: they cannot be those of a round.
+    """
+    expected, most = sampler.bounds(population)
+    if not (0 < expected <= most <= population):
+        raise ConfigError(
+            f"the sampler {sampler.name} says that a round of {population} nodes has {expected:g} "
+            f"nodes, at most {most}; let bounds return numbers above 0 and up to {population}, the "
+            "expected one first"
+        )
+    return expected, most
+
+
+def looks_back(sampler: Sampler) -> bool:
+    """Whether a sampler may look at the nodes' history; those that draw positions do not."""
+    return not isinstance(sampler, Drawn)
+
+
+def remember(
+    history: Mapping[str, NodeHistory],
+    number: int,
+    chosen: Sequence[SampledNode],
+    measured: Mapping[str, Mapping[str, float]],
+) -> dict[str, NodeHistory]:
+    """The history after round `number`.
+
+    Args:
+        history: before it.
+        number: the round.
+        chosen: who was asked.
+        measured: what nodes said that they measured, by name.
+    """
+    after = dict(history)
+    for node in chosen:
+        before = after.get(node.name, _NOTHING)
+        metrics = dict(measured.get(node.name, before.metrics))
+        after[node.name] = NodeHistory(before.asked + 1, number, metrics)
+    return after
+
+
+def is_own(sampler: Sampler) -> bool:
+    """Whether what a sampler says of itself follows from Umbel's own code."""
+    return type(sampler).__module__.startswith("umbel.strategies.")
 
 
 def _uniform(
@@ -117,25 +299,38 @@ def _generator(entropy: Sequence[int] | None) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(entropy))))
 
 
+# ---- by name, from the options `cohort-size` and `cohort-cap`
+
+
 def make_sampler(name: str, size: float, cap: int = 0) -> Sampler:
-    """The cohort that the options `cohort`, `cohort-size` and `cohort-cap` name.
+    """The sampler that the options `cohort`, `cohort-size` and `cohort-cap` name.
 
     Raises:
-        ConfigError: no such cohort, or a size that it cannot have.
+        ConfigError: there is none of that name, or a size that it cannot have.
     """
-    if name == "all":
-        return Everyone()
-    if name not in ("fixed", "poisson"):
-        raise ConfigError(f"cohort is {name!r}; it can be all, fixed or poisson")
+    found: Sampler = make("sampler", name, {"cohort-size": size, "cohort-cap": cap})
+    return found
+
+
+def _size(name: str, options: Mapping[str, Any]) -> float:
+    size = float(options["cohort-size"])
     if not (size > 0 and math.isfinite(size)):
         raise ConfigError(
             f"cohort={name} needs cohort-size, the number of nodes in a round, but it is {size:g}"
         )
-    if name == "fixed":
-        return FixedSize(math.ceil(size))
+    return size
+
+
+def _poisson(options: Mapping[str, Any]) -> Poisson:
+    size, cap = _size("poisson", options), int(options["cohort-cap"])
     if cap and cap < size:
         raise ConfigError(
             f"cohort-cap is {cap}, below cohort-size {size:g}; set it to at least "
             f"{math.ceil(size + 3 * math.sqrt(size))}, or leave it out"
         )
-    return Poisson(float(size), cap or None)
+    return Poisson(size, cap or None)
+
+
+provide("sampler", "all", Everyone())
+provide("sampler", "fixed", lambda options: FixedSize(math.ceil(_size("fixed", options))))
+provide("sampler", "poisson", _poisson)

@@ -1,8 +1,8 @@
-"""A stack: a flat list of layers over one collect."""
+"""A stack: a flat list of layers over one exchange and its aggregator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,23 +12,28 @@ from torch import Tensor
 
 from umbel.core.errors import RunError, StackError
 from umbel.privacy.bounds.clipping import is_within
-from umbel.strategies.collect import LENIENCE, Collect, PlainSum, Seals, Sum, is_own
+from umbel.strategies.aggregator import Aggregate, Aggregator
+from umbel.strategies.collect import PlainSum
+from umbel.strategies.contexts import Memory
+from umbel.strategies.exchange import LENIENCE, Exchange, Seals, exchange_of, is_own, takes_sums
+from umbel.strategies.objective import Correction, LocalObjective, combined
 from umbel.strategies.order import check_order, keeps_sums
 from umbel.strategies.transform import (
+    Broadcast,
     Calibrated,
     Claim,
     EncodesMany,
     Facts,
     Metrics,
-    Round,
+    NodeContext,
+    RoundContext,
     Seeded,
-    SeesMetrics,
     Separated,
-    TellsFacts,
     Transform,
     acts_on_sums,
     acts_on_updates,
     claims_privacy,
+    needs_of,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +45,10 @@ States = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers in the order in which an update passes them on its node, over one collect.
+    """Layers in the order in which an update passes them on its node, over one exchange.
+
+    `collect` is an exchange, such as `PlainSum()`, or an aggregator, which then gets replies in
+    the clear.
 
     >>> print(Stack())
     plain-sum
@@ -54,9 +62,18 @@ class Stack:
     """
 
     layers: Sequence[Transform[Any]] = ()
-    collect: Collect = field(default_factory=PlainSum)
+    collect: Exchange = field(default_factory=PlainSum)
+
+    if TYPE_CHECKING:  # an aggregator is taken as well
+
+        def __init__(
+            self,
+            layers: Sequence[Transform[Any]] = (),
+            collect: Exchange | Aggregator[Any] = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "collect", exchange_of(self.collect))
         names = [layer.name for layer in self.layers]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -124,38 +141,64 @@ class Stack:
             )
         return True
 
-    def publish(self, states: States, facts: Facts | None = None) -> dict[str, Any]:
+    def broadcast(self, states: States, facts: Facts) -> Broadcast:
         """What every node must know this round, as `"{layer}.{key}"`.
 
-        With `facts` of an update before the stack, every layer that receives bounded updates is
-        told their bound as `bound`, so that a norm is written down once; and nodes are told that
-        of the collect, where the server cannot measure what they send.
+        Every layer that receives bounded updates is told their bound as `bound`, so that a norm
+        is written down once; and nodes are told that of the collect, where the server cannot
+        measure what they send.
+
+        Args:
+            states: of the layers.
+            facts: of an update before the stack.
         """
-        config: dict[str, Any] = {}
-        places: Sequence[Facts | None] = [None] * len(states)
-        if facts is not None:
-            places = self.places(facts, states)
+        scalars: dict[str, Any] = {}
+        vectors: dict[str, Tensor] = {}
+        places = self.places(facts, states)
         for layer, state, here in zip(self.layers, states, places, strict=False):
-            for key, value in layer.publish(state).items():
-                config[f"{layer.name}.{key}"] = value
-            if here is None:
-                continue
+            said = layer.broadcast(state, here)
+            scalars |= {f"{layer.name}.{key}": value for key, value in said.scalars.items()}
+            vectors |= {f"{layer.name}.{key}": value for key, value in said.vectors.items()}
             if here.l2_bound is not None:
-                config[f"{layer.name}.bound"] = here.l2_bound
-            if isinstance(layer, TellsFacts):
-                for key, value in layer.tell(here, state).items():
-                    config[f"{layer.name}.{key}"] = value
-        bottom = places[-1] if facts is not None else None
-        if bottom is not None and isinstance(self.collect, Seals):
+                scalars[f"{layer.name}.bound"] = here.l2_bound
+        bottom = places[-1]
+        if isinstance(self.collect, Seals):
             bound = self.collect.check(bottom).l2_bound
             if bound is not None and not bottom.noise:  # who adds noise measures before it does
-                config[f"{self.collect.name}.bound"] = bound
-        return config
+                scalars[f"{self.collect.name}.bound"] = bound
+        return Broadcast(scalars, vectors)
+
+    def publish(self, states: States, facts: Facts) -> dict[str, Any]:
+        """The scalars of `broadcast`."""
+        return dict(self.broadcast(states, facts).scalars)
 
     @cached_property
-    def _attach(self) -> list[Callable[[Tensor, Metrics, Mapping[str, Any]], Tensor] | None]:
+    def objectives(self) -> tuple[LocalObjective[Any], ...]:
+        """The layers that shape what nodes train on."""
+        return tuple(layer for layer in self.layers if isinstance(layer, LocalObjective))
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What the node halves of the layers need beyond the update."""
+        return frozenset().union(*(needs_of(layer) for layer in self.layers))
+
+    @cached_property
+    def _sees(self) -> list[bool]:
         # Kept: to ask whether a layer has a protocol's methods takes longer than its work.
-        return [layer.attach if isinstance(layer, SeesMetrics) else None for layer in self.layers]
+        return ["metrics" in needs_of(layer) for layer in self.layers]
+
+    def begin(self, start: Tensor, told: NodeContext, state: RecordDict) -> Correction | None:
+        """Node, before training: what all objectives add to its gradients; None is nothing.
+
+        Args:
+            start: the model as it was sent, of shape (size,).
+            told: the whole broadcast, from which each objective is told its own part.
+            state: the node's own records.
+        """
+        if not self.objectives:
+            return None
+        found = [one.begin(start, _own(told, one.name, state)) for one in self.objectives]
+        return combined(found, start)
 
     @cached_property
     def private(self) -> bool:
@@ -212,19 +255,23 @@ class Stack:
         config: Mapping[str, Any],
         memory: RecordDict,
         measured: Metrics | None = None,
+        told: NodeContext | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The node's half of all layers: update to what is sent, and the metrics beside it.
 
-        `measured` is what the node found in training; under a private stack only layers see it.
+        Args:
+            update: of shape (size,).
+            config: the scalars of the broadcast.
+            memory: the node's own records, of which each layer reaches its own.
+            measured: what the node found in training; under a private stack only layers see it.
+            told: of the round and of the training; its `sent` has all tensors of the broadcast.
         """
         metrics: dict[str, float] = {}
-        for layer, attach in zip(self.layers, self._attach, strict=True):
-            prefix = f"{layer.name}."
-            own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-            if attach is not None:
-                update = attach(update, measured or {}, own)
-            update, said = layer.encode(update, own, memory)
-            metrics |= {prefix + name: value for name, value in said.items()}
+        told = replace(told or NodeContext(), config=config, metrics=measured or {})
+        for layer, sees in zip(self.layers, self._sees, strict=True):
+            ctx = _own(told, layer.name, memory, sees=sees)
+            update = layer.encode(update, ctx)
+            metrics |= {f"{layer.name}.{name}": value for name, value in ctx.reports.items()}
         bound = config.get(f"{self.collect.name}.bound")
         if bound is not None and not is_within(update, float(bound) * (1 + LENIENCE)):
             raise RunError(
@@ -237,43 +284,46 @@ class Stack:
     @property
     def many(self) -> bool:
         """Whether `encode_many` applies: every layer can, and the server may add up in between."""
-        return isinstance(self.collect, PlainSum) and all(
-            isinstance(layer, EncodesMany) or not acts_on_updates(layer) for layer in self.layers
+        return (
+            takes_sums(self.collect)
+            and not self.objectives
+            and all(
+                isinstance(layer, EncodesMany) or not acts_on_updates(layer)
+                for layer in self.layers
+            )
         )
 
     def encode_many(self, bundle: Bundle, config: Mapping[str, Any]) -> Bundle | None:
         """The node's half for several nodes at once; None where a layer cannot do that."""
         for layer in self.layers:
-            prefix = f"{layer.name}."
-            own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
             if isinstance(layer, EncodesMany):
-                bundle = layer.encode_many(bundle, own)
+                bundle = layer.encode_many(bundle, _under(config, f"{layer.name}."))
             elif acts_on_updates(layer):
                 return None
         return bundle
 
     def decode(
-        self, sum_: Sum, states: States, rnd: Round, facts: Facts | None = None
+        self, sum_: Aggregate, states: States, rnd: RoundContext, facts: Facts | None = None
     ) -> tuple[Tensor | None, States, dict[str, float]]:
         """The server's half, in reverse: the average update, or None where there is none.
 
         With `facts` of an update before the stack, every layer is told those of its own place.
         Under a private stack no layer learns how many nodes came, which no noise covers.
         """
-        rnd = replace(rnd, denominator=sum_.denominator)
+        metrics = {} if self.private else dict(sum_.metrics)
+        rnd = replace(rnd, denominator=sum_.denominator, metrics=dict(metrics))
         if self.private:
             rnd = replace(rnd, replies=round(rnd.cohort), weight=rnd.cohort)
         places: Sequence[Facts | None] = [None] * len(states)
         if facts is not None:
             places = self.places(facts, states)
         total: Tensor = sum_.total
-        metrics = {} if self.private else dict(sum_.metrics)
         after = list(states)
         for i in reversed(range(len(self.layers))):
             layer = self.layers[i]
-            here = replace(rnd, entering=places[i])
-            total, after[i], said = layer.decode(total, metrics, states[i], here)
-            metrics |= {f"{layer.name}.{name}": value for name, value in said.items()}
+            here = replace(rnd, entering=places[i], reports={})
+            total, after[i] = layer.decode(total, states[i], here)
+            metrics |= {f"{layer.name}.{name}": value for name, value in here.reports.items()}
         average = total / sum_.denominator if sum_.denominator > 0 else None
         return average, tuple(after), metrics
 
@@ -298,6 +348,24 @@ class Stack:
                 need_sum(facts, layer.name)
             claims.append(claim)
         return claims
+
+
+def _own(told: NodeContext, name: str, state: RecordDict, *, sees: bool = False) -> NodeContext:
+    """One layer's part of what a node was told."""
+    prefix = f"{name}."
+    return replace(
+        told,
+        config=_under(told.config, prefix),
+        sent=_under(told.sent, prefix) if told.sent else told.sent,
+        memory=Memory(state, name),
+        metrics=told.metrics if sees else {},
+        reports={},
+    )
+
+
+def _under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
 def need_sum(facts: Facts, name: str) -> None:

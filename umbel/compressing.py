@@ -1,7 +1,7 @@
 """`umbel compress`: which data, which recipes, and rounds of the federation where asked for."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from umbel.clients.chosen_trainer import ChosenTrainer
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.base import Trainer
 from umbel.clients.trainers.exported import TakenOutput
@@ -216,10 +215,10 @@ def _rounds(
 
     def further(module: nn.Module) -> tuple[nn.Module, RunDirectory]:
         net = module.module if isinstance(module, TakenOutput) else module
-        trainer = _beginning_with(federation.trainer, before.options, net)
+        trainer = _beginning_with(federation.trainer_for(before.options), net)
         # under the name of the first run, so that both are about one population
         name = str(config.get("app") or federation.name)
-        again = replace(federation, trainer=trainer, summary=None, tuned=None, name=name)
+        again = replace(federation, trainer=trainer, summary=None, derived_options=None, name=name)
         known = again.complete({})
         changed = {n: v for n, v in changes.items() if n in known and known[n] != v}
         if "batched" in known:
@@ -233,19 +232,17 @@ def _rounds(
     return further
 
 
-def _beginning_with(trainer: Trainer, options: Mapping[str, Any], net: nn.Module) -> Trainer:
+def _beginning_with(trainer: Trainer, net: nn.Module) -> Trainer:
     """A trainer like this one whose first model is `net`.
 
     Raises:
         ConfigError: its model is no PyTorch module.
     """
-    if isinstance(trainer, ChosenTrainer):
-        return _beginning_with(trainer.chosen(options), options, net)
     if isinstance(trainer, TorchTrainer):
         return replace(trainer, model=lambda: copy.deepcopy(net))
     inner = getattr(trainer, "trainer", None)
     if isinstance(inner, TorchTrainer):
-        return replace(trainer, trainer=_beginning_with(inner, options, net))  # type: ignore[type-var]
+        return replace(trainer, trainer=_beginning_with(inner, net))  # type: ignore[type-var]
     raise ConfigError(
         f"{type(trainer).__name__} trains no PyTorch module, so nodes cannot train a smaller one; "
         "use --data held-out"

@@ -23,7 +23,7 @@ def trained_model(run: Path | str, app: Path | str | Federation | None = None) -
     return TrainedModel(
         name=str(found.directory.config().get("app") or federation.name or "model"),
         run=found.directory,
-        trainer=federation.trainer,
+        trainer=federation.trainer_for(options),
         weights=found.weights,
         options=options,
         inputs=federation.inputs or _told(federation, "inputs"),

@@ -11,23 +11,22 @@ nothing to agree about: they hold the same object.
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import InitVar, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from umbel.clients.chosen_trainer import use_of
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.data.inputs import Inputs
-from umbel.clients.given import check_functions, check_trainer
+from umbel.clients.given import check_functions, check_trainer, trainer_of, understood, use_of
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, promising
+from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_honours, promising
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
-from umbel.core.options import Options, Value, checked, override
-from umbel.server.output.report import write_report
+from umbel.core.options import Options, Value, checked, override, renamed
+from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
 from umbel.server.provenance import record_start
@@ -37,16 +36,18 @@ from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
 from umbel.strategies.composition import compose
 from umbel.strategies.contract import Contract
+from umbel.strategies.exchange import Advises
 from umbel.strategies.layout import shows_statistics
+from umbel.strategies.parts import check_given, default_names, part_for, required_part
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
-from umbel.strategies.samplers import make_sampler
 from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
+    from umbel.server.private.run import PrivateRun
     from umbel.strategies.private.private_mean import PrivateMean
 
 LOST = 1e-3
@@ -59,18 +60,29 @@ LOCAL_STATISTICS = "running_mean"
 """How the running statistics of batch normalisation are called in torch."""
 
 
+@runtime_checkable
+class TestsCentrally(Protocol):
+    """A `data` function that has held-out examples for the coordinator."""
+
+    def central_test(self, options: Options) -> Any:
+        """The examples."""
+        ...
+
+
 @dataclass(frozen=True)
 class Federation:
     """A federated task: who trains what on which data, under which stack.
 
     Attributes:
-        trainer: knows the model; see `umbel.TorchTrainer`, `SklearnTrainer`, `FunctionTrainer`.
+        trainer: knows the model; see `umbel.TorchTrainer`, `SklearnTrainer`, `FunctionTrainer`. Or
+            a function of the options that gives one of several.
         data: a node's own examples; see `umbel.Partitioned`.
         test: held-out examples for central evaluation; left out, `data.central_test` is used
             where it exists.
         stack: the layers and the collect, or a function of the options that makes them.
         options: defaults of this app, over those of Umbel and of the trainer.
-        tuned: from the options to those that they imply and that nobody gave, e.g. of a recipe.
+        derived_options: from the options to those that they imply and that nobody gave, e.g. of a
+            recipe.
         questions: private means that are asked before, between and after rounds, or a function
             of the options that makes them; see `umbel.PrivateMean`.
         summary: adds to the result of a run, e.g. a comparison with other ways to train.
@@ -78,46 +90,89 @@ class Federation:
         inputs: how what people have becomes what the model takes, for those who use it later;
             left out, it is what `data` says of its data set.
         labels: the names of the classes, likewise.
+        optimizer: makes the next model of the average update; see `umbel.ServerOptimizer`. This
+            and the following parts are values, functions of the options, or names; a name that the
+            options say (`optimizer`, `cohort`, `aggregator`, `method`) goes before them.
+        sampler: who takes part in a round; see `umbel.Sampler`.
+        aggregator: makes one result of the updates, in place of the bottom of the stack.
+        objective: changes the nodes' training, above the layers of the stack.
+        tuned: the former name of `derived_options`.
     """
 
-    trainer: Trainer
+    trainer: Trainer | Callable[[Options], Trainer]
     data: Callable[[Node, Options], Split | Any]
     test: Callable[[Options], Any] | None = None
     stack: Stack | Callable[[Options], Stack] = field(default_factory=Stack)
     options: Mapping[str, Value] = field(default_factory=dict)
-    tuned: Callable[[Options], Mapping[str, Value]] | None = None
+    derived_options: Callable[[Options], Mapping[str, Value]] | None = None
     questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = ""
     inputs: Inputs | None = None
     labels: tuple[str, ...] = ()
+    optimizer: Any = None
+    sampler: Any = None
+    aggregator: Any = None
+    objective: Any = None
+    tuned: InitVar[Callable[[Options], Mapping[str, Value]] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, tuned: Callable[[Options], Mapping[str, Value]] | None) -> None:
+        if tuned is not None:
+            object.__setattr__(self, "derived_options", tuned)
         check_trainer(self.trainer)
-        check_functions(self, "data", "test", "tuned", "summary")
+        check_functions(self, "data", "test", "derived_options", "summary")
+        for kind, part in self._parts.items():
+            check_given(kind, part)
 
-    def known_options(self) -> dict[str, Value]:
-        """Every option that this federation understands, with its default."""
-        trainers: Mapping[str, Value] = getattr(self.trainer, "OPTIONS", {})
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What the app brings, by kind of part."""
         return {
+            "optimizer": self.optimizer,
+            "sampler": self.sampler,
+            "aggregator": self.aggregator,
+            "objective": self.objective,
+        }
+
+    def trainer_for(self, options: Options) -> Trainer:
+        """The trainer of these options (complete ones, but for those of the trainer itself).
+
+        Raises:
+            ConfigError: the app's function gives none.
+        """
+        return trainer_of(self.trainer, options)
+
+    def known_options(self, given: Options | None = None) -> dict[str, Value]:
+        """Every option that this federation understands, with its default.
+
+        Args:
+            given: what a run says, where that decides who trains.
+        """
+        own = renamed(self.options)
+        known = {
             **RunOptions.defaults(),
             **PrivacyOptions.defaults(),
             **SecureOptions.defaults(),
-            **trainers,
-            **self.options,
+            **default_names(self._parts),
         }
+        trainer = self.trainer_for({**known, **own, **renamed(given or {})})
+        return {**known, **understood(trainer), **own}
+
+    def _derived(self, options: Options) -> dict[str, Value]:
+        return renamed(self.derived_options(options)) if self.derived_options else {}
 
     def complete(self, given: Options) -> dict[str, Value]:
         """The given options over the defaults, types checked.
 
-        What `tuned` implies stands where nothing is given, or 0 for an option whose default is
-        another: so an app can name `rounds` in its pyproject, for engines that change only
-        options named there, and leave it to `tuned`.
+        What `derived_options` implies stands where nothing is given, or 0 for an option whose
+        default is another: so an app can name `rounds` in its pyproject, for engines that change
+        only options named there, and leave it to them.
 
         Raises:
             ConfigError: an option of the wrong type, or one that is probably misspelt.
         """
-        known = self.known_options()
+        given = renamed(given)
+        known = self.known_options(given)
         for name in given:
             meant = [] if name in known else difflib.get_close_matches(name, known, 1, MISSPELT)
             if meant and meant[0] not in given:
@@ -129,7 +184,7 @@ class Federation:
             name: checked(name, value, known[name]) if name in known else value
             for name, value in given.items()
         }
-        for name, value in (self.tuned(complete) if self.tuned else {}).items():
+        for name, value in self._derived(complete).items():
             if name not in given or (given[name] == 0 and known[name] != 0):
                 complete[name] = checked(name, value, known[name])
         checked_rate(complete)
@@ -141,13 +196,22 @@ class Federation:
         Raises:
             ConfigError: an unknown name, or a value of the wrong type.
         """
+        known, changes = renamed(known), renamed(changes)
+        known = self._of_trainer(known, {**known, **changes})
         chosen = override(known, changes)
-        if self.tuned is None:
+        if self.derived_options is None:
             return chosen
-        before, after = self.tuned(known), self.tuned(chosen)
+        before, after = self._derived(known), self._derived(chosen)
         # What was implied follows the choice; what the app's own file says otherwise stands.
         implied = {n: v for n, v in after.items() if known.get(n) == before.get(n, known.get(n))}
         return override(chosen, {**implied, **changes})
+
+    def _of_trainer(self, known: Options, chosen: Options) -> dict[str, Value]:
+        """`known` with the defaults of the trainer that `chosen` gives in place of its own's."""
+        before, after = self.known_options(known), self.known_options(chosen)
+        untouched = {name for name, value in before.items() if known.get(name) == value}
+        kept = {n: v for n, v in known.items() if n in after or n not in untouched}
+        return {**kept, **{n: v for n, v in after.items() if n in untouched or n not in known}}
 
     def check_options(self, options: Options) -> None:
         """Refuse options that cannot be used, before there is a directory, a process or a message.
@@ -163,8 +227,11 @@ class Federation:
         RunOptions.read(options)
         PrivacyOptions.read(options)
         SecureOptions.read(options)
-        if isinstance(self.trainer, ChecksOptions):
-            self.trainer.check_options(options)
+        trainer = self.trainer_for(options)
+        if isinstance(trainer, ChecksOptions):
+            trainer.check_options(options)
+        required_part("optimizer", self.optimizer, options)
+        required_part("sampler", self.sampler, options)
         self.stack_for(options)
 
     def stack_for(self, options: Options) -> Stack:
@@ -175,18 +242,26 @@ class Federation:
             StackError: layers that do not fit together.
         """
         for name in options:
-            if name.startswith(EXAMPLE_LEVEL) and name not in self.known_options():
+            if name.startswith(EXAMPLE_LEVEL) and name not in self.known_options(options):
                 raise ConfigError(
                     f"{name} asks for privacy of each example, but this app's trainer does not "
                     "know it, so nothing would be private; wrap the trainer in PrivateSgd, or "
                     f"leave {name} out"
                 )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
-        return compose(stack, options, lambda: self._size(options))
+        aggregator = part_for("aggregator", self.aggregator, options)
+        objective = part_for("objective", self.objective, options)
+        if aggregator is not None:
+            stack = replace(stack, collect=aggregator)
+        if objective is not None:
+            stack = replace(stack, layers=(objective, *stack.layers))
+        stack = compose(stack, options, lambda: self._size(options))
+        check_honours(self.trainer_for(options), stack)
+        return stack
 
     def _size(self, options: Options) -> int:
         """Coordinates of an update before any layer."""
-        first = self.trainer.initial(options, RunOptions.read(options).seed)
+        first = self.trainer_for(options).initial(options, RunOptions.read(options).seed)
         return sum(tensor.numel() for tensor in first.parameters.values())
 
     def client_app(self) -> FederationClientApp:
@@ -209,31 +284,34 @@ class Federation:
         """What the coordinator trains under these options (complete ones) with so many nodes."""
         stack = self.stack_for(options)
         run_options = RunOptions.read(options)
-        first = self.trainer.initial(options, run_options.seed)
+        trainer = self.trainer_for(options)
+        first = trainer.initial(options, run_options.seed)
         questions = self._questions(options)
-        if questions and (hides(stack) or promising(self.trainer, options) is not None):
+        if questions and (hides(stack) or promising(trainer, options) is not None):
             raise ConfigError(
                 f"the private mean {questions[0].name!r} takes its noise at the coordinator, which "
                 f"would see every node's exact answer; under {stack} nodes give none, so leave "
                 "the private means out, or train with central privacy (epsilon alone)"
             )
-        pooled = can_pool(self.trainer, self.data, nodes, stack, options, questions)
+        pooled = can_pool(trainer, self.data, nodes, stack, options, questions)
         return TrainingSpec(
             parameters=first.parameters,
             buffers=first.buffers,
             options=run_options,
             stack=stack,
-            evaluate=self._central_evaluation(options),
+            evaluate=self._central_evaluation(trainer, options),
             learning_rate=checked_rate(options),
             questions=questions,
-            statistics=statistics_of(self.trainer, stack, options),
+            statistics=statistics_of(trainer, stack, options),
             pooled=pooled,
-            quiet=self._quiet(stack, options),
+            quiet=self._quiet(trainer, stack, options),
+            sampler=required_part("sampler", self.sampler, options),
+            optimizer=required_part("optimizer", self.optimizer, options),
         )
 
-    def _quiet(self, stack: Stack, options: Options) -> str:
+    def _quiet(self, trainer: Trainer, stack: Stack, options: Options) -> str:
         """Why nodes are not asked what they measure, or how they answer private means."""
-        promise = promising(self.trainer, options)
+        promise = promising(trainer, options)
         if promise is not None:
             return "single records are protected"
         if hides(stack):
@@ -245,8 +323,10 @@ class Federation:
         seed = PrivacyOptions.read(options).seed
         return found if seed is None else tuple(replace(q, insecure_seed=seed) for q in found)
 
-    def _central_evaluation(self, options: Options) -> Evaluate | None:
-        held_out = self.test or getattr(self.data, "central_test", None)
+    def _central_evaluation(self, trainer: Trainer, options: Options) -> Evaluate | None:
+        held_out = self.test
+        if held_out is None and isinstance(self.data, TestsCentrally):
+            held_out = self.data.central_test
         if held_out is None:
             return None
         examples = held_out(options)
@@ -254,7 +334,7 @@ class Federation:
         def evaluate(parameters: dict[str, Any], buffers: dict[str, Any]) -> Mapping[str, float]:
             weights = Weights(parameters, buffers)
             try:
-                return self.trainer.evaluate(weights, examples, options).metrics
+                return trainer.evaluate(weights, examples, options).metrics
             except UmbelError:
                 raise
             except Exception as error:
@@ -282,7 +362,7 @@ class FederationServerApp(ServerApp):
     def _run(self, grid: Grid, context: Context) -> None:
         federation = self.federation
         options = federation.complete(context.run_config)
-        session = current(federation.name or "federation", dict(options))
+        session = current(federation.name, dict(options))
         nodes = roster(grid)
         job = federation.job(options, len(nodes))
         contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)
@@ -294,7 +374,7 @@ class FederationServerApp(ServerApp):
             from umbel.server.private.run import PrivateRun
 
             private = PrivateRun(job, privacy, nodes, session, federation.data, start)
-            self._say_who_comes(job.options, private.job.options, session)
+            self._say_who_comes(job.options, private, session)
             job = private.job
         elif job.questions or place_of(privacy, session.run, federation.data).path.exists():
             from umbel.server.private.unprotected import unprotected
@@ -304,7 +384,7 @@ class FederationServerApp(ServerApp):
         job = rounds.job  # without the first model, which only the rounds need from here on
         if private is not None:
             private.job = job
-        use = use_of(federation.trainer, options)
+        use = use_of(federation.trainer_for(options))
         session.describe(rounds.manifest.size, rounds.manifest.dtype.itemsize, use)
         name = federation.name or session.run.config().get("app", "federation")
         session.progress.start(
@@ -312,7 +392,7 @@ class FederationServerApp(ServerApp):
             job.options.rounds,
             len(nodes),
         )
-        self._advise(job, rounds, session, len(nodes))
+        self._advise(job, rounds, session)
         self._say_what_is_not_asked(job, RunOptions.read(options), session)
         outcome = rounds.fit()
         missed = Shortfall.of(session.run.rounds()).sentences()
@@ -340,21 +420,24 @@ class FederationServerApp(ServerApp):
     def _say_what_is_not_asked(
         self, job: TrainingSpec, asked: RunOptions, session: Session
     ) -> None:
-        """Say why the table of the nodes' own measurements will be empty."""
-        if job.quiet and asked.federated_every >= 0:
-            session.progress.note(
+        """Say why the table of the nodes' own measurements will be empty; reports say it too."""
+        if job.quiet and asked.client_eval_every >= 0:
+            reason = (
                 f"nodes are not asked to evaluate the model, because {job.quiet}: their losses, "
                 "accuracies and numbers of examples would tell about them what that hides"
             )
+            session.progress.note(reason)
+            session.run.write_config({**session.run.config(), NOT_ASKED: reason})
 
-    def _say_who_comes(self, asked: RunOptions, drawn: RunOptions, session: Session) -> None:
+    def _say_who_comes(self, asked: RunOptions, private: "PrivateRun", session: Session) -> None:
         """Write down how a private run draws its cohorts, where its options said another way."""
-        now = drawn.cohort if drawn.cohort == "all" else f"{drawn.cohort}, {drawn.cohort_size:g}"
+        drawn, expected = private.drawn
+        now = drawn if drawn == "all" else f"{drawn}, {expected:g}"
         session.run.write_config({**session.run.config(), "cohorts": now})
-        if asked.cohort not in ("all", drawn.cohort):
+        if asked.cohort not in ("all", private.job.options.cohort):
             session.progress.note(
                 f"cohort={asked.cohort} is what a run without privacy would draw; this one draws "
-                f"{drawn.cohort} cohorts, as its accounting assumes (option sampling)"
+                f"{drawn} cohorts, as its accounting assumes (option sampling)"
             )
 
     def _say_what_is_lost(self, job: TrainingSpec, rounds: Rounds, session: Session) -> None:
@@ -372,12 +455,11 @@ class FederationServerApp(ServerApp):
                 "(secure-levels)"
             )
 
-    def _advise(self, job: TrainingSpec, rounds: Rounds, session: Session, nodes: int) -> None:
+    def _advise(self, job: TrainingSpec, rounds: Rounds, session: Session) -> None:
         """Say what a user would otherwise find out from a bad curve."""
-        advice = getattr(job.stack.collect, "advice", None)
-        if advice is not None:
-            cohort = make_sampler(job.options.cohort, job.options.cohort_size)
-            for line in advice(cohort.expected(nodes), job.stack.private):
+        if isinstance(job.stack.collect, Advises):
+            expected = rounds.facts.expected_replies
+            for line in job.stack.collect.advice(expected, job.stack.private):
                 session.progress.note(line)
         self._say_what_is_lost(job, rounds, session)
         normed = any(LOCAL_STATISTICS in name for name in job.buffers)

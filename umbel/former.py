@@ -1,4 +1,4 @@
-"""Modules under the addresses that they had in earlier releases.
+"""Modules and names as they were in earlier releases.
 
 Apps, notebooks and pickled states name modules by their addresses. An address that has changed
 still finds its module, the same object, so that a class keeps one identity.
@@ -9,7 +9,11 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from umbel.clients.trainers.base import Options, Trainer
 
 ADDRESSES = {
     "cli": "commands.cli",
@@ -20,6 +24,7 @@ ADDRESSES = {
     "clients.softmax_trainer": "clients.trainers.softmax",
     "clients.trainer": "clients.trainers.base",
     "server.asking": "server.queries",
+    "server.embedded.workers": "server.pools.processes",
     "strategies.app": "core.app_folder",
     "strategies.errors": "core.errors",
     "strategies.layer": "strategies.transform",
@@ -27,6 +32,9 @@ ADDRESSES = {
     "strategies.records": "core.records",
 }
 """Former addresses of what people import, and today's, below `umbel`."""
+
+NAMES = {"Featured": "PrecomputedFeatures", "Recipe": "FeatureMap"}
+"""Public names as they were, and today's."""
 
 
 class _Former(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -60,3 +68,22 @@ def install() -> None:
     """Let the former addresses be imported."""
     if not any(isinstance(finder, _Former) for finder in sys.meta_path):
         sys.meta_path.append(_Former())
+
+
+def ChosenTrainer(  # noqa: N802 - it was a class
+    option: str, trainers: "Mapping[str, Trainer]"
+) -> "Callable[[Options], Trainer]":
+    """The trainer that an option names; today the `trainer` of a federation may be such a function.
+
+    Args:
+        option: whose value names the trainer, such as `recipe`.
+        trainers: by that value.
+    """
+
+    def chosen(options: "Options") -> "Trainer":
+        from umbel.core.options import choose
+
+        value: Any = options[option]
+        return trainers[choose(option, value, trainers)]
+
+    return chosen

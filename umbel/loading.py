@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbel.clients.trainers.base import Weights
+from umbel.clients.trainers.base import ReadyTrainer, Weights
 from umbel.core.app_folder import AppFolder, open_app
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options
@@ -43,8 +43,9 @@ def load(run: Path | str, app: Path | str | Federation | None = None) -> Any:
     >>> load("runs/20260101-120000-digits-1a2b")  # doctest: +SKIP
     """
     found = opened(run, app)
-    ready = getattr(found.federation.trainer, "ready", None)
-    return found.weights if ready is None else ready(found.weights, found.options)
+    trainer = found.federation.trainer_for(found.options)
+    ready = isinstance(trainer, ReadyTrainer)
+    return trainer.ready(found.weights, found.options) if ready else found.weights
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def weights_of(directory: RunDirectory, federation: Federation, options: Options
         ConfigError: they are not those of the app's model.
     """
     found = directory.read_model()
-    first = federation.trainer.initial(options, int(options["seed"]))
+    first = federation.trainer_for(options).initial(options, int(options["seed"]))
     own = {**first.parameters, **first.buffers}
     odd = sorted(found.keys() ^ own.keys())
     odd += [n for n in found if n in own and found[n].shape != own[n].shape]

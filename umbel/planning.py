@@ -69,7 +69,7 @@ class Schedule:
         A coordinate of it has a deviation of multiplier * norm / cohort, and there are
         `facts.size` of them; noise that every node adds by itself is sqrt(cohort) times as much.
         """
-        cohort = self.cohort.expected(self.nodes)
+        cohort = self.cohort.bounds(self.nodes)[0]
         summed = multiplier * (1.0 if self.own_noise is None else math.sqrt(cohort))
         return summed * math.sqrt(self.facts.size) / cohort
 
@@ -110,7 +110,7 @@ def schedule(
     cohort = make_sampler(run.cohort, run.cohort_size, run.cohort_cap)
     facts = Facts(
         size=parameters,
-        expected_replies=cohort.expected(nodes),
-        max_replies=cohort.most(nodes),
+        expected_replies=cohort.bounds(nodes)[0],
+        max_replies=cohort.bounds(nodes)[1],
     )
     return Schedule(stack, cohort, nodes, rounds, facts)

@@ -14,6 +14,7 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from umbel.clients.trainers.base import SizesGroups
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options, override
@@ -21,13 +22,15 @@ from umbel.federation import Federation, FederationServerApp
 from umbel.notebook import notebook_progress
 from umbel.result import Result
 from umbel.server.embedded.grid import EmbeddedGrid, ObservedGrid
-from umbel.server.embedded.workers import ForkServer
 from umbel.server.kept_model import watching_strategies
 from umbel.server.link.grid import ObservedLinkGrid
 from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
 from umbel.server.output.session import session
+from umbel.server.pools.base import Pool
+from umbel.server.pools.choose import DEFAULT, PoolLike, make_pool
+from umbel.server.pools.processes import ForkServer
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
 
@@ -55,6 +58,7 @@ def run(
     options: Options | None = None,
     nodes: int | None = None,
     workers: int | None = None,
+    pool: PoolLike | None = None,
     out: Path | str | None = None,
     resume: Path | str | None = None,
     unprotected: bool = False,
@@ -69,6 +73,8 @@ def run(
         nodes: virtual nodes; as many as the app says, else 10, if None.
         workers: worker processes; one a core if None; 0 runs the nodes in this process, as it is
             with a `Federation` object, whose functions other processes could not import.
+        pool: where the nodes run, in place of this machine's processes: the name of a pool, a
+            `Pool`, or any `concurrent.futures.Executor`; what the app says if None.
         out: the run directory; a new one under `runs/` if None.
         resume: a run directory to continue, in place of `app`.
         unprotected: release models without noise about people to whom privacy was promised
@@ -85,22 +91,33 @@ def run(
 
     >>> run("my-app", options={"rounds": 5})["metrics"]  # doctest: +SKIP
     """
-    if isinstance(app, Federation):
+    if isinstance(app, Federation) and pool is None:
         if workers:
             raise ConfigError(
                 f"workers is {workers}, but a Federation object is trained in this process; leave "
                 "workers out, or make an app folder of it: umbel new NAME"
             )
         workers = 0
-    workers = _processors() if workers is None else workers
-    nursery = ForkServer(preload=["umbel.federation"]) if workers > 0 else None
+    early = workers != 0 and pool in (None, DEFAULT)  # it takes a second, and the app another
+    nursery = ForkServer(preload=["umbel.federation"]) if early else None
     try:
         shown = progress or notebook_progress() or showing.choose(sys.stderr)
-        plan = _plan(app, options or {}, nodes, workers, resume)
-        directory = _directory(plan, out, resume, shown)
+        plan = _plan(app, options or {}, nodes, resume, pool)
+        place = make_pool(
+            plan.pool,
+            plan.options,
+            workers=workers,
+            processors=_processors(),
+            fork_server=nursery,
+        )
+        try:
+            directory = _directory(plan, place, out, resume, shown)
+        except BaseException:
+            place.close()
+            raise
         if unprotected:
             directory.write_config({**directory.config(), "unprotected": True})
-        found = _execute(plan, directory, nursery, shown)
+        found = _execute(plan, place, directory, shown)
         return Result(found, app if isinstance(app, Federation) else None)
     finally:
         if nursery is not None:
@@ -114,7 +131,7 @@ class _Plan:
     subject: "_Subject"
     options: dict[str, Any]
     nodes: int
-    workers: int
+    pool: PoolLike
 
     @property
     def federation(self) -> Federation | None:
@@ -123,8 +140,10 @@ class _Plan:
     @property
     def group_size(self) -> int:
         """How many nodes the app would train as one computation."""
-        size = getattr(self.federation and self.federation.trainer, "group_size", None)
-        return 1 if size is None else int(size(self.options))
+        if self.federation is None:
+            return 1
+        trainer = self.federation.trainer_for(self.options)
+        return trainer.group_size(self.options) if isinstance(trainer, SizesGroups) else 1
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,7 @@ class _Subject:
         digest: of the folder's files; None is an object.
         options: of the app's pyproject.
         nodes: how many virtual nodes the app asks for, or None.
+        pool: where the app says that its nodes run, or None.
         server_app: the coordinator's half.
         client: the nodes' half, or where it is imported from.
     """
@@ -146,6 +166,7 @@ class _Subject:
     digest: str | None
     options: Mapping[str, Any]
     nodes: int | None
+    pool: str | None
     server_app: ServerApp
     client: ClientApp | Path
 
@@ -158,11 +179,18 @@ class _Subject:
 def _subject(app: Federation | Path | str | None) -> _Subject:
     if isinstance(app, Federation):
         name = app.name or "federation"
-        return _Subject(name, None, None, {}, None, app.server_app(), app.client_app())
+        return _Subject(name, None, None, {}, None, None, app.server_app(), app.client_app())
     folder = open_app(Path(app) if app is not None else example())
     server = folder.server_app()
     return _Subject(
-        folder.name, folder.path, folder.digest(), folder.options, folder.nodes, server, folder.path
+        folder.name,
+        folder.path,
+        folder.digest(),
+        folder.options,
+        folder.nodes,
+        folder.pool,
+        server,
+        folder.path,
     )
 
 
@@ -170,13 +198,14 @@ def _plan(
     app: Federation | Path | str | None,
     changes: Options,
     nodes: int | None,
-    workers: int,
     resume: Path | str | None,
+    pool: PoolLike | None,
 ) -> _Plan:
     began: Mapping[str, Any] = {}
     if resume is not None:
         before = _before(Path(resume))
         nodes, began = before["nodes"], before["options"]
+        pool = before.get("pool") if pool is None else pool
         if not isinstance(app, Federation):
             app = before["app_path"]
             if app is None:
@@ -202,7 +231,8 @@ def _plan(
     options = (federation.override if federation else override)(known, changes)
     if federation is not None:
         federation.check_options(options)
-    return _Plan(subject, options, nodes or subject.nodes or NODES, workers)
+    pool = pool or subject.pool or DEFAULT
+    return _Plan(subject, options, nodes or subject.nodes or NODES, pool)
 
 
 def _before(resume: Path) -> dict[str, Any]:
@@ -250,7 +280,7 @@ def check_promise_stays(began: Options, changes: Options) -> None:
 
 
 def _directory(
-    plan: _Plan, out: Path | str | None, resume: Path | str | None, progress: Progress
+    plan: _Plan, pool: Pool, out: Path | str | None, resume: Path | str | None, progress: Progress
 ) -> RunDirectory:
     subject = plan.subject
     known: Mapping[str, Any] = subject.options
@@ -280,7 +310,8 @@ def _directory(
         "nodes": plan.nodes,
         "engine": "embedded",
         "run_id": secrets.randbits(62) + 1,
-        "workers": plan.workers,
+        "workers": 0 if pool.in_process else pool.workers,
+        "pool": plan.pool if isinstance(plan.pool, str) else None,
         "versions": versions(),
         "machine": machine(),
         "command": sys.argv,
@@ -303,7 +334,7 @@ def _differences(before: Mapping[str, Any], plan: _Plan) -> dict[str, tuple[Any,
 
 
 def _execute(
-    plan: _Plan, directory: RunDirectory, nursery: ForkServer | None, progress: Progress
+    plan: _Plan, pool: Pool, directory: RunDirectory, progress: Progress
 ) -> dict[str, Any]:
     log_to(directory.log_path, quiet=plan.federation is not None)
     show_fetching(progress)
@@ -311,11 +342,10 @@ def _execute(
     grid = kind(
         plan.subject.client,
         plan.nodes,
-        workers=plan.workers,
+        pool=pool,
         run_config=plan.options,
         run_id=directory.config().get("run_id", 1),  # runs of earlier releases had no other
         group_size=plan.group_size,
-        nursery=nursery,
         log=directory.log_path,
         mapped=plan.federation is not None,
     )

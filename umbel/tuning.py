@@ -102,7 +102,8 @@ class Task:
     def judge(self, trial: Path) -> dict[str, float]:
         """The metrics of a trial's model on the test half."""
         found = opened(trial, self.federation)
-        judged = self.federation.trainer.evaluate(found.weights, self.test, found.options)
+        trainer = self.federation.trainer_for(found.options)
+        judged = trainer.evaluate(found.weights, self.test, found.options)
         return dict(judged.metrics)
 
 
@@ -260,8 +261,9 @@ def divided(examples: Any, seed: int = 0) -> tuple[Any, Any]:
 def _goal(
     federation: Federation, options: Mapping[str, Value], validation: Any, metric: str | None
 ) -> Goal:
-    first = federation.trainer.initial(options, RunOptions.read(options).seed)
-    found = federation.trainer.evaluate(first, validation, options).metrics
+    trainer = federation.trainer_for(options)
+    first = trainer.initial(options, RunOptions.read(options).seed)
+    found = trainer.evaluate(first, validation, options).metrics
     chosen = metric or ("accuracy" if "accuracy" in found else "loss")
     if chosen not in found:
         raise ConfigError(
@@ -302,7 +304,7 @@ def claims_privacy(federation: Federation, options: Mapping[str, Value]) -> bool
     return (
         PrivacyOptions.read(options).on
         or federation.stack_for(options).private
-        or promising(federation.trainer, options) is not None
+        or promising(federation.trainer_for(options), options) is not None
     )
 
 
@@ -433,7 +435,7 @@ def _private(
         raise ConfigError(WAYS_OUT)
     if charge not in SHAPES:
         raise ConfigError(f"--charge is {charge!r}; it can be {', '.join(SHAPES)}")
-    if promising(task.federation.trainer, task.options) is not None:
+    if promising(task.federation.trainer_for(task.options), task.options) is not None:
         raise ConfigError(
             "here each node keeps the budget of its own records, so nobody else can charge a "
             "search to it; search on public data (--public FILE.npz), or choose options without"
@@ -452,6 +454,11 @@ def _private(
     options = dict(task.options)
     privacy, run_options = PrivacyOptions.read(options), RunOptions.read(options)
     spec = task.federation.job(options, task.nodes)
+    if task.federation.sampler is not None:
+        raise ConfigError(
+            "a private search is accounted for the samplers of Umbel, and this app brings its own; "
+            "search on public data: --public FILE"
+        )
     if spec.questions or not spec.stack.private:
         raise ConfigError(
             "a private search is accounted for the noise of training alone, not for private means "

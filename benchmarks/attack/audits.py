@@ -133,7 +133,7 @@ def run_canaries(
         data=Coins(coins),
         stack=build(schedule),
         name="canaries",
-        options={"federated-every": -1},
+        options={"client-eval-every": -1},
     )
     played = play(federation, canaries, {**schedule.options(), "seed": seed})
     return CanaryRun(played, coins, schedule, trainer)

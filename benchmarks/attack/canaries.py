@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from umbel.benchmarks.attack import audits
 from umbel.benchmarks.attack.audits import CanaryRun
 from umbel.benchmarks.attack.tasks import LENGTH, CanaryTrainer, Coins
-from umbel.benchmarks.attack.views import Attackable, play
+from umbel.benchmarks.attack.views import Attackable, as_it_is, play
+from umbel.clients.given import understood
 from umbel.clients.trainers.base import Options
 from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.strategies.private.gaussian import Gaussian
@@ -84,7 +85,7 @@ def canary_federation(
         option: whether the length of a canary is an option.
     """
     length = norm_of(federation, options) * audits.LONGER
-    known = dict(getattr(federation.trainer, "OPTIONS", {}))
+    known = dict(understood(federation.trainer_for(federation.complete(options))))
     trainer = CanaryTrainer(
         len(coins) + spare,
         length,
@@ -99,7 +100,7 @@ def canary_federation(
         return made if fault is None else fault(_noisy(made, given))
 
     changes = {"trainer": trainer, "data": Coins(coins), "stack": stack}
-    made = _complete(federation, aside(federation) | changes)
+    made = as_it_is(federation, aside(federation) | changes)
     return made, one_round(federation, options, seed)
 
 
@@ -110,7 +111,7 @@ def one_round(federation: Attackable, options: Options, seed: int) -> dict[str, 
         "rounds": 1,
         "cohort": "all",
         "sampling": "all",
-        "federated-every": -1,
+        "client-eval-every": -1,
         "seed": seed,
         "optimizer": "fedavg",
         "server-learning-rate": 0.0,
@@ -154,17 +155,6 @@ def _noisy(stack: Stack, options: Mapping[str, Any]) -> Stack:
         for layer in stack.layers
     ]
     return Stack(layers, stack.collect)
-
-
-def _complete(federation: Attackable, changes: Mapping[str, Any]) -> Any:
-    """The federation with a stack to which its options add no layer: that has happened already.
-
-    A broken layer is not recognised for what it claims to be, so it would be added again.
-    """
-    kind: Any = type(federation)
-    as_it_is = type(kind.__name__, (kind,), {"stack_for": lambda self, given: self.stack(given)})
-    known = {field.name: getattr(federation, field.name) for field in fields(kind) if field.init}
-    return as_it_is(**{**known, **changes})
 
 
 def delta_of(options: Mapping[str, Any], federation: Attackable) -> float:

@@ -22,7 +22,7 @@ from umbel.core.errors import ConfigError
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.privacy.budget.events import Charge
-from umbel.strategies.collect import Collect, Gather, Gathering, PlainSum
+from umbel.strategies.collect import Exchange, Gather, PlainSum, RoundSpec
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.private.local_gaussian import LocalGaussian
@@ -31,7 +31,7 @@ from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, Metrics, Stateless, Transform
+from umbel.strategies.transform import Facts, Metrics, NodeContext, Stateless, Transform
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def unbounded_weights(stack: Stack) -> Stack:
     weighted = replace(honest, weighting="examples")
     faulty = copy.copy(weighted)
 
-    def gather(requests: Sequence[Message], round_: Gathering) -> Gather:
+    def gather(requests: Sequence[Message], round_: RoundSpec) -> Gather:
         sum_ = yield from weighted.gather(requests, round_)
         return replace(sum_, denominator=round_.cohort)
 
@@ -372,8 +372,9 @@ class _Telling(Stack):
         config: Mapping[str, Any],
         memory: RecordDict,
         measured: Metrics | None = None,
+        told: NodeContext | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        sent, _ = super().encode(update, config, memory, measured)
+        sent, _ = super().encode(update, config, memory, measured, told)
         return sent, dict(measured or {})
 
 
@@ -389,11 +390,11 @@ class _Nothing(Stateless):
     name: str
 
 
-def _unmeasured(collect: Collect) -> Collect:
+def _unmeasured(collect: Exchange) -> Exchange:
     """The collect, which is not told the bound that it would hold updates to."""
     faulty = copy.copy(collect)
 
-    def gather(requests: Sequence[Message], round_: Gathering) -> Gather:
+    def gather(requests: Sequence[Message], round_: RoundSpec) -> Gather:
         facts = round_.facts.replace(l2_bound=None, grid=None)
         return (yield from collect.gather(requests, replace(round_, facts=facts)))
 
@@ -401,7 +402,7 @@ def _unmeasured(collect: Collect) -> Collect:
     return faulty
 
 
-def _changed(stack: Stack, layers: Sequence[Transform[Any]], collect: Collect, what: str) -> Stack:
+def _changed(stack: Stack, layers: Sequence[Transform[Any]], collect: Exchange, what: str) -> Stack:
     if not any(isinstance(layer, Liar) for layer in layers):
         raise ConfigError(f"the stack {stack} has no {what} that a fault could be put into")
     return Stack(layers, collect)

@@ -30,15 +30,14 @@ from umbel.benchmarks.attack.canaries import (
     norm_of,
     one_round,
 )
-from umbel.benchmarks.attack.promises import promising
 from umbel.benchmarks.attack.tasks import LENGTH
 from umbel.benchmarks.attack.verdicts import Verdict, not_tested
 from umbel.benchmarks.attack.views import Attackable, Played, play
-from umbel.clients.trainers.base import Options
+from umbel.clients.trainers.base import Options, promising
 from umbel.core.contents import records_of
 from umbel.core.errors import UmbelError
 from umbel.privacy.attacks.promises import deviation_ceiling
-from umbel.strategies.collect import Collect, Gather, Gathering, Seals
+from umbel.strategies.collect import Exchange, Gather, RoundSpec, Seals
 
 NODES, SPARE = 10, 2000
 VICTIM = 4
@@ -65,7 +64,8 @@ def tell(federation: Attackable, options: Options, nodes: int = NODES) -> list[V
     few = min(nodes, NODES)
     masked = isinstance(stack.collect, Seals)
     alone = not masked and any(getattr(layer, "participations", 0) for layer in stack.layers)
-    records = promising(federation.trainer, federation.complete(options)) is not None
+    complete = federation.complete(options)
+    records = promising(federation.trainer_for(complete), complete) is not None
     hidden = masked or alone or records
     lies: list[tuple[bool, str, Callable[[], Verdict]]] = [
         (masked, "other options", lambda: other_options(federation, options)),
@@ -147,11 +147,11 @@ def asked_twice(federation: Attackable, options: Options) -> Verdict:
     return _verdict("asked twice", True, words + f"{played.heard[1].count} of them")
 
 
-def _again(collect: Collect, said: list[str]) -> Collect:
+def _again(collect: Exchange, said: list[str]) -> Exchange:
     """The collect, which asks for everything twice; what nodes said the second time is kept."""
     greedy = copy.copy(collect)
 
-    def gather(requests: Sequence[Message], round_: Gathering) -> Gather:
+    def gather(requests: Sequence[Message], round_: RoundSpec) -> Gather:
         again = [
             Message(
                 content=message.content,
@@ -172,7 +172,8 @@ def _again(collect: Collect, said: list[str]) -> Collect:
 
 def beside(federation: Attackable, options: Options, nodes: int = NODES) -> Verdict:
     """Listen to one real round and evaluation for anything that is not a protected update."""
-    records = promising(federation.trainer, federation.complete(options)) is not None
+    complete = federation.complete(options)
+    records = promising(federation.trainer_for(complete), complete) is not None
     listening: list[_Listening] = []
 
     def around(app: ClientApp) -> ClientApp:
@@ -180,7 +181,7 @@ def beside(federation: Attackable, options: Options, nodes: int = NODES) -> Verd
         return listening[-1]
 
     own: Any = replace(federation, **aside(federation))  # type: ignore[type-var]
-    given = {**one_round(federation, options, 0), "federated-every": 1}
+    given = {**one_round(federation, options, 0), "client-eval-every": 1}
     play(own, nodes, given, around=around)
     heard = sorted({name for one in listening for name in one.names})
     told = [name for name in heard if not (records and name.rpartition(": ")[2] in PUBLIC)]
@@ -234,7 +235,8 @@ class _Failing:
 
 def errors(federation: Attackable, options: Options, nodes: int = NODES) -> Verdict:
     """Let the app fail, and see what its error tells."""
-    failing = {**aside(federation), "trainer": _Failing(federation.trainer)}
+    trainer = federation.trainer_for(federation.complete(options))
+    failing = {**aside(federation), "trainer": _Failing(trainer)}
     own: Any = replace(federation, **failing)  # type: ignore[type-var]
     try:
         said = _reasons(play(own, nodes, one_round(federation, options, 0)))

@@ -128,7 +128,7 @@ class _Own:
 
     @property
     def trainer(self) -> Trainer:
-        return self.federation.trainer
+        return self.federation.trainer_for(self.options)
 
     def training(self) -> Measured:
         """Accuracy, cost, and a loss threshold: members against held-out examples."""
@@ -188,7 +188,7 @@ class _Own:
         changes = {**aside(self.federation), "data": data}
         one: Any = replace(self.federation, **changes)  # type: ignore[type-var]
         given = {**self.options, "rounds": 1, "cohort": "all", "sampling": "all"}
-        given["federated-every"] = -1
+        given["client-eval-every"] = -1
         given |= {"local-steps": 1, "momentum": 0.0, "batch-size": 0}
         played = play(one, len(examples), given)
         view = played.view("server")

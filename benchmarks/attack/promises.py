@@ -35,7 +35,8 @@ from umbel.benchmarks.attack.tasks import CanaryTrainer, Coins
 from umbel.benchmarks.attack.verdicts import Verdict, not_tested
 from umbel.benchmarks.attack.views import Adversary, Attackable, play
 from umbel.clients.data.examples import Examples, Node, Split
-from umbel.clients.trainers.base import Job, Options, Trainer
+from umbel.clients.given import understood
+from umbel.clients.trainers.base import Job, Options, promising
 from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.errors import StackError, UmbelError
 from umbel.privacy.attacks.audit import EPSILON_LIMIT, Scores
@@ -182,8 +183,8 @@ def sampling(
     if not drawn_at_all or not any(one.sampled for one in _claims(federation, options, 16)):
         return []
     rounds = rounds_needed(rate, nodes)
-    given = {**options, "rounds": rounds, "federated-every": -1, "seed": seed}
-    trainer = CanaryTrainer(16, 1.0, OPTIONS=dict(getattr(federation.trainer, "OPTIONS", {})))
+    given = {**options, "rounds": rounds, "client-eval-every": -1, "seed": seed}
+    trainer = CanaryTrainer(16, 1.0, OPTIONS=dict(understood(federation.trainer_for(complete))))
     data = Coins(np.zeros(nodes, dtype=bool))
     changes = {**aside(federation), "trainer": trainer, "data": _Folded(data)}
     try:
@@ -221,7 +222,7 @@ class _Folded:
 def records(federation: Attackable, options: Options, nodes: int) -> list[Verdict]:
     """Whether a trainer that promises privacy for single records keeps that; empty if none does."""
     complete = federation.complete(options)
-    trainer = promising(federation.trainer, complete)
+    trainer = promising(federation.trainer_for(complete), complete)
     if trainer is None:
         return []
     if not isinstance(trainer, PrivateSgd):
@@ -233,13 +234,6 @@ def records(federation: Attackable, options: Options, nodes: int) -> list[Verdic
         return [_records(trainer, examples, complete), _drawn(trainer, examples, complete)]
     except (UmbelError, ValueError, RuntimeError) as error:
         return [not_tested("records", "server", " ".join(str(error).split()))]
-
-
-def promising(trainer: Trainer, options: Options) -> Trainer | None:
-    """The trainer of these options, where it promises privacy for single records."""
-    chosen = getattr(trainer, "chosen", None)
-    found: Trainer = trainer if chosen is None else chosen(options)
-    return found if callable(getattr(found, "privacy", None)) else None
 
 
 _STEP = {"rounds": 1, "local-steps": 1, "learning-rate": 1.0, "momentum": 0.0, "weight-decay": 0.0}

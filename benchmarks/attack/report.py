@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from umbel.benchmarks.attack.checks import MEMBERSHIP
 from umbel.benchmarks.attack.findings import WORDS, Finding
 from umbel.benchmarks.attack.plots import draw, worst_auc
 from umbel.benchmarks.attack.suite import Report, Row
+from umbel.server.output import strict
 
 COLUMNS = (
     "data", "defence", "scene", "attack", "adversary", "measure", "value", "low", "high", "chance",
@@ -85,8 +85,8 @@ BRIEF = (
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The whole report as a JSON object without infinities."""
-    content: dict[str, Any] = _plain(
+    """The whole report as a JSON object; infinities are texts."""
+    content: dict[str, Any] = strict.plain(
         {
             "ok": not report.problems() and not report.untested(),
             "problems": report.problems(),
@@ -155,7 +155,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     content = to_json(report)
     made = [folder / "report.json", folder / "findings.csv", folder / "audits.csv"]
-    made[0].write_text(json.dumps(content, indent=1), encoding="utf-8")
+    made[0].write_text(strict.dumps(content, indent=1), encoding="utf-8")
     table = folder / "results.md"
     table.write_text(markdown(content), encoding="utf-8")
     with made[1].open("w", newline="", encoding="utf-8") as file:
@@ -290,17 +290,6 @@ def _worst(row: Row, measure: str, attacks: Sequence[str], scene: str = "") -> s
         return "-"
     worst = max(own, key=lambda one: (one.value, one.trials))
     return f"{worst.value:.2f} ({worst.low:.2f}–{worst.high:.2f})"
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity: an infinite number becomes a text."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 # ---- a table for people who read no reports

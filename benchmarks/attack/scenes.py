@@ -25,7 +25,7 @@ from umbel.privacy.attacks.audit import Scores
 from umbel.privacy.attacks.inversion import imprint
 from umbel.privacy.attacks.roc import Roc
 
-QUIET = {"federated-every": -1}
+QUIET = {"client-eval-every": -1}
 
 
 @dataclass(frozen=True)

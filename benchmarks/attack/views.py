@@ -18,7 +18,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,7 +28,7 @@ from flwr.serverapp import ServerApp
 from torch import Tensor
 
 from umbel.clients.data.examples import Node
-from umbel.clients.trainers.base import Trainer
+from umbel.clients.trainers.base import SizesGroups, Trainer
 from umbel.core.contents import records_of, take_record
 from umbel.core.options import Options
 from umbel.core.records import Manifest, from_array
@@ -37,7 +37,7 @@ from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import session
-from umbel.strategies.collect import UPDATE, Collect, Gather, Gathering, Sum, read_vector
+from umbel.strategies.collect import UPDATE, Aggregate, Exchange, Gather, RoundSpec, read_vector
 from umbel.strategies.layout import MODEL, PARAMETERS
 from umbel.strategies.stack import Stack
 
@@ -48,10 +48,9 @@ class Attackable(Protocol):
     """What is attacked: `umbel.Federation`, which must be a dataclass with a field `stack`."""
 
     @property
-    def trainer(self) -> Trainer: ...
-    @property
     def data(self) -> Callable[[Node, Options], Any]: ...
     def complete(self, given: Options) -> dict[str, Any]: ...
+    def trainer_for(self, options: Options) -> Trainer: ...
     def stack_for(self, options: Options) -> Stack: ...
     def client_app(self) -> ClientApp: ...
     def server_app(self) -> ServerApp: ...
@@ -172,7 +171,7 @@ def play(
     *,
     listen: Callable[[int], bool] = bool,
     around: Callable[[ClientApp], ClientApp] = lambda app: app,
-    asking: Callable[[Collect], Collect] = lambda collect: collect,
+    asking: Callable[[Exchange], Exchange] = lambda collect: collect,
 ) -> Played:
     """Run a federation on the embedded engine with a listener at the server.
 
@@ -191,9 +190,9 @@ def play(
         return replace(inner, collect=asking(overheard(inner.collect, heard, listen)))
 
     complete = federation.complete(options)
-    tapped: Attackable = replace(federation, stack=stack)  # type: ignore[type-var]
-    size = getattr(federation.trainer, "group_size", None)
-    group = int(size(complete)) if size is not None else 1
+    tapped: Attackable = as_it_is(federation, {"stack": stack})
+    trainer = federation.trainer_for(complete)
+    group = trainer.group_size(complete) if isinstance(trainer, SizesGroups) else 1
     with tempfile.TemporaryDirectory(prefix="umbel-bench-") as folder:
         config = {"options": complete, "rehearsal": True}
         run = RunDirectory.create(None, "bench", config, out=Path(folder) / "run")
@@ -203,7 +202,7 @@ def play(
         context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(complete))
         with grid, session(run, SilentProgress()) as opened:
             tapped.server_app()(grid, context)
-        first = federation.trainer.initial(complete, int(complete["seed"])).parameters
+        first = trainer.initial(complete, int(complete["seed"])).parameters
         manifest = Manifest.of(first)
         final = manifest.flatten(run.read_model())
         mechanism: Mapping[str, Any] = {}
@@ -212,7 +211,18 @@ def play(
         return Played(dict(opened.result), run.rounds(), heard, final, manifest, mechanism)
 
 
-def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool]) -> Collect:
+def as_it_is(federation: Attackable, changes: Mapping[str, Any]) -> Any:
+    """The federation with a stack to which its options add nothing: that has happened already.
+
+    A broken layer is not recognised for what it claims to be, so it would be added again.
+    """
+    kind: Any = type(federation)
+    made = type(kind.__name__, (kind,), {"stack_for": lambda self, given: self.stack(given)})
+    known = {field.name: getattr(federation, field.name) for field in fields(kind) if field.init}
+    return made(**{**known, **changes})
+
+
+def overheard(collect: Exchange, heard: list[Heard], listen: Callable[[int], bool]) -> Exchange:
     """The same collect, which writes down what passes through its `gather`.
 
     It is a shallow copy with one method replaced on the instance, so that it keeps its class:
@@ -220,7 +230,7 @@ def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool
     """
     listening = copy.copy(collect)
 
-    def gather(requests: Sequence[Message], round_: Gathering) -> Gather:
+    def gather(requests: Sequence[Message], round_: RoundSpec) -> Gather:
         replies: dict[int, Tensor] = {}
         wire: dict[int, bytes] = {}
         keep = listen(round_.number)
@@ -236,7 +246,7 @@ def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool
                 yield message
 
         gathering = collect.gather(requests, round_)
-        sum_: Sum
+        sum_: Aggregate
         try:
             sent = next(gathering)
             while True:
@@ -255,7 +265,7 @@ def overheard(collect: Collect, heard: list[Heard], listen: Callable[[int], bool
 
 
 def _write_down(
-    message: Message, round_: Gathering, replies: dict[int, Tensor], wire: dict[int, bytes]
+    message: Message, round_: RoundSpec, replies: dict[int, Tensor], wire: dict[int, bytes]
 ) -> None:
     node = message.metadata.src_node_id - FIRST_NODE
     if message.has_error():

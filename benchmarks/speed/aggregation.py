@@ -16,7 +16,7 @@ from umbel.benchmarks.speed.processes import resident
 from umbel.core.flower import take_identity
 from umbel.core.records import to_array
 from umbel.server.drive import drive
-from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Gathering, PlainSum
+from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, PlainSum, RoundSpec
 from umbel.strategies.transform import Facts
 
 MOST_MODELS = 12
@@ -116,8 +116,8 @@ def _peak(size: int, count: int) -> float:
     return float(max(most - before, 0))
 
 
-def _gathering(size: int, cohort: int) -> Gathering:
-    return Gathering(1, size, torch.float32, cohort, Facts(size=size))
+def _gathering(size: int, cohort: int) -> RoundSpec:
+    return RoundSpec(1, size, torch.float32, cohort, Facts(size=size))
 
 
 def _messages(

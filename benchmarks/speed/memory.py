@@ -74,7 +74,7 @@ def measure(*, quick: bool = False, size: int = LARGE) -> list[Figure]:
 
 def run(app: Path, size: int, workers: int) -> Watched:
     """Run the app with a model of this size; what was seen of it."""
-    options = f"size={size} rounds={ROUNDS} federated-every=-1"
+    options = f"size={size} rounds={ROUNDS} client-eval-every=-1"
     command = [
         *(sys.executable, "-P", "-c", "from umbel.commands.cli import main; main()"),
         *("run", str(app), "--nodes", str(NODES), "--workers", str(workers), "-c", options),

@@ -15,9 +15,10 @@ from umbel.benchmarks.speed import apps
 from umbel.benchmarks.speed.ray_side import echo_under_ray
 from umbel.clients.admission import admit
 from umbel.core.app_folder import open_app
+from umbel.core.flower import take_identity
 from umbel.core.records import to_array
 from umbel.server.embedded.grid import EmbeddedGrid
-from umbel.strategies.collect import Gathering
+from umbel.strategies.collect import RoundSpec
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.node_policy import POLICY, policy_of
 from umbel.strategies.stack import Stack
@@ -130,6 +131,7 @@ def gate(*, repeats: int) -> dict[str, float]:
     that is done for a request to train beside training, sealing and sending.
     """
     found = {}
+    take_identity(1)  # no grid has been made yet
     with tempfile.TemporaryDirectory() as where:
         folder = apps.write_federation(Path(where) / "app", _TASK, name="ten", config="")
         app: Any = open_app(folder).client_app()
@@ -158,7 +160,7 @@ def _asked(stack: Stack) -> Message:
     model = ArrayRecord({PARAMETERS: to_array(torch.zeros(10))})
     requests = [Message(RecordDict({MODEL: model, CONFIG: told}), 1001, "train")] * 3
     facts = stack.check(before, states)
-    round_ = Gathering(1, facts.size, torch.float32, 3.0, facts, run_id=1)
+    round_ = RoundSpec(1, facts.size, torch.float32, 3.0, facts, run_id=1)
     return next(stack.collect.gather(requests, round_))[0]
 
 

@@ -33,7 +33,7 @@ _UMBEL = "from umbel.commands.cli import main; main()"
 
 _CONFIG = """\
 work = "training"
-federated-every = -1
+client-eval-every = -1
 """
 
 _TASK = """\

@@ -93,7 +93,7 @@ def measure_link(*, nodes: int = 10, rounds: int = 200) -> dict[str, Any]:
 def _median(nodes: int, rounds: int, *, secure: bool) -> float:
     with tempfile.TemporaryDirectory(prefix="umbel-secure-link-") as name:
         folder = Path(name)
-        options = f"federated-every = -1\nsecure = {str(secure).lower()}\nrounds = {rounds}"
+        options = f"client-eval-every = -1\nsecure = {str(secure).lower()}\nrounds = {rounds}"
         write_federation(folder / "app", _TASK, name="small", config=options)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -3,7 +3,6 @@
 Everything that is compared is measured in the same run, in turns, as medians after a warm-up.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from umbel.benchmarks.speed import (
     training,
 )
 from umbel.core.errors import ConfigError
+from umbel.server.output import strict
 from umbel.server.output.rundir import machine, versions
 
 PRIVATE = ("noise", "private-sgd", "private-round")
@@ -122,12 +122,12 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     result = measure(apps, only, quick=quick, flower=flower, note=_note)
     figures = figures_of(result)
-    (out / "speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / "speed.json").write_text(strict.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(figures, out / "speed.png")
     show(figures, result["machine"])
     print(f"written to {out}")
     if as_json:
-        print(json.dumps(result))
+        print(strict.dumps(result))
     return all(figure.met is not False for figure in figures)
 
 

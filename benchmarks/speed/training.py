@@ -91,7 +91,7 @@ class Case:
             "local-epochs": plan.epochs,
             "batch-size": plan.batch,
             "evaluate-every": every,
-            "federated-every": -1,
+            "client-eval-every": -1,
             **self.options,
         }
 

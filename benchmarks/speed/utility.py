@@ -5,13 +5,14 @@ noise and fresh cohorts from the operating system, the private preliminary sums 
 Results are written after every run, so that a run that is cut short has its table too.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from umbel.server.output import strict
 
 CAVEAT = (
     "The recipes were tuned beforehand on public data; the privacy cost of that tuning is not "
@@ -167,7 +168,7 @@ def write(points: Sequence[Point], out: Path, about: Mapping[str, Any]) -> list[
     file = out / "utility.json"
     rows = [{**asdict(point), "mean": point.mean, "spread": point.spread} for point in points]
     content = {**about, "points": rows, "caveat": CAVEAT}
-    file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    file.write_text(strict.dumps(content, indent=1) + "\n", "utf-8")
     return [file, draw(points, out / "utility.png")]
 
 

@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FeatureMap:
     """How features are made of what a data set stores.
 
     Attributes:
@@ -151,7 +151,7 @@ def _prune(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Featured:
+class PrecomputedFeatures:
     """A `data` function: one example a node (or equal shares), as features.
 
     Attributes:
@@ -161,7 +161,7 @@ class Featured:
     """
 
     dataset: str | DataSet
-    recipe: Recipe | Callable[[Options], Recipe]
+    recipe: FeatureMap | Callable[[Options], FeatureMap]
     cache: Path | None = None
     FIXED: ClassVar[bool] = True
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
@@ -205,9 +205,9 @@ class Featured:
         """The names of the classes, where the data set has any."""
         return self.load().classes or ()
 
-    def recipe_for(self, options: Options) -> Recipe:
+    def recipe_for(self, options: Options) -> FeatureMap:
         """The recipe under these options."""
-        return self.recipe if isinstance(self.recipe, Recipe) else self.recipe(options)
+        return self.recipe if isinstance(self.recipe, FeatureMap) else self.recipe(options)
 
     def _examples(self, part: str, index: Array, options: Options) -> Examples:
         stored = self.load().train if part == "train" else self.load().test
@@ -245,3 +245,9 @@ def features_of(examples: Examples, columns: slice = slice(None)) -> Tensor:
     if isinstance(examples.x, Rows):
         return examples.x.tensor()[:, columns].float()
     return torch.as_tensor(np.asarray(examples.x)).flatten(1)[:, columns].float()
+
+
+Recipe = FeatureMap
+"""The former name."""
+Featured = PrecomputedFeatures
+"""The former name."""

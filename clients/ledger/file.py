@@ -238,7 +238,7 @@ class FileAccount:
     def hold(self, ticket: bytes, releases: Sequence[Release]) -> list[Receipt]:
         body: dict[str, Any] = {
             "asked": asdict(self.asked),
-            "limits": asdict(self.ledger.limits),
+            "limits": _limits_as_json(self.ledger.limits),
             "releases": [_as_json(release) for release in releases],
             "charges": [_row(release) for release in releases],
         }
@@ -311,11 +311,12 @@ class FileAccount:
     def _whose(self, sums: _Scope) -> str:
         if sums.scope == "run":
             return f"run {sums.name} promised it in its first message"
+        key = "record-epsilon" if sums.unit == "record" else "epsilon"
         if self.ledger.limits.of(sums.unit) is not None:
             return f"the policy of this node, for the {sums.scope} {sums.name!r}"
         return (
             f"the first run about the {sums.scope} {sums.name!r} promised it; the node's owner "
-            "can allow more in the node's policy"
+            f'can allow more in the node\'s policy, by {key} = NUMBER or {key} = "unlimited"'
         )
 
     def _is_first(self, database: sqlite3.Connection, unit: Unit | None) -> int:
@@ -335,10 +336,21 @@ def weigh_again(folder: Path, database: sqlite3.Connection, body: Mapping[str, A
     Raises:
         RunError: it would exceed one.
     """
-    ledger = LedgerFile(folder, Limits(**body["limits"]))
+    ledger = LedgerFile(folder, _limits_from_json(body["limits"]))
     account = FileAccount(ledger, Asked(**body["asked"]))
     for release in body["releases"]:
         account._weigh(database, _from_json(release))
+
+
+def _limits_as_json(limits: Limits) -> dict[str, Any]:
+    """JSON has no infinity: an unlimited epsilon is a text."""
+    plain = asdict(limits)
+    return {k: "unlimited" if v == math.inf else v for k, v in plain.items()}
+
+
+def _limits_from_json(plain: Mapping[str, Any]) -> Limits:
+    read: dict[str, Any] = {k: math.inf if v == "unlimited" else v for k, v in plain.items()}
+    return Limits(**read)
 
 
 def _row(release: Release) -> list[Any]:

@@ -53,7 +53,7 @@ class Limits:
     Attributes:
         participations: replies to requests to train, protected or not; None is any number.
         epsilon: of the node as a whole (noise on the node, shares of noise of a secure sum);
-            None leaves it to what was promised first.
+            None leaves it to what was promised first, infinity is no limit over all runs.
         record_epsilon: likewise of each of its records (DP-SGD).
     """
 

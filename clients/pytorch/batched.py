@@ -30,6 +30,7 @@ from umbel.clients.pytorch.batches import (
     to_device,
     to_model,
 )
+from umbel.clients.pytorch.correcting import CorrectingMany, proximal
 from umbel.clients.pytorch.dense import Dense
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import autocast
@@ -107,7 +108,13 @@ def train_cohort(
         piece.load(weights[0])
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "There is a performance drop")  # vmap would loop
-            result = _Cohort(piece, objective, settings, nodes).run()
+            own = [job.correction or proximal(settings) for job in jobs]
+            correcting = CorrectingMany.of(
+                [own[node.place] for node in nodes],
+                weights[0].parameters,
+                {name: p.detach() for name, p in piece.parameters.items()},
+            )
+            result = _Cohort(piece, objective, settings, nodes, correcting).run()
     except UmbelError:  # one node is at fault: alone, it is told so, and the others go on
         return None
     except (RuntimeError, IndexError, ValueError, UserWarning) as error:
@@ -120,9 +127,11 @@ def train_cohort(
         return None
     if result is None:
         return None
+    steps = {node.place: len(node.steps) for node in nodes}
+    each = enumerate(zip(result, sources, weights, strict=True))
     return [
-        Trained(Weights(parameters, dict(given.buffers)), source.size, {"loss": loss})
-        for (parameters, loss), source, given in zip(result, sources, weights, strict=True)
+        Trained(Weights(parameters, dict(given.buffers)), source.size, {"loss": loss}, steps[place])
+        for place, ((parameters, loss), source, given) in each
     ]
 
 
@@ -210,7 +219,9 @@ class _Cohort:
         objective: Objective,
         settings: TorchSettings,
         nodes: list[Node],
+        correcting: CorrectingMany | None,
     ) -> None:
+        self.correcting = correcting
         self.piece, self.objective, self.settings, self.nodes = piece, objective, settings, nodes
         self.device = piece.device
         self.start = {name: p.detach() for name, p in piece.parameters.items()}
@@ -309,10 +320,9 @@ class _Cohort:
 
     def _update(self, step: int, active: int, gradients: Tree) -> None:
         settings = self.settings
-        if step and settings.proximal_mu:
-            for name, gradient in gradients.items():
-                pull = self.stacked[name][:active] - self.start[name]
-                gradient.add_(pull, alpha=settings.proximal_mu)
+        if self.correcting is not None:
+            places = {n: v[:active] for n, v in self.stacked.items()} if step else self.start
+            self.correcting.add_to(gradients, places, active, first=step == 0)
         if settings.clip_gradient:
             _clip(gradients, settings.clip_gradient)
         for name, gradient in gradients.items():

@@ -1,7 +1,7 @@
 """The local training loop: steps of an optimiser over a node's batches.
 
-The loop is that of a plain PyTorch script. What a federation adds to a step: the proximal pull
-of FedProx, a limit on the gradient's norm, and batches worked through in parts. A step may be
+The loop is that of a plain PyTorch script. What a federation adds to a step: the correction of a
+local objective, a limit on the gradient's norm, and batches worked through in parts. A step may be
 shared by several processes (`Share`), each with its part of every batch.
 """
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from umbel.clients.data.arrays import not_a_number
 from umbel.clients.pytorch.batches import Source, plan, real_type, to_device, to_model
+from umbel.clients.pytorch.correcting import Correcting
 from umbel.clients.pytorch.losses import Objective
 from umbel.clients.pytorch.rows import first_shape
 from umbel.clients.pytorch.settings import TorchSettings, mixed_precision
@@ -69,6 +70,7 @@ class Task:
         parameters: those that are trained.
         least: the smallest batch that the module can be trained on.
         seed: of the shuffles (the caller seeds the global generators).
+        correction: what is added to every gradient, a tensor for each of `parameters`.
     """
 
     module: nn.Module
@@ -80,6 +82,7 @@ class Task:
     device: torch.device
     seed: int
     share: Share = Share()
+    correction: Correcting | None = None
 
 
 def make_optimizer(
@@ -168,11 +171,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     return nullcontext() if lower is None else torch.autocast(device.type, lower)
 
 
-def fit(task: Task, source: Source) -> float:
+def fit(task: Task, source: Source) -> tuple[float, int]:
     """Train, in place.
 
     Returns:
-        The mean loss over all steps, each counted by its number of examples.
+        The mean loss over all steps, each counted by its number of examples; and the steps.
 
     Raises:
         RunError: the loss became infinite or not a number.
@@ -180,12 +183,12 @@ def fit(task: Task, source: Source) -> float:
     """
     task.module.train()
     real = real_type(task.parameters[0].dtype)
-    anchor = [p.detach().clone() for p in task.parameters] if task.settings.proximal_mu else None
     lower = mixed_precision(task.settings.precision, task.device)
     scaler = torch.amp.GradScaler("cuda") if lower == torch.float16 else None
     losses = _Losses(task.settings.learning_rate)
-    steps = plan(source.size, task.settings, task.seed, least=task.least)
-    for rows in steps:
+    steps = 0
+    for rows in plan(source.size, task.settings, task.seed, least=task.least):
+        steps += 1
         task.optimizer.zero_grad()
         count = source.size if rows is None else len(rows)
         for part, factor in _parts(rows, source.size, task):
@@ -201,18 +204,18 @@ def fit(task: Task, source: Source) -> float:
             losses.add(loss, count)
             count = 0
         if scaler is None:
-            _shape_gradient(task, anchor)
+            _shape_gradient(task)
             task.optimizer.step()
         else:
-            _scaled_step(scaler, task, anchor)
-    return losses.mean()
+            _scaled_step(scaler, task)
+    return losses.mean(), steps
 
 
-def _scaled_step(scaler: torch.amp.GradScaler, task: Task, anchor: list[Tensor] | None) -> None:
+def _scaled_step(scaler: torch.amp.GradScaler, task: Task) -> None:
     """A step in fp16, whose gradients were scaled up so as not to vanish."""
     optimizer: Any = task.optimizer  # on CUDA always a torch.optim.Optimizer
     scaler.unscale_(optimizer)
-    _shape_gradient(task, anchor)
+    _shape_gradient(task)
     scaler.step(optimizer)
     scaler.update()
 
@@ -228,19 +231,15 @@ def _parts(rows: Tensor | None, size: int, task: Task) -> Iterator[tuple[Tensor 
         yield mine, factor * len(part) / len(whole)
 
 
-def _shape_gradient(task: Task, anchor: list[Tensor] | None) -> None:
-    """Add the proximal term mu (w - w0), then limit the norm of the whole gradient."""
+def _shape_gradient(task: Task) -> None:
+    """Add the correction, then limit the norm of the whole gradient."""
     settings = task.settings
-    if anchor or settings.clip_gradient or settings.momentum or settings.weight_decay:
+    if task.correction or settings.clip_gradient or settings.momentum or settings.weight_decay:
         for parameter in task.parameters:  # sums with whole tensors, which a sparse one cannot be
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
-    if anchor is not None:
-        with torch.no_grad():
-            for parameter, first in zip(task.parameters, anchor, strict=True):
-                if parameter.grad is not None:
-                    pull = parameter - first
-                    parameter.grad.add_(pull, alpha=task.settings.proximal_mu)
+    if task.correction is not None:
+        task.correction.add_to(task.parameters)
     if task.settings.clip_gradient:
         nn.utils.clip_grad_norm_(task.parameters, task.settings.clip_gradient)
 

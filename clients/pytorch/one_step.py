@@ -8,7 +8,7 @@ afterwards, as it would be alone.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class OneStep:
     """
 
     trainer: TorchTrainer
+    USE: ClassVar[str] = TorchTrainer.USE
     OPTIONS: Mapping[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

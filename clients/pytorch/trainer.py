@@ -18,6 +18,7 @@ import torch
 from umbel.clients.pytorch import batched as torch_cohort
 from umbel.clients.pytorch.batches import to_device, to_model
 from umbel.clients.pytorch.compact import settled
+from umbel.clients.pytorch.correcting import Correcting, proximal
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import (
     MakeOptimizer,
@@ -47,6 +48,7 @@ from umbel.clients.settings import options_of, read
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
 from umbel.clients.trainers.exported import Exported, Output, TakenOutput
 from umbel.core.errors import ConfigError, RunError
+from umbel.strategies.objective import CORRECTION
 
 EVALUATION_BATCH = 512
 
@@ -87,6 +89,7 @@ class TorchTrainer(TorchSettings):
     whole: bool = False
     target: str = ""
     USE: ClassVar[str] = "model(x)"
+    honours: ClassVar[frozenset[str]] = frozenset({CORRECTION})
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
     objective: Objective = field(init=False, repr=False, compare=False)
     defaults: TorchSettings = field(init=False, repr=False, compare=False)
@@ -177,6 +180,7 @@ class TorchTrainer(TorchSettings):
         source = opened(piece, examples, self.target)
         piece.load(weights)
         parameters = list(piece.parameters.values())
+        correction = job.correction or proximal(settings)
         with seeded(job.seed + share.rank, device):
             task = Task(
                 module=piece.module if share.world == 1 else spread(piece.module, device),
@@ -188,12 +192,13 @@ class TorchTrainer(TorchSettings):
                 device=device,
                 seed=job.seed,
                 share=share,
+                correction=Correcting.of(correction, weights.parameters, piece.parameters),
             )
             try:
-                loss = fit(task, source)
+                loss, steps = fit(task, source)
             except RunError as error:
                 raise diverged_on(examples, error) from error
-        return Trained(piece.weights(weights), source.size, {"loss": loss})
+        return Trained(piece.weights(weights), source.size, {"loss": loss}, steps)
 
     def train_cohort(
         self, weights: Sequence[Weights], examples: Sequence[Any], jobs: Sequence[Job]

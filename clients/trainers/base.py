@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from flwr.app import RecordDict
 from torch import Tensor
 
+from umbel.core.errors import ConfigError
+from umbel.strategies.objective import CORRECTION, Correction
+
 if TYPE_CHECKING:
     from umbel.clients.ledger.node_ledger import Receipt
     from umbel.privacy.bounds.bundle import Bundle
     from umbel.strategies.release import Release
+    from umbel.strategies.stack import Stack
 
 Options = Mapping[str, bool | int | float | str]
 """The run's options, as in `[tool.flwr.app.config]` and `-c`."""
@@ -62,6 +66,8 @@ class Job:
         node: the node's own configuration (`partition-id` and the like).
         memory: the node's own records, kept between rounds.
         ledger: of the node; None is one in `memory`.
+        correction: what is added to every gradient of this training; None is nothing. Only a
+            trainer that `honours` it is given one.
     """
 
     round: int
@@ -71,6 +77,7 @@ class Job:
     node: Options = field(default_factory=dict)
     memory: RecordDict = field(default_factory=RecordDict)
     ledger: Charges | None = None
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,13 @@ class Trained:
         weights: the model after training; the same names, shapes and order as before.
         examples: how many examples it was trained on; the weight in an average.
         metrics: of this node, e.g. {"loss": 0.3}.
+        steps: how many steps the local optimiser made; 0 where the trainer does not say.
     """
 
     weights: Weights
     examples: int
     metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,44 @@ class Trainer(Protocol):
 
 
 @runtime_checkable
+class Honours(Protocol):
+    """A trainer that says what it does beyond plain training.
+
+    `correction`: it adds `job.correction` to every gradient, and says its `steps`.
+    """
+
+    @property
+    def honours(self) -> frozenset[str]:
+        """What it does; a trainer that does not say does nothing of it."""
+        ...
+
+
+def check_honours(trainer: Trainer, stack: "Stack") -> None:
+    """Refuse a stack that asks for what a trainer would leave out.
+
+    Raises:
+        ConfigError: the trainer does not apply the corrections of the stack's objectives.
+    """
+    honours = trainer.honours if isinstance(trainer, Honours) else frozenset()
+    if "start-loss" in stack.needs and isinstance(trainer, RecordPrivate):
+        raise ConfigError(
+            f"{stack} looks at the exact loss of a node's records, which {type(trainer).__name__} "
+            "promises to hide; take a method without it, or privacy of whole nodes (epsilon)"
+        )
+    if "steps" in stack.needs and CORRECTION not in honours:
+        raise ConfigError(
+            f"{stack} counts the nodes' local steps, and {type(trainer).__name__} does not say "
+            "them; take TorchTrainer"
+        )
+    if stack.objectives and CORRECTION not in honours:
+        raise ConfigError(
+            f"{stack.objectives[0].name} changes the gradients that nodes train with, and "
+            f"{type(trainer).__name__} does not apply that; take TorchTrainer, or leave "
+            f"{stack.objectives[0].name} out"
+        )
+
+
+@runtime_checkable
 class ChecksOptions(Protocol):
     """A trainer that can tell before a run begins whether its options can be used."""
 
@@ -132,12 +179,17 @@ class ChecksOptions(Protocol):
 class ReadyTrainer(Protocol):
     """A trainer that can hand out its model for use outside of Umbel."""
 
-    USE: str
-    """How the model is used, in one expression of `model` and `x`, for reports."""
-
     def ready(self, weights: Weights, options: Options) -> Any:
         """The model with these weights, which shares nothing with the trainer."""
         ...
+
+
+@runtime_checkable
+class SaysUse(Protocol):
+    """A trainer that says how the model is used that `ready` gives."""
+
+    USE: str
+    """One expression of `model` and `x`, for reports."""
 
 
 @runtime_checkable
@@ -152,6 +204,24 @@ class CohortTrainer(Protocol):
 
 
 @runtime_checkable
+class SizesGroups(Protocol):
+    """A trainer that says how many nodes are worth training as one computation."""
+
+    def group_size(self, options: Options) -> int:
+        """How many nodes an engine should give to `train_cohort` at a time."""
+        ...
+
+
+@runtime_checkable
+class KeepsStatistics(Protocol):
+    """A trainer whose model has running statistics of the examples among its buffers."""
+
+    def statistics(self, options: Options) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
+
+@runtime_checkable
 class RecordPrivate(Protocol):
     """A trainer that promises privacy for each single record of a node."""
 
@@ -161,10 +231,9 @@ class RecordPrivate(Protocol):
 
 
 def promising(trainer: Trainer, options: Options) -> Trainer | None:
-    """The trainer of these options where it promises privacy for single records, else None."""
-    chosen = getattr(trainer, "chosen", None)
-    found: Trainer = chosen(options) if chosen is not None else trainer
-    return found if isinstance(found, RecordPrivate) else None
+    """The trainer where it promises privacy for single records under these options, else None."""
+    del options  # a trainer of one kind promises under all of them
+    return trainer if isinstance(trainer, RecordPrivate) else None
 
 
 def own_promise(trainer: Trainer | None) -> bool:

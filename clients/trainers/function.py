@@ -11,7 +11,7 @@ back afterwards. Arrays of real or complex numbers are parameters; others are bu
 """
 
 import cmath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,9 @@ Arrays = Mapping[str, Any]
 """Names to arrays, in a fixed order; what functions return may be anything like an array."""
 
 Initial = Callable[[Options], Arrays]
-Train = Callable[[dict[str, Array], Any, Job], tuple[Arrays, int, Mapping[str, float]]]
+Trained3 = tuple[Arrays, int, Mapping[str, float]]
+Trained4 = tuple[Arrays, int, Mapping[str, float], int]
+Train = Callable[[dict[str, Array], Any, Job], Trained3 | Trained4]
 Evaluate = Callable[[dict[str, Array], Any], Mapping[str, float]]
 
 
@@ -41,9 +43,12 @@ class FunctionTrainer:
     Args:
         initial: the run's options to the first arrays.
         train: arrays, a node's examples and the job to new arrays (same names and shapes), the
-            number of examples, and metrics. The arrays that it gets are its own to change.
+            number of examples, and metrics; and the number of its steps, where it applies
+            corrections. The arrays that it gets are its own to change.
         evaluate: arrays and examples to metrics, means over the examples; None for none.
         options: options of the functions' own, with defaults; `job.options` has them all.
+        honours: what `train` does beyond plain training: `{"correction"}` where it adds
+            `job.correction` (see `umbel.Correction`) to every gradient and returns its steps.
     """
 
     def __init__(
@@ -52,7 +57,9 @@ class FunctionTrainer:
         train: Train,
         evaluate: Evaluate | None = None,
         options: Options | None = None,
+        honours: Iterable[str] = (),
     ) -> None:
+        self.honours = frozenset(honours)
         self._initial, self._train, self._evaluate = initial, train, evaluate
         check_functions(self, "_initial", "_train", "_evaluate")
         self.OPTIONS: dict[str, bool | int | float | str] = dict(options or {})
@@ -84,7 +91,8 @@ class FunctionTrainer:
         with seeded(job.seed):
             result = self._train(_arrays(before), examples, complete)
         try:
-            arrays, count, metrics = result
+            arrays, count, metrics, *more = result
+            (steps,) = more or (0,)
         except (TypeError, ValueError):
             raise ConfigError(
                 "the function `train` has to return three values: arrays, number of examples and "
@@ -104,6 +112,7 @@ class FunctionTrainer:
             ),
             int(count),
             named_numbers(metrics, "the function `train`"),
+            int(steps),
         )
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from umbel.clients.ledger.node_ledger import StateLedger, total
 from umbel.clients.pytorch.batches import Source, to_device, to_model
+from umbel.clients.pytorch.correcting import Correcting, proximal
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import make_optimizer
 from umbel.clients.pytorch.losses import Loss
@@ -41,6 +42,7 @@ from umbel.privacy.budget.calibrate import noise_multiplier
 from umbel.privacy.budget.events import ADD_OR_REMOVE, Charge
 from umbel.privacy.noise.entropy import Entropy
 from umbel.strategies.layout import averaged_buffers
+from umbel.strategies.objective import CORRECTION
 from umbel.strategies.private.gaussian import noised
 from umbel.strategies.release import Release
 
@@ -118,6 +120,8 @@ class PrivateSgd(ExamplePrivacy):
     """
 
     trainer: TorchTrainer
+    USE: ClassVar[str] = TorchTrainer.USE
+    honours: ClassVar[frozenset[str]] = frozenset({CORRECTION})
     OPTIONS: Mapping[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -210,6 +214,10 @@ class PrivateSgd(ExamplePrivacy):
         piece.load(weights)
         with seeded(job.seed, device):
             step = _Step(self.trainer, piece.module, settings, promise, plan, _entropy(job))
+            step.correcting = Correcting.of(
+                job.correction or proximal(settings), weights.parameters, piece.parameters
+            )
+            step.parameters = list(piece.parameters.values())
             step.check(source, device, piece.real)  # what is refused is not charged
         ledger = job.ledger or StateLedger(job.memory)
         epsilon = ledger.charge(_release(plan, promise, job)).epsilon
@@ -219,7 +227,7 @@ class PrivateSgd(ExamplePrivacy):
         trained = piece.weights(weights)
         if not all(bool(torch.isfinite(p).all()) for p in trained.parameters.values()):
             raise RunError("training diverged; lower learning-rate")
-        return Trained(trained, source.size, {"example-epsilon": epsilon})
+        return Trained(trained, source.size, {"example-epsilon": epsilon}, plan.steps)
 
 
 class _Step:
@@ -243,6 +251,8 @@ class _Step:
             raise ConfigError(str(error)) from error
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(trainer.optimizer, parameters, settings)
+        self.parameters = parameters
+        self.correcting: Correcting | None = None
 
     def check(self, source: Source, device: torch.device, real: torch.dtype) -> None:
         """Whether examples of these shapes have gradients of their own in this model.
@@ -272,6 +282,8 @@ class _Step:
             piece = noisy[start : start + size].view(parameter.shape)
             parameter.grad = piece.to(parameter.device, parameter.dtype)
             start += size
+        if self.correcting is not None:  # of what has left the node before, or of the server
+            self.correcting.add_to(self.parameters)
         self.optimizer.step()
 
     def _clipped(
@@ -328,7 +340,6 @@ def noise_for(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
 
 
 _IGNORED = {
-    "proximal_mu": (0.0, "a pull to the model that was sent"),
     "clip_gradient": (0.0, "a limit for the whole batch; example-norm limits each record"),
     "accumulate": (1, "batches in parts"),
     "local_processes": (1, "several processes"),

@@ -32,7 +32,7 @@ Prepare = Callable[[Tensor, Tree], Tensor]
 
 @dataclass(frozen=True)
 class SoftmaxTrainer:
-    """Trains softmax regression on the features of `umbel.clients.data.features.Featured`.
+    """Trains softmax regression on the features of `umbel.PrecomputedFeatures`.
 
     Attributes:
         width: of a feature vector, or a function of the options.

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm
 
 from umbel import (
-    ChosenTrainer,
-    Featured,
+    ConfigError,
+    FeatureMap,
     Federation,
     OneStep,
+    PrecomputedFeatures,
     PrivateMean,
-    Recipe,
     Scattering,
     SoftmaxTrainer,
     TorchTrainer,
@@ -46,10 +46,10 @@ def blocks(options):
     return BLOCKS[options["recipe"]]
 
 
-def recipe(options) -> Recipe:
+def recipe(options) -> FeatureMap:
     """What a node computes of its photographs and keeps."""
     if options["recipe"] == "cnn":
-        return Recipe("pixels", 28 * 28, lambda images: scaled(images).flatten(1) * 2 - 1)
+        return FeatureMap("pixels", 28 * 28, lambda images: scaled(images).flatten(1) * 2 - 1)
     parts = blocks(options)
 
     def describe(images) -> Tensor:
@@ -57,7 +57,7 @@ def recipe(options) -> Recipe:
         return torch.cat([group_norm(s(pixels), groups).flatten(1) for s, groups, _ in parts], 1)
 
     name = "best" if options["recipe"] == "best" else "quick"
-    return Recipe(f"scattering-{name}", width(options), describe)
+    return FeatureMap(f"scattering-{name}", width(options), describe)
 
 
 def scaled(images) -> Tensor:
@@ -172,7 +172,7 @@ PLAN = {
 }
 
 
-def tuned(options):
+def derived(options):
     """What a recipe sets, unless it is given; `quick` and `best`: found on a validation split."""
     tight = options["epsilon"] < 2
     changes = {
@@ -197,19 +197,26 @@ def tuned(options):
 
 
 softmax = SoftmaxTrainer(width, classes=10, prepare=prepare, buffers=buffers)
+TRAINERS = {
+    "quick": softmax,
+    "best": softmax,
+    "cnn": OneStep(TorchTrainer(network)),
+    "few": softmax,
+}
+
+
+def trainer(options):
+    recipe = options["recipe"]
+    if recipe not in TRAINERS:
+        raise ConfigError(f"recipe is {recipe!r}; it can be {', '.join(TRAINERS)}")
+    return TRAINERS[recipe]
+
+
 federation = Federation(
     name="private-fashion",
-    trainer=ChosenTrainer(
-        "recipe",
-        {
-            "quick": softmax,
-            "best": softmax,
-            "cnn": OneStep(TorchTrainer(network)),
-            "few": softmax,
-        },
-    ),
-    data=Featured("fashion-mnist", recipe),
+    trainer=trainer,
+    data=PrecomputedFeatures("fashion-mnist", recipe),
     questions=questions,
     options={"recipe": "quick"},
-    tuned=tuned,
+    derived_options=derived,
 )

@@ -6,7 +6,7 @@ import queue
 import signal
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
@@ -29,6 +29,7 @@ from umbel.core.flower import (
 from umbel.server.base_grid import BaseGrid, check_ttl, in_time, not_here
 from umbel.server.link.hub import Hub, Instruction, Reply
 from umbel.server.link.room import MARGIN, largest_reply
+from umbel.server.mailbox import Mailbox
 from umbel.server.roster import NodeRef
 from umbel.server.round_recorder import RoundRecorder
 from umbel.transport.allocator import LARGE, give_back
@@ -170,65 +171,9 @@ class LinkGrid(BaseGrid):
         ]
         return sorted(nodes, key=lambda node: (node.partition, node.name))
 
-    def stream(
-        self, messages: Iterable[Message], timeout: float | None = None
-    ) -> Iterator[Message]:
-        """Send, and yield the replies as they arrive.
-
-        After `timeout` seconds the iterator ends, and the nodes stop what they were doing for
-        it. A node that is lost on the way answers with an error.
-
-        Raises:
-            StoppedError: the server is being stopped.
-        """
-        messages = list(messages)
-        inbox: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        training = bool(messages) and all(m.metadata.message_type == "train" for m in messages)
-        self.phase = messages[0].metadata.message_type if messages else self.phase
-        ids = self._push(messages, inbox, None if timeout is None else deadline)
-        yield from (
-            self._nobody(message)
-            for message, message_id in zip(messages, ids, strict=True)
-            if message_id is None
-        )
-        waiting = {message_id for message_id in ids if message_id is not None}
-        patience = _Patience(self._late, waiting, self.hub.lost_after)
-        wanted = ceil(self.enough * len(waiting)) if training else len(waiting)
-        soonest = time.monotonic() + min(map(seconds_left, messages), default=0.0)
-        try:
-            while waiting and wanted > 0:
-                until = patience.until(waiting, deadline)
-                reply = self._next(inbox, min(until, soonest))
-                if reply is None:
-                    if time.monotonic() >= until:
-                        self._note_late(waiting)
-                        break
-                    over = [each for each in waiting if is_over(self._open[each])]
-                    waiting.difference_update(over)
-                    yield from self._expire(over)
-                    left = [seconds_left(self._open[each]) for each in waiting]
-                    soonest = time.monotonic() + min(left, default=0.0)
-                    continue
-                waiting.discard(reply.instruction.message_id)
-                patience.answered(reply.instruction.node_id)
-                message = self._message(reply)
-                del reply
-                if message is not None:
-                    message = in_time(message)
-                    # An error is no reply that one could do with: whoever fails at once must
-                    # not end the round for those who train.
-                    wanted -= not message.has_error()
-                    yield message
-                del message  # while the next is decoded, this one must not take room
-        finally:
-            if self._sent > LARGE:
-                give_back()
-            for message_id in waiting:
-                self._open.pop(message_id, None)
-            if waiting:
-                self._name_stragglers(waiting)
-                self.hub.cancel(waiting)
+    def open(self, timeout: float | None = None) -> "LinkMailbox":
+        """A mailbox whose replies end after `timeout` seconds; see `LinkMailbox`."""
+        return LinkMailbox(self, timeout)
 
     def _next(self, inbox: "queue.SimpleQueue[Reply]", until: float) -> Reply | None:
         """The next reply; None when the time is over."""
@@ -363,22 +308,127 @@ class LinkGrid(BaseGrid):
         return line.node.name if line is not None else str(node_id)
 
 
+class LinkMailbox(Mailbox):
+    """Messages to real nodes, and their replies as they arrive.
+
+    After `timeout` seconds the replies end, and the nodes stop what they were doing for it. Of a
+    trip of training messages the grid's share `enough` is waited for. A node that is lost on the
+    way answers with an error.
+
+    Args:
+        grid: whose nodes are asked.
+        timeout: seconds from now; None is no end.
+    """
+
+    def __init__(self, grid: LinkGrid, timeout: float | None) -> None:
+        self._grid = grid
+        self._until = None if timeout is None else time.monotonic() + timeout
+        self._deadline = math.inf if self._until is None else self._until
+        self._inbox: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        self._nobodies: deque[Message] = deque()
+        self._waiting: set[str] = set()
+        self._wanted = 0
+        """How many good replies are still waited for."""
+        self._soonest = math.inf
+        self._patience = _Patience(grid._late, grid.hub.lost_after)
+
+    def send(self, messages: Iterable[Message]) -> None:
+        """Send; allowed at any time, also between two replies.
+
+        Raises:
+            StoppedError: the server is being stopped.
+        """
+        messages = list(messages)
+        if not messages:
+            return
+        grid = self._grid
+        grid.phase = messages[0].metadata.message_type
+        ids = grid._push(messages, self._inbox, self._until)
+        for message, message_id in zip(messages, ids, strict=True):
+            if message_id is None:
+                self._nobodies.append(grid._nobody(message))
+        new = {message_id for message_id in ids if message_id is not None}
+        training = all(m.metadata.message_type == "train" for m in messages)
+        self._waiting |= new
+        self._wanted += ceil(grid.enough * len(new)) if training else len(new)
+        self._patience.expect(new)
+        self._soonest = min(self._soonest, time.monotonic() + min(map(seconds_left, messages)))
+
+    def __iter__(self) -> Iterator[Message]:
+        """Replies as they arrive.
+
+        Raises:
+            StoppedError: the server is being stopped.
+        """
+        grid = self._grid
+        while True:
+            while self._nobodies:
+                yield self._nobodies.popleft()
+            if not self._waiting or self._wanted <= 0:
+                return
+            until = self._patience.until(self._waiting, self._deadline)
+            reply = grid._next(self._inbox, min(until, self._soonest))
+            if reply is None:
+                if time.monotonic() >= until:
+                    grid._note_late(self._waiting)
+                    return
+                yield from self._expired()
+                continue
+            self._waiting.discard(reply.instruction.message_id)
+            self._patience.answered(reply.instruction.node_id)
+            message = grid._message(reply)
+            del reply
+            if message is not None:
+                message = in_time(message)
+                # An error is no reply that one could do with: whoever fails at once must
+                # not end the round for those who train.
+                self._wanted -= not message.has_error()
+                yield message
+            del message  # while the next is decoded, this one must not take room
+
+    def _expired(self) -> list[Message]:
+        """Errors in the place of replies to messages whose ttl is over."""
+        grid = self._grid
+        over = [each for each in self._waiting if is_over(grid._open[each])]
+        self._waiting.difference_update(over)
+        replies = grid._expire(over)
+        left = [seconds_left(grid._open[each]) for each in self._waiting]
+        self._soonest = time.monotonic() + min(left) if left else math.inf
+        return replies
+
+    def cancel(self) -> None:
+        grid = self._grid
+        if grid._sent > LARGE:
+            give_back()
+        waiting, self._waiting = self._waiting, set()
+        for message_id in waiting:
+            grid._open.pop(message_id, None)
+        if waiting:
+            grid._name_stragglers(waiting)
+            grid.hub.cancel(waiting)
+
+
 class _Patience:
     """How long late nodes are waited for, once all others have answered.
 
     Args:
         late: ids of the nodes that have let the time of their last instruction run out; one
             that answers is taken out.
-        waiting: ids of the messages.
         longest: seconds after the others' last reply, or four times as long as they took.
     """
 
-    def __init__(self, late: set[int], waiting: set[str], longest: float) -> None:
+    def __init__(self, late: set[int], longest: float) -> None:
         self._late, self._longest = late, longest
         self._began = self._last = time.monotonic()
-        nodes = set(map(_node_of, waiting))
-        self._others = nodes - late
-        self._matters = bool(self._others) and bool(nodes & late)
+        self._others: set[int] = set()
+        self._others_asked = self._late_asked = False
+
+    def expect(self, message_ids: Iterable[str]) -> None:
+        """Nodes have been sent these messages."""
+        nodes = set(map(_node_of, message_ids))
+        self._others |= nodes - self._late
+        self._others_asked |= bool(nodes - self._late)
+        self._late_asked |= bool(nodes & self._late)
 
     def answered(self, node_id: int) -> None:
         """A reply has come."""
@@ -389,7 +439,8 @@ class _Patience:
 
     def until(self, waiting: set[str], deadline: float) -> float:
         """When the wait ends, on the monotonic clock."""
-        if not self._matters or self._others or not waiting:
+        matters = self._others_asked and self._late_asked
+        if not matters or self._others or not waiting:
             return deadline
         mine = self._last + max(self._longest, 4 * (self._last - self._began))
         return min(mine, deadline)

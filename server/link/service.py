@@ -23,6 +23,7 @@ from umbel.server.link.doorkeeper import check_room_for, raise_file_limit
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.hub import Hub, NodeState
 from umbel.server.link.listener import ListenConfig, Listener
+from umbel.server.output import strict
 from umbel.server.output.progress import Progress
 from umbel.transport.allocator import share_one_arena
 from umbel.transport.certificates import (
@@ -90,6 +91,7 @@ class Service:
         self.hub.on_change = self.changed.set
         self.position: dict[str, Any] = {"run": None, "round": 0, "phase": "waiting"}
         self.external_nodes: Sequence[Mapping[str, Any]] = ()  # nodes that another engine serves
+        self._farewell: dict[str, str] = {}  # what the nodes do that were here at the end, by name
         self._stopped = threading.Event()
         self._writer = threading.Thread(target=self._write_status, daemon=True)
         self._metrics: Any = None
@@ -108,6 +110,8 @@ class Service:
     def stop(self, *, for_good: bool) -> None:
         """Say goodbye to the nodes and close everything."""
         self.position |= {"phase": "finished" if for_good else "stopped", "ended": True}
+        here = [line.node.name for line in list(self.hub.lines.values()) if line.session]
+        self._farewell = dict.fromkeys(here, "finished" if for_good else "waiting")
         self.listener.stop(for_good=for_good)
         self._stopped.set()
         if self._writer.is_alive():
@@ -172,9 +176,18 @@ class Service:
             "pid": os.getpid(),
             "at": time.time(),
             "address": f"{self.settings.listen.rpartition(':')[0]}:{self.listener.port}",
-            "nodes": [*map(_node_status, list(self.hub.lines.values())), *self.external_nodes],
+            "nodes": [*self._node_states(), *self.external_nodes],
             "traffic": dict(vars(traffic)),
         }
+
+    def _node_states(self) -> list[dict[str, Any]]:
+        rows = map(_node_status, list(self.hub.lines.values()))
+        return [
+            {**row, "state": self._farewell[row["name"]]}
+            if row["state"] == "away" and row["name"] in self._farewell
+            else row
+            for row in rows
+        ]
 
     def _write_status(self) -> None:
         before: tuple[float, int] = (time.monotonic(), 0)
@@ -268,7 +281,7 @@ def write_status(state: Path, status: Mapping[str, Any]) -> None:
     """Replace the status file; a full disk must not end a run for it."""
     part = state / ".status.json"
     try:
-        part.write_text(json.dumps(status, default=str))
+        part.write_text(strict.dumps(status))
         part.replace(state / "status.json")
     except OSError:
         part.unlink(missing_ok=True)
@@ -276,6 +289,11 @@ def write_status(state: Path, status: Mapping[str, Any]) -> None:
 
 def read_status(state: Path) -> dict[str, Any]:
     """What `umbel status` shows: the server's last word, and the nodes that it has not seen.
+
+    A node is `connected`, `away` (it was here, and may come back), `lost` (its rounds no longer
+    wait), `absent`, `invited` or `revoked`; after a server has ended, `finished` (it was told that
+    the run is over) or `waiting` (it looks for a server until one is started again); `unknown`
+    after one that was killed.
 
     Raises:
         ConfigError: nothing was ever started or enrolled here.
@@ -285,6 +303,8 @@ def read_status(state: Path) -> dict[str, Any]:
     status: dict[str, Any] = {"run": None, "round": 0, "phase": "stopped", "nodes": []}
     try:
         status |= json.loads((state / "status.json").read_text())
+        # Not of the whole: a node may be called Infinity.
+        status |= {name: strict.revived(status.get(name)) for name in ("metrics", "epsilon")}
     except (OSError, ValueError):
         status["at"] = 0.0
     running = time.time() - float(status["at"]) < STALE_S and not status.get("ended")
@@ -296,19 +316,22 @@ def read_status(state: Path) -> dict[str, Any]:
         known = enrolment.nodes()
     finally:
         enrolment.close()
-    status["nodes"] = [_merged(node, seen.get(node.name), running) for node in known]
+    ended = bool(status.get("ended"))
+    status["nodes"] = [_merged(node, seen.get(node.name), running, ended) for node in known]
     status.setdefault("epsilon", None)
     return status
 
 
-def _merged(node: Any, seen: Mapping[str, Any] | None, running: bool) -> dict[str, Any]:
+def _merged(
+    node: Any, seen: Mapping[str, Any] | None, running: bool, ended: bool
+) -> dict[str, Any]:
     row: dict[str, Any] = {"name": node.name, "state": "absent", "last_seen": None, **(seen or {})}
     if node.revoked is not None:
         row["state"] = "revoked"
     elif not node.enrolled:
         row["state"] = "invited"
-    elif not running:
-        row["state"] = "unknown" if seen else "absent"
+    elif seen and not running and not ended:
+        row["state"] = "unknown"  # the server was killed, and nobody has looked since
     row["certificate_expires"] = node.expires
     return row
 

@@ -31,7 +31,9 @@ _STOPPED = {
     "budget": "It stopped because another round would have exceeded the privacy budget.",
     "interrupted": "It was interrupted and can be continued with --resume.",
 }
-_KNOWN = {"app", "options", "versions", "machine", "model", "command", "provenance"}
+NOT_ASKED = "nodes_not_asked"
+"""Of `config.json`: why nodes do not evaluate the model, where they were to do it."""
+_KNOWN = {"app", "options", "versions", "machine", "model", "command", "provenance", NOT_ASKED}
 _FAILING_NODES = 20
 
 
@@ -136,12 +138,27 @@ def _lead(
     else:
         sentences = [f"This run has not finished a round{where} yet."]
     sentences += _outcome(result, rounds)
+    sentences += _no_measurements(config, rounds)
     stopped = result.get("stopped")
     if stopped is not None:
         sentences.append(_STOPPED.get(str(stopped), f"It stopped: {stopped}."))
     elif done:
         sentences.append("It has not ended: this page shows the rounds so far.")
     return [*sentences, *(f"Note: {warning}." for warning in result.get("warnings", ()))]
+
+
+def _no_measurements(config: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
+    """Why there is nothing about how the model does on each node, where there is nothing."""
+    if any(one.federated for one in rounds):
+        return []
+    reason = str(config.get(NOT_ASKED, ""))
+    if not reason:
+        options = config.get("options")
+        every = options.get("federated-every", 0) if isinstance(options, Mapping) else 0
+        if not isinstance(every, int) or every >= 0:
+            return []
+        reason = f"nodes are not asked to evaluate the model, because federated-every is {every}"
+    return [f"Nothing is shown of single nodes: {reason}."]
 
 
 def _outcome(result: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:

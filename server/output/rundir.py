@@ -39,6 +39,8 @@ from torch import Tensor
 from umbel.core.errors import ConfigError, RunError, UmbelError
 from umbel.server.output import strict
 
+LOCK = ".lock"
+"""In a run's directory: who is at work on it holds this file locked."""
 _PACKAGES = ("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio")
 
 

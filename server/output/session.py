@@ -12,8 +12,10 @@ from typing import Any
 
 from umbel.core.lock import locked
 from umbel.server.output import progress
+from umbel.server.output.flower_run import app_name, asked_from
+from umbel.server.output.listing import note
 from umbel.server.output.progress import Progress
-from umbel.server.output.rundir import RunDirectory, machine, versions
+from umbel.server.output.rundir import LOCK, RunDirectory, machine, versions
 
 STATE = "UMBEL_STATE"
 """Environment variable: the coordinator's state folder, where Flower runs the app on its behalf.
@@ -75,7 +77,7 @@ def session(run: RunDirectory, shown: Progress) -> Iterator[Session]:
     """
     opened = Session(run, shown)
     busy = f"another process is at work on {run.path}; wait for its end, or start a new run"
-    with locked(run.path / ".lock", busy):
+    with locked(run.path / LOCK, busy):
         token = _current.set(opened)
         try:
             yield opened
@@ -84,10 +86,16 @@ def session(run: RunDirectory, shown: Progress) -> Iterator[Session]:
 
 
 def current(name: str, options: dict[str, Any]) -> Session:
-    """The engine's session; under Flower's own engines a new one, in `runs/`."""
+    """The engine's session; under Flower's own engines a new one, in `runs/`.
+
+    Args:
+        name: of the app; empty if only its files say it.
+        options: complete ones.
+    """
     found = _current.get()
     if found is not None:
         return found
+    name = name or app_name() or "federation"
     config: dict[str, Any] = {
         "app": name,
         "options": options,
@@ -95,11 +103,18 @@ def current(name: str, options: dict[str, Any]) -> Session:
         "versions": versions(),
         "machine": machine(),
     }
-    state, parent = os.environ.get(STATE), None
-    if state:
-        config["populations"] = str(Path(state) / "populations")
-        parent = Path(state) / "runs"
     if os.environ.get(UNPROTECTED):
         config["unprotected"] = True
+    state = os.environ.get(STATE)
+    if state:
+        config["populations"] = str(Path(state) / "populations")
+        parent: Path | None = Path(state) / "runs"
+    else:
+        there = asked_from(name)
+        parent = None if there is None else there / "runs"
     run = RunDirectory.create(parent, name, config)
-    return Session(run, progress.choose(sys.stderr), own=True)
+    opened = Session(run, progress.choose(sys.stderr), own=True)
+    if not state:
+        note(run.path)
+        opened.progress.note(f"the run is kept in {run.path.absolute()}; umbel runs lists it")
+    return opened

@@ -34,7 +34,7 @@ from umbel.server.private.budget import Budget
 from umbel.server.private.coordinator_key import public_text, sign
 from umbel.server.private.ledger import Against
 from umbel.server.private.model_card import write_model_card
-from umbel.server.private.plan import PrivacyPlan
+from umbel.server.private.plan import APP, PrivacyPlan
 from umbel.server.private.population import Elsewhere, LedgerLocation
 from umbel.server.private.statements import STATEMENTS, summary_of
 
@@ -183,7 +183,7 @@ def secure_sum(run: RunDirectory) -> dict[str, Any] | None:
 def guarantee(result: Spent, against: Against, description: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the certificate: what holds against one adversary."""
     sampling = description["cohort"] if against == "model-user" else "known to the server"
-    if result.relation is ZERO_OUT:
+    if result.relation is ZERO_OUT or str(sampling).startswith(APP):
         sampling = "not counted"
     return {
         "against": against,

@@ -16,6 +16,9 @@ of entries and the last hash.
 
 Two coordinators may write to one ledger: whether a release fits the budget is asked once more
 inside the transaction that charges it, when the other's charges have been read.
+
+Ledgers of format 1 had no signatures. One is taken over when it is opened, in one transaction:
+what was spent counts on, its entries say `unsigned`, and its own table stays in the file.
 """
 
 import hashlib
@@ -45,18 +48,24 @@ Against = Literal["model-user", "server"]
 
 FORMAT = 2
 _FIRST = "0" * 64
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS entry (
-    number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL, signature TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS participation (
-    run TEXT NOT NULL, node TEXT NOT NULL, last INTEGER NOT NULL, times INTEGER NOT NULL,
-    PRIMARY KEY (run, node)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS member (label TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TRIGGER IF NOT EXISTS entry_stays BEFORE UPDATE ON entry
-    BEGIN SELECT RAISE(ABORT, 'a ledger is only ever appended to'); END;
-CREATE TRIGGER IF NOT EXISTS entry_kept BEFORE DELETE ON entry
-    BEGIN SELECT RAISE(ABORT, 'a ledger is only ever appended to'); END;
-"""
+_ENTRIES = (
+    "CREATE TABLE IF NOT EXISTS entry (number INTEGER PRIMARY KEY, body TEXT NOT NULL,"
+    " hash TEXT NOT NULL, signature TEXT NOT NULL)",
+    "CREATE TRIGGER IF NOT EXISTS entry_stays BEFORE UPDATE ON entry"
+    " BEGIN SELECT RAISE(ABORT, 'a ledger is only ever appended to'); END",
+    "CREATE TRIGGER IF NOT EXISTS entry_kept BEFORE DELETE ON entry"
+    " BEGIN SELECT RAISE(ABORT, 'a ledger is only ever appended to'); END",
+)
+_NODES = (
+    "CREATE TABLE IF NOT EXISTS participation (run TEXT NOT NULL, node TEXT NOT NULL,"
+    " last INTEGER NOT NULL, times INTEGER NOT NULL, PRIMARY KEY (run, node)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS member (label TEXT PRIMARY KEY) WITHOUT ROWID",
+)
+_SET_ASIDE = (
+    "DROP TRIGGER IF EXISTS entry_stays",
+    "DROP TRIGGER IF EXISTS entry_kept",
+    "ALTER TABLE entry RENAME TO entry_unsigned",
+)
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,13 @@ class Ledger:
         key: that entries are signed with; the coordinator's own if None.
         register: of the ledgers of this machine; the user's own if None.
 
+    Attributes:
+        taken_over: how many entries of a ledger without signatures were taken over at this
+            opening.
+
     Raises:
         ConfigError: it is another population's or coordinator's ledger, or no ledger.
-        CheckError: an entry was changed, removed or moved.
+        CheckError: an entry was changed, removed or moved, or a ledger that was signed is not.
     """
 
     def __init__(
@@ -112,13 +125,15 @@ class Ledger:
         self.path, self.population = path, population
         self._key = coordinator_key() if key is None else key
         self._register = Register() if register is None else register
+        self.taken_over = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, isolation_level=None, timeout=10)
             # One file and no sidecar: a copy of it is a whole ledger. EXTRA also syncs the folder.
             self._database.execute("PRAGMA journal_mode=DELETE")
             self._database.execute("PRAGMA synchronous=EXTRA")
-            self._database.executescript(_SCHEMA)
+            for statement in (*_ENTRIES, *_NODES):
+                self._database.execute(statement)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"the ledger {path} cannot be opened ({error})") from error
         self._counts: dict[tuple[str, str | None], Counter[Charge]] = {}
@@ -130,26 +145,15 @@ class Ledger:
 
     def _open(self) -> None:
         self._number, self._hash, self._first = 0, _FIRST, ""
+        if _is_unsigned(self._database):
+            self._take_over()
         found = list(read(self._database, str(self.path)))
         if not found:
             with self._writing():
-                self._append(
-                    {
-                        "kind": "open",
-                        "population": self.population,
-                        "format": FORMAT,
-                        "key": public_text(self._key),
-                    }
-                )
+                self._append(self._opening())
             self.remember()
             return
-        name = found[0].body.get("population")
-        if name != self.population:
-            raise ConfigError(
-                f"{self.path} is the ledger of the population {name!r}, not of "
-                f"{self.population!r}; its releases are about other people, so name that "
-                "population or another ledger"
-            )
+        self._check_population(found[0])
         if not found[-1].signed(public_text(self._key)):
             raise ConfigError(
                 f"the last entry of the ledger {self.path} is not signed with this coordinator's "
@@ -160,6 +164,62 @@ class Ledger:
             self._take(entry)
         hashes = {entry.number: entry.hash for entry in found}
         check_not_set_back(self._register, self._first, hashes, str(self.path))
+        if self.taken_over:
+            self.remember()
+
+    def _opening(self, **more: Any) -> dict[str, Any]:
+        """The first entry."""
+        about = {"kind": "open", "population": self.population, "format": FORMAT}
+        return {**about, "key": public_text(self._key), **more}
+
+    def _check_population(self, first: Entry) -> None:
+        name = first.body.get("population")
+        if name != self.population:
+            raise ConfigError(
+                f"{self.path} is the ledger of the population {name!r}, not of "
+                f"{self.population!r}; its releases are about other people, so name that "
+                "population or another ledger"
+            )
+
+    def _take_over(self) -> None:
+        """Sign the entries of a ledger of format 1; its own table stays in the file.
+
+        A ledger that this machine has seen signed is no earlier one: somebody took the signatures
+        away.
+        """
+        if self._register.knows(self.path):
+            raise CheckError(
+                f"{self.path} was signed when it was last used here, and its entries have no "
+                "signatures now, so what it adds up to proves nothing; restore the latest copy"
+            )
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            if _is_unsigned(self._database):  # or another coordinator was first
+                self._sign_anew(list(read(self._database, str(self.path))))
+            self._database.execute("COMMIT")
+        except BaseException as error:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise RunError(
+                    f"the ledger {self.path}, of an earlier version, cannot be taken over "
+                    f"({error}); make room, and let this user write the file"
+                ) from error
+            raise
+
+    def _sign_anew(self, found: Sequence[Entry]) -> None:
+        for entry in found[:1]:
+            self._check_population(entry)
+        for statement in (*_SET_ASIDE, *_ENTRIES):
+            self._database.execute(statement)
+        head = found[-1].hash if found else _FIRST
+        before = {"format": 1, "entries": len(found), "head": head}
+        self._append(self._opening(taken_over=before))
+        for entry in found[1:]:
+            self._append({**entry.body, "unsigned": True})
+        self.taken_over = len(found)
+        # What was just written is read and counted like every other ledger.
+        self._number, self._hash, self._first, self._counts = 0, _FIRST, "", {}
 
     @staticmethod
     def _signer(found: Sequence[Entry]) -> str:
@@ -189,6 +249,16 @@ class Ledger:
     def close(self) -> None:
         """Close the file; nothing is lost without it."""
         self._database.close()
+
+    def notes(self) -> list[str]:
+        """What its user should know of this opening."""
+        if not self.taken_over:
+            return []
+        return [
+            f"the ledger {self.path} was of an earlier version, which signed nothing: its "
+            f"{self.taken_over} entries were taken over and are signed from now on; what they say "
+            "was not signed when it was written"
+        ]
 
     @property
     def head(self) -> tuple[int, str]:
@@ -418,6 +488,12 @@ def _signed_text(hash_: str) -> bytes:
     return f"umbel ledger entry {hash_}".encode()
 
 
+def _is_unsigned(database: sqlite3.Connection) -> bool:
+    """Whether it is a ledger of format 1."""
+    columns = {row[1] for row in database.execute("PRAGMA table_info(entry)")}
+    return bool(columns) and "signature" not in columns
+
+
 def members_of(database: sqlite3.Connection) -> list[str]:
     """Hashes of the names of all nodes, sorted."""
     return [label for (label,) in database.execute("SELECT label FROM member ORDER BY label")]
@@ -454,17 +530,13 @@ def read(
         ConfigError: it is no ledger.
     """
     try:
+        signature = "''" if _is_unsigned(database) else "signature"
         rows = database.execute(
-            "SELECT number, body, hash, signature FROM entry WHERE number > ? ORDER BY number",
+            f"SELECT number, body, hash, {signature} FROM entry WHERE number > ? ORDER BY number",
             (after,),
         ).fetchall()
         stored = database.execute("SELECT hash FROM entry WHERE number = ?", (after,)).fetchone()
     except sqlite3.Error as error:
-        if "signature" in str(error):
-            raise ConfigError(
-                f"{name} is a ledger of an earlier version, whose entries are not signed; name "
-                "another one with ledger=FILE and take what was spent off epsilon"
-            ) from error
         raise ConfigError(f"{name} is no ledger ({error})") from error
     if after and (stored is None or stored[0] != before):
         raise CheckError(f"{name}: entry {after} was edited while it was in use; restore a copy")

@@ -22,6 +22,7 @@ from dp_accounting import (
 )
 
 from umbel.core.errors import ConfigError, StackError
+from umbel.core.registry import is_built_in
 from umbel.privacy.budget.accounting import spent
 from umbel.privacy.budget.calibrate import calibrate
 from umbel.privacy.budget.events import REPLACE, Charge, relation_name
@@ -30,13 +31,21 @@ from umbel.server.private.population import Scope
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.private.private_mean import PrivateMean
 from umbel.strategies.run_options import RunOptions
-from umbel.strategies.samplers import FixedSize, Poisson, Sampler, make_sampler
+from umbel.strategies.samplers import (
+    Sampler,
+    Sampling,
+    check_bounds,
+    is_own,
+    make_sampler,
+)
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Claim, Facts
 
 SAFETY = 1 - 1e-7
 """The noise is chosen for a hair less than the budget, so that the last round is not refused for
 the last bit of a sum."""
+APP = "app: "
+"""How a sampler of an app's own is called in a ledger: no name of Umbel's begins so."""
 LEFT = 0.01
 """With less than this part of the budget left, noise would drown whatever is learned."""
 
@@ -79,6 +88,16 @@ class PrivacyPlan:
         return charge_for(claim, self.cohort, self.nodes, again=again)
 
     @property
+    def drawn(self) -> str:
+        """How cohorts are drawn: `poisson`, `fixed`, `all`, or `app: ` and the app's sampler.
+
+        No other name than the first two stands for a choice that hides who was chosen.
+        """
+        if self.cohort.sampling is not None:
+            return self.cohort.sampling.kind
+        return self.cohort.name if is_own(self.cohort) else f"{APP}{self.cohort.name}"
+
+    @property
     def insecure(self) -> bool:
         """The noise can be repeated by whoever knows the seed."""
         return self.privacy.seed is not None or self.stack.insecure
@@ -93,9 +112,9 @@ class PrivacyPlan:
             "questions": [_question(question) for question in self.questions],
             "rounds": self.options.rounds,
             "nodes": self.nodes,
-            "cohort": self.cohort.name,
-            "expected_cohort": self.cohort.expected(self.nodes),
-            "cohort_cap": getattr(self.cohort, "cap", None),
+            "cohort": self.drawn,
+            "expected_cohort": self.cohort.bounds(self.nodes)[0],
+            "cohort_cap": None if self.cohort.sampling is None else self.cohort.sampling.cap,
             "separation": claim.separation,
             "unit": claim.unit,
             "relation": relation_name(self.charge(claim).relation),
@@ -117,6 +136,7 @@ def make_plan(
     run: str,
     scope: Scope = "population",
     questions: Sequence[PrivateMean] = (),
+    sampler: Sampler | None = None,
 ) -> PrivacyPlan:
     """Decide noise and cohorts of a private run.
 
@@ -130,19 +150,21 @@ def make_plan(
         run: the run's name; a run that goes on keeps the noise that it began with.
         scope: what the budget is of.
         questions: private means that the same budget pays for.
+        sampler: the app's own; None or one of Umbel's by name leaves the cohort to the options.
 
     Raises:
         ConfigError: no noise meets the budget, or the cohort does not fit the population.
         StackError: layers that do not fit together.
     """
     options = _without_leaks(options)
-    options = cohort_options(options, privacy, nodes, stack.separation)
-    cohort = make_sampler(options.cohort, options.cohort_size, options.cohort_cap)
-    facts = Facts(
-        size=size,
-        expected_replies=cohort.expected(nodes),
-        max_replies=cohort.most(nodes),
-    )
+    if sampler is None or is_built_in("sampler", options.cohort):
+        options = cohort_options(options, privacy, nodes, stack.separation)
+        cohort = make_sampler(options.cohort, options.cohort_size, options.cohort_cap)
+    else:
+        cohort = sampler
+        check_sampler(cohort, privacy, nodes, stack.separation)
+    expected, most = check_bounds(cohort, nodes)
+    facts = Facts(size=size, expected_replies=expected, max_replies=most)
     multiplier: float | None = None
     if stack.waiting:
         multiplier = _noise_of(ledger, run)
@@ -194,18 +216,20 @@ def charge_for(claim: Claim, cohort: Sampler, nodes: int, *, again: bool = False
         return Charge(event, claim.relation, claim.extra_delta)
     if not isinstance(event, GaussianDpEvent):
         raise StackError(f"{type(event).__name__} has no accounting under a sampled cohort")
-    if isinstance(cohort, Poisson):
-        return Charge(_poisson(event, cohort, nodes), claim.relation, claim.extra_delta)
-    if isinstance(cohort, FixedSize) and cohort.size < nodes:
-        sampled = SampledWithoutReplacementDpEvent(nodes, cohort.size, event)
+    sampling = cohort.sampling
+    if sampling is not None and sampling.kind == "poisson":
+        return Charge(_poisson(event, sampling, nodes), claim.relation, claim.extra_delta)
+    if sampling is not None and sampling.size < nodes:
+        sampled = SampledWithoutReplacementDpEvent(nodes, math.ceil(sampling.size), event)
         return Charge(sampled, REPLACE, claim.extra_delta)
     return Charge(event, claim.relation, claim.extra_delta)
 
 
-def _poisson(event: GaussianDpEvent, cohort: Poisson, nodes: int) -> DpEvent:
-    rate = cohort.expected(nodes) / nodes
-    if cohort.cap is not None and cohort.cap < nodes:
-        return TruncatedSubsampledGaussianDpEvent(nodes, rate, cohort.cap, event.noise_multiplier)
+def _poisson(event: GaussianDpEvent, sampling: Sampling, nodes: int) -> DpEvent:
+    rate = min(float(sampling.size), float(nodes)) / nodes
+    cap = sampling.cap
+    if cap is not None and cap < nodes:
+        return TruncatedSubsampledGaussianDpEvent(nodes, rate, cap, event.noise_multiplier)
     return event if rate >= 1 else PoissonSampledDpEvent(rate, event)
 
 
@@ -276,6 +300,34 @@ def cohort_options(
     return replace(options, cohort="fixed", cohort_size=expected, cohort_cap=0)
 
 
+def check_sampler(sampler: Sampler, privacy: PrivacyOptions, nodes: int, separation: int) -> None:
+    """Refuse an app's own sampler under which the accounting would not be right.
+
+    Its choice may depend on what was released and on who took part, so it is counted as known to
+    everyone: no amplification. Only Umbel's own samplers are known to draw as they say.
+
+    Raises:
+        ConfigError: it claims amplification itself, or does not go with the options.
+    """
+    if sampler.sampling is not None and not is_own(sampler):
+        raise ConfigError(
+            f"the app's sampler {sampler.name} says that it draws {sampler.sampling.kind} cohorts, "
+            "which nobody can check, and epsilon would hang on it; let sampling be None, or take "
+            "umbel.Poisson or umbel.FixedSize"
+        )
+    if privacy.sampling != PrivacyOptions.sampling:
+        raise ConfigError(
+            f"sampling is {privacy.sampling}, but cohorts are chosen by the app's own sampler "
+            f"{sampler.name}; leave sampling out, or give cohort=all"
+        )
+    most = check_bounds(sampler, nodes)[1]
+    if separation > 1 and most > nodes // separation:
+        raise ConfigError(
+            f"the sampler {sampler.name} takes up to {most} of {nodes} nodes a round, and each "
+            f"must rest {separation} rounds; let it take {nodes // separation} at most"
+        )
+
+
 def _without_leaks(options: RunOptions) -> RunOptions:
     """Options under which nothing of the nodes' data leaves beside the noised sum."""
     if options.buffers == "mean":
@@ -283,7 +335,7 @@ def _without_leaks(options: RunOptions) -> RunOptions:
             f"buffers={options.buffers} would send running statistics without noise; use "
             "buffers=local, or a model with group normalisation"
         )
-    return replace(options, federated_every=-1)
+    return replace(options, client_eval_every=-1)
 
 
 def _parameters(layer: Any) -> dict[str, Any]:

@@ -128,8 +128,8 @@ def name_of(app: str, data: object) -> str:
 def declaration(data: object) -> str:
     """What an app says of where its data come from.
 
-    An object with a `source` says it itself (`umbel.Partitioned`, `umbel.Featured`); a data set
-    is its name, a function its own, an object its class.
+    An object with a `source` says it itself (`umbel.Partitioned`, `umbel.PrecomputedFeatures`); a
+    data set is its name, a function its own, an object its class.
     """
     source = getattr(data, "source", None)
     if source is not None:
@@ -185,6 +185,14 @@ class Register:
                 "SELECT number, head FROM ledger WHERE first = ?", (first,)
             ).fetchone()
         return None if row is None else (int(row[0]), str(row[1]))
+
+    def knows(self, path: Path) -> bool:
+        """Whether there was a signed ledger in this file."""
+        with self._open() as database:
+            found = database.execute(
+                "SELECT 1 FROM ledger WHERE path = ?", (str(path.absolute()),)
+            ).fetchone()
+        return found is not None
 
     def keep(self, first: str, population: str, path: Path, number: int, head: str) -> None:
         """Remember how far a ledger has come."""

@@ -208,6 +208,7 @@ def _how_much(
         least = min(row["epsilon"] for row in certificate["statements"]["nodes"])
         yield f"That is the largest of the nodes' numbers; the smallest is {said(least)}."
         return
+    yield from _by_the_nodes(certificate["statements"])
     if certificate["scope"] == "population":
         yield (
             "The number counts everything that this ledger knows of the population "
@@ -220,6 +221,27 @@ def _how_much(
         f"{certificate['population']!r}, this run and others, comes to epsilon "
         f"{said(total[certificate['mechanism']['against']])}."
     )
+
+
+def _by_the_nodes(told: Mapping[str, Any] | None) -> Iterator[str]:
+    """What the nodes' own ledgers hold, beside what the coordinator's does."""
+    rows = [row for row in told["nodes"] if row["unit"] == "node"] if told else []
+    if not told or not rows:
+        return
+    signed = all(row["signed"] for row in rows)
+    whose = "ledgers, which the coordinator cannot change" if signed else "ledgers (not signed)"
+    yield (
+        f"By their own {whose}, {len(rows)} nodes have spent "
+        f"{_between([row['epsilon'] for row in rows])} in all, and "
+        f"{_between([row['run_epsilon'] for row in rows])} of it in this run."
+    )
+    if told["without"]:
+        yield f"{len(told['without'])} nodes have stated nothing of theirs."
+
+
+def _between(values: list[float]) -> str:
+    low, high = said(min(values)), said(max(values))
+    return f"epsilon {high}" if low == high else f"epsilon {low} to {high}"
 
 
 def _not_protected(

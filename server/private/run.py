@@ -63,6 +63,8 @@ class PrivateRun:
         register = Register(self._place.register)
         self._ledger = Ledger(self._place.path, self._place.population, self._key, register)
         weakref.finalize(self, self._ledger.close)  # also where the rounds end in an error
+        for line in self._ledger.notes():
+            session.progress.note(line)
         try:
             self._begin(job, privacy, nodes, start)
         except BaseException:
@@ -71,7 +73,11 @@ class PrivateRun:
         for line in announcement(self._plan, self._place, self._budget, self._elsewhere):
             session.progress.note(line)
         self.job = replace(
-            job, stack=self._plan.stack, options=self._plan.options, guard=self._budget
+            job,
+            stack=self._plan.stack,
+            options=self._plan.options,
+            sampler=self._plan.cohort,
+            guard=self._budget,
         )
 
     def _begin(
@@ -92,6 +98,7 @@ class PrivateRun:
             run=name,
             scope=self._place.scope,
             questions=job.questions,
+            sampler=job.sampler,
         )
         description = self._plan.description()
         check_same_promise(self._ledger, name, description, int(start["round"]))
@@ -101,6 +108,11 @@ class PrivateRun:
             name, started_after=start["round"], started_from=start["model"], **description
         )
         self._budget = Budget(self._plan, self._ledger, name, self._place.scope)
+
+    @property
+    def drawn(self) -> tuple[str, float]:
+        """How cohorts are drawn, and how many nodes are expected."""
+        return self._plan.drawn, self._plan.cohort.bounds(self._plan.nodes)[0]
 
     def finish(self, outcome: Outcome) -> dict[str, Any]:
         """Write the certificate and the model card; what the run's result says of privacy."""
@@ -216,7 +228,11 @@ def _sentence(plan: PrivacyPlan, description: dict[str, Any]) -> str:
         "poisson": f"Poisson cohorts of {description['expected_cohort']:g} of {plan.nodes} nodes",
         "fixed": f"cohorts of exactly {description['expected_cohort']:g} of {plan.nodes} nodes",
         "all": f"all {plan.nodes} nodes in every round",
-    }[plan.cohort.name]
+    }.get(
+        plan.drawn,
+        f"cohorts of {description['expected_cohort']:g} of {plan.nodes} nodes, as the app's "
+        f"sampler {plan.cohort.name} chooses them, which is taken as known to everyone",
+    )
     return (
         f"privacy: {goal} at delta {plan.privacy.delta:g} against {whom}; {noise}, {cohort}, "
         f"{plan.options.rounds} rounds planned; layers {plan.stack}"

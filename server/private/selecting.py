@@ -22,13 +22,14 @@ from umbel.server.private.plan import charges_of, cohort_options
 from umbel.server.private.population import Register, place_of
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
-from umbel.strategies.samplers import make_sampler
+from umbel.strategies.samplers import check_bounds, make_sampler
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Facts
 
 SHAPING = (
     *PrivacyOptions.defaults(),
-    *("rounds", "cohort", "cohort-size", "cohort-cap", "buffers", "secure"),
+    *("rounds", "cohort", "cohort-size", "cohort-cap", "buffers", "secure", "mode"),
+    *("method", "aggregator", "compression", "selection"),
 )
 """Options that what a trial costs depends on: a private search cannot vary them."""
 
@@ -81,11 +82,8 @@ def plan_trials(
     """
     options = cohort_options(options, privacy, nodes, stack.separation)
     sampler = make_sampler(options.cohort, options.cohort_size, options.cohort_cap)
-    facts = Facts(
-        size=size,
-        expected_replies=sampler.expected(nodes),
-        max_replies=sampler.most(nodes),
-    )
+    expected, most = check_bounds(sampler, nodes)
+    facts = Facts(size=size, expected_replies=expected, max_replies=most)
 
     def one(multiplier: float) -> Counter[Charge]:
         noisy = stack.with_noise(multiplier) if stack.waiting else stack

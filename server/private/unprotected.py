@@ -61,6 +61,8 @@ def unprotected(
     place = place_of(privacy, session.run, data)
     key = coordinator_key(state_of(session.run))
     ledger = Ledger(place.path, place.population, key, Register(place.register))
+    for line in ledger.notes():
+        session.progress.note(line)
     promised = bool(ledger.spent("model-user") + ledger.spent("server")) and not ledger.is_open
     lasting = place.scope == "population"  # simulations are compared with and without privacy
     if promised and lasting and not session.run.config().get("unprotected"):

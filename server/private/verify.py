@@ -12,6 +12,7 @@ from typing import Any
 from dp_accounting import GaussianDpEvent, NoOpDpEvent
 
 from umbel.core.errors import ConfigError, UmbelError
+from umbel.core.text import plain as plain_text
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.events import RELATIONS, Charge
 from umbel.server.output.rundir import RunDirectory
@@ -158,12 +159,21 @@ def schema() -> Mapping[str, Any]:
     return found
 
 
+def of_another_format(raw: Mapping[str, Any]) -> str:
+    """What to do with a certificate that this version does not read."""
+    told = raw.get("versions")
+    version = told.get("umbel") if isinstance(told, Mapping) else None
+    issuer = f"Umbel {plain_text(str(version), 20)}" if version else "the version that issued it"
+    return (
+        f"certificate.json is of format {raw.get('format')!r}, and this version checks format "
+        f"{FORMAT}: nothing of it was checked; check it with {issuer}. What its run has spent "
+        "counts on: new runs read earlier ledgers"
+    )
+
+
 def _problems(run: RunDirectory, raw: Mapping[str, Any], key: str | None) -> Iterator[str]:
     if raw.get("format") != FORMAT:
-        yield (
-            f"certificate.json is of format {raw.get('format')!r}; this version checks format "
-            f"{FORMAT}"
-        )
+        yield of_another_format(raw)
         return
     public = raw.get("key")
     if key is not None and key != public:

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import StackError
@@ -31,7 +30,14 @@ from umbel.privacy.bounds.clipping import clip_to_grid
 from umbel.privacy.noise.lattice import grid_step, round_to_zero
 from umbel.privacy.validate import inside_unit, positive
 from umbel.strategies.private.clip import bounded
-from umbel.strategies.transform import Config, Facts, Metrics, Round, Unclaimed
+from umbel.strategies.transform import (
+    Broadcast,
+    Facts,
+    IdleNode,
+    NodeContext,
+    RoundContext,
+    Unclaimed,
+)
 
 LEAST = 1e-6
 """The norm never falls below this part of the first one: zero updates must not end it."""
@@ -44,7 +50,7 @@ class NormState(TypedDict):
 
 
 @dataclass(frozen=True)
-class AdaptiveClip(Unclaimed):
+class AdaptiveClip(IdleNode, Unclaimed):
     """Clips updates to a norm that tracks a quantile of their lengths.
 
     Args:
@@ -83,29 +89,27 @@ class AdaptiveClip(Unclaimed):
         joint = state["norm"] * math.sqrt(1 + self.share**2)
         return facts.replace(size=facts.size + 1, l2_bound=joint)
 
-    def publish(self, state: NormState) -> Config:
-        return {"norm": state["norm"]}
+    def broadcast(self, state: NormState, facts: Facts) -> Broadcast:  # noqa: ARG002
+        return Broadcast({"norm": state["norm"]})
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        norm = float(config["norm"])
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
+        norm = float(ctx.config["norm"])
         result = clip_to_grid(update, norm)
         sign = -1.0 if result.was_clipped else 1.0
         bit = torch.tensor([sign * self._unit(norm)], dtype=update.dtype)
-        return torch.cat([result.update, bit]), {}
+        return torch.cat([result.update, bit])
 
     def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,  # noqa: ARG002
-        state: NormState,
-        rnd: Round,
-    ) -> tuple[Tensor, NormState, Metrics]:
+        self, total: Tensor, state: NormState, ctx: RoundContext
+    ) -> tuple[Tensor, NormState]:
         norm = state["norm"]
-        said = float(total[-1]) / (self._unit(norm) * rnd.cohort)
+        said = float(total[-1]) / (self._unit(norm) * ctx.cohort)
         unclipped = min(1.0, max(0.0, (1 + said) / 2))
         after = norm * math.exp(-self.rate * (unclipped - self.quantile))
         kept: NormState = {"norm": max(after, LEAST * self.initial)}
-        return total[:-1], kept, {"norm": norm, "unclipped": unclipped}
+        ctx.report("norm", norm)
+        ctx.report("unclipped", unclipped)
+        return total[:-1], kept
 
     def _unit(self, norm: float) -> float:
         """The bit's coordinate: share x norm, on the grid."""

@@ -31,7 +31,7 @@ from umbel.strategies.private.gaussian import (
     noised,
 )
 from umbel.strategies.private.tree_gaussian import SteppedNoise, bound_of, correlated_claim
-from umbel.strategies.transform import Claim, Facts, Metrics, Round
+from umbel.strategies.transform import Claim, Facts, RoundContext
 
 State = dict[str, Any]
 """`step`, the fixed `bound`, the `diagonals` that the run began with, and for each of the last
@@ -90,13 +90,7 @@ class BandedGaussian(SteppedNoise):
         diagonals = torch.tensor(self.schedule.diagonals, dtype=torch.float64)
         return {**super().init(size), DIAGONALS: diagonals}
 
-    def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,  # noqa: ARG002
-        state: State,
-        rnd: Round,
-    ) -> tuple[Tensor, State, Metrics]:
+    def decode(self, total: Tensor, state: State, ctx: RoundContext) -> tuple[Tensor, State]:
         diagonals = state[DIAGONALS].tolist()
         step = state["step"] + 1
         total = total.to(torch.float64)
@@ -104,8 +98,8 @@ class BandedGaussian(SteppedNoise):
         row = diagonals[0] * total
         for lag in past:
             row = row + diagonals[lag] * state[f"sum.{step - lag}"]
-        deviation = deviation_of(self.noise_multiplier, rnd.facts, self.name)
-        update = noised(row, deviation, entropy(self.insecure_seed, rnd.number))
+        deviation = deviation_of(self.noise_multiplier, ctx.facts, self.name)
+        update = noised(row, deviation, entropy(self.insecure_seed, ctx.number))
         for lag in past:
             update = update - diagonals[lag] * state[f"out.{step - lag}"]
         update = update / diagonals[0]
@@ -115,10 +109,11 @@ class BandedGaussian(SteppedNoise):
             for key, value in state.items()
             if "." in key and int(key.partition(".")[2]) >= oldest
         }
-        after = {**kept, DIAGONALS: state[DIAGONALS], "step": step, "bound": bound_of(rnd)}
+        after = {**kept, DIAGONALS: state[DIAGONALS], "step": step, "bound": bound_of(ctx)}
         if self.bands > 1:
             after |= {f"sum.{step}": total, f"out.{step}": update}
-        return update, after, {"noise": deviation}
+        ctx.report("noise", deviation)
+        return update, after
 
     def claim(self, facts: Facts) -> Claim | None:
         deviation_of(self.noise_multiplier, facts, self.name)

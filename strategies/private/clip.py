@@ -15,7 +15,6 @@ This layer alone is a robustness measure; it claims no privacy.
 
 from dataclasses import dataclass
 
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import StackError
@@ -23,7 +22,7 @@ from umbel.privacy.bounds.bundle import Bundle
 from umbel.privacy.bounds.clipping import clip, clip_to_grid
 from umbel.privacy.noise.lattice import grid_step
 from umbel.privacy.validate import positive
-from umbel.strategies.transform import Config, Facts, Metrics, Stateless
+from umbel.strategies.transform import Broadcast, Config, Facts, NodeContext, Stateless
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,15 @@ class Clip(Stateless):
         facts = bounded(facts, self.norm)
         return facts if self.grid else facts.replace(grid=None)
 
-    def publish(self, state: None) -> Config:  # noqa: ARG002
-        return {"norm": self.norm}
+    def broadcast(self, state: None, facts: Facts) -> Broadcast:  # noqa: ARG002
+        return Broadcast({"norm": self.norm})
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
         shorten = clip_to_grid if self.grid else clip
-        result = shorten(update, float(config["norm"]))
-        return result.update, {"norm": result.length, "clipped": float(result.was_clipped)}
+        result = shorten(update, float(ctx.config["norm"]))
+        ctx.report("norm", result.length)
+        ctx.report("clipped", result.was_clipped)
+        return result.update
 
     def encode_many(self, bundle: Bundle, config: Config) -> Bundle:
         """Several nodes' updates at once, each as in `encode`."""

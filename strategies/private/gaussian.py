@@ -22,7 +22,7 @@ from umbel.privacy.budget.events import ADD_OR_REMOVE
 from umbel.privacy.noise.entropy import Entropy
 from umbel.privacy.noise.lattice import STEPS, LatticeGaussian
 from umbel.privacy.validate import positive
-from umbel.strategies.transform import Claim, Facts, Metrics, Round, Stateless
+from umbel.strategies.transform import Claim, Facts, RoundContext, Stateless
 
 MARGIN = 1 + 2.0**-20
 """Noise beyond z B: covers the last bits of measured lengths and of the scaling to the lattice."""
@@ -61,16 +61,11 @@ class Gaussian(Stateless):
         need_bound(facts, self.name)
         return facts
 
-    def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,  # noqa: ARG002
-        state: None,
-        rnd: Round,
-    ) -> tuple[Tensor, None, Metrics]:
-        deviation = deviation_of(self.noise_multiplier, rnd.facts, self.name)
-        source = entropy(self.insecure_seed, rnd.number)
-        return noised(total, deviation, source), state, {"noise": deviation}
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> tuple[Tensor, None]:
+        deviation = deviation_of(self.noise_multiplier, ctx.facts, self.name)
+        source = entropy(self.insecure_seed, ctx.number)
+        ctx.report("noise", deviation)
+        return noised(total, deviation, source), state
 
     def claim(self, facts: Facts) -> Claim | None:
         deviation_of(self.noise_multiplier, facts, self.name)

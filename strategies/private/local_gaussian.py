@@ -18,7 +18,6 @@ import math
 from dataclasses import dataclass, replace
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import StackError
@@ -28,7 +27,7 @@ from umbel.privacy.noise.gaussian import gaussian_noise
 from umbel.privacy.validate import count
 from umbel.strategies.private.gaussian import MARGIN, entropy, need_bound, noised, slack_of
 from umbel.strategies.release import Promise, Release
-from umbel.strategies.transform import Claim, Config, Facts, Metrics, Stateless
+from umbel.strategies.transform import Claim, Config, Facts, NodeContext, Stateless
 
 _FOR_SLACK = 1e-3
 """Part of delta that is left for the lattice's own error."""
@@ -75,11 +74,11 @@ class LocalGaussian(Stateless):
         need_bound(facts, self.name)
         return facts.replace(l2_bound=None, grid=None)
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        bound = float(config["bound"])
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
+        bound = float(ctx.config["bound"])
         clipped = clip(update, bound).update
         deviation = self.noise_multiplier * bound * MARGIN
-        return noised(clipped, deviation, entropy(self.insecure_seed, 0)).to(update.dtype), {}
+        return noised(clipped, deviation, entropy(self.insecure_seed, 0)).to(update.dtype)
 
     def released(self, config: Config, size: int, promise: Promise) -> Release:  # noqa: ARG002
         """Node: one of the participations that the noise is planned for."""

@@ -15,16 +15,16 @@ for them. Works under a secure sum as well, because it is part of the vector.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import StackError
 from umbel.privacy.noise.lattice import grid_step, round_to_zero
 from umbel.privacy.validate import inside_unit, positive
 from umbel.strategies.private.gaussian import need_bound
-from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
+from umbel.strategies.transform import Facts, NodeContext, RoundContext, Stateless
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class PrivateMetrics(Stateless):
     limits: Mapping[str, float] = field(default_factory=dict)
     share: float = 0.1
     name: str = "private-metrics"
+    needs: ClassVar[frozenset[str]] = frozenset({"metrics"})
 
     def __post_init__(self) -> None:
         if not self.limits:
@@ -67,38 +68,24 @@ class PrivateMetrics(Stateless):
         joint = bound * math.sqrt(1 + self.share**2)
         return facts.replace(size=facts.size + len(self.limits), l2_bound=joint)
 
-    def publish(self, state: None) -> Config:  # noqa: ARG002
-        return {}
-
-    def attach(self, update: Tensor, metrics: Metrics, config: Config) -> Tensor:
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
         """The update and, behind it, the metrics; one that was not measured counts as 0."""
-        bound = float(config["bound"])
+        bound = float(ctx.config["bound"])
         parts = []
         for name, limit in self.limits.items():
-            value = float(metrics.get(name, 0.0))
+            value = float(ctx.metrics.get(name, 0.0))
             part = 0.0 if math.isnan(value) else max(-1.0, min(1.0, value / limit))
             parts.append(part * self._unit(bound))
         values = round_to_zero(torch.tensor(parts, dtype=torch.float64), grid_step(bound))
         return torch.cat([update, values.to(update.dtype)])
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        return update, {}
-
-    def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,  # noqa: ARG002
-        state: None,
-        rnd: Round,
-    ) -> tuple[Tensor, None, Metrics]:
-        assert rnd.entering is not None
-        bound = need_bound(rnd.entering, self.name)
-        sums = (total[-len(self.limits) :] / (self._unit(bound) * rnd.cohort)).tolist()
-        said = {
-            name: value * limit
-            for value, (name, limit) in zip(sums, self.limits.items(), strict=True)
-        }
-        return total[: -len(self.limits)], state, said
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> tuple[Tensor, None]:
+        assert ctx.entering is not None
+        bound = need_bound(ctx.entering, self.name)
+        sums = (total[-len(self.limits) :] / (self._unit(bound) * ctx.cohort)).tolist()
+        for value, (name, limit) in zip(sums, self.limits.items(), strict=True):
+            ctx.report(name, value * limit)
+        return total[: -len(self.limits)], state
 
     def _unit(self, bound: float) -> float:
         return self.share * bound / math.sqrt(len(self.limits))

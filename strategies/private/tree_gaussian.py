@@ -33,7 +33,7 @@ from umbel.strategies.private.gaussian import (
     noised,
     slack_of,
 )
-from umbel.strategies.transform import Claim, Config, Facts, IdleNode, Metrics, Round
+from umbel.strategies.transform import Claim, Facts, IdleNode, RoundContext
 
 State = dict[str, Any]
 """`step`, the fixed `bound`, and for each open level l the tensors `sum.l` and `out.l`."""
@@ -51,9 +51,6 @@ class SteppedNoise(IdleNode):
         need_fixed_bound(facts, state, self.name)
         # A round that was aborted released nothing: what counts is this layer's own step.
         return facts.replace(round=state["step"] + 1)
-
-    def publish(self, state: State) -> Config:  # noqa: ARG002
-        return {}
 
 
 @dataclass(frozen=True)
@@ -90,20 +87,14 @@ class TreeGaussian(SteppedNoise):
         """This layer with real noise."""
         return replace(self, insecure_seed=None)
 
-    def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,  # noqa: ARG002
-        state: State,
-        rnd: Round,
-    ) -> tuple[Tensor, State, Metrics]:
+    def decode(self, total: Tensor, state: State, ctx: RoundContext) -> tuple[Tensor, State]:
         step = state["step"] + 1
         here = level(step)
         node = total.to(torch.float64)
         for below in range(here):
             node = node + state[f"sum.{below}"]
-        deviation = deviation_of(self.noise_multiplier, rnd.facts, self.name)
-        released = noised(node, deviation, entropy(self.insecure_seed, rnd.number))
+        deviation = deviation_of(self.noise_multiplier, ctx.facts, self.name)
+        released = noised(node, deviation, entropy(self.insecure_seed, ctx.number))
         change = released
         for below in range(here):
             change = change - state[f"out.{below}"]
@@ -117,9 +108,10 @@ class TreeGaussian(SteppedNoise):
             f"sum.{here}": node,
             f"out.{here}": released,
             "step": step,
-            "bound": bound_of(rnd),
+            "bound": bound_of(ctx),
         }
-        return change, after, {"noise": deviation}
+        ctx.report("noise", deviation)
+        return change, after
 
     def claim(self, facts: Facts) -> Claim | None:
         deviation_of(self.noise_multiplier, facts, self.name)
@@ -160,12 +152,12 @@ def correlated_claim(
     )
 
 
-def bound_of(rnd: Round) -> float | None:
+def bound_of(ctx: RoundContext) -> float | None:
     """The bound of the updates that enter the layer, which `check` compares in the next round.
 
     The noise is for the bound at the bottom, which a layer that quantises may have widened.
     """
-    return (rnd.entering or rnd.facts).l2_bound
+    return (ctx.entering or ctx.facts).l2_bound
 
 
 def need_fixed_bound(facts: Facts, state: State, name: str) -> None:

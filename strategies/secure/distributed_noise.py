@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import torch
 from dp_accounting import DpEvent, NonPrivateDpEvent, ZCDpEvent
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import RunError, StackError
@@ -40,7 +39,7 @@ from umbel.privacy.noise.skellam import sample_skellam, skellam_event, skellam_s
 from umbel.strategies.collect import LENIENCE
 from umbel.strategies.private.gaussian import MARGIN, check_multiplier
 from umbel.strategies.release import Promise, Release
-from umbel.strategies.transform import Claim, Config, Facts, Metrics, Stateless
+from umbel.strategies.transform import Broadcast, Claim, Config, Facts, NodeContext, Stateless
 
 Law = Literal["skellam", "discrete-gaussian"]
 
@@ -100,17 +99,19 @@ class DistributedNoise(Stateless):
             noise=deviation * math.sqrt(most / self.shares(facts)),
         )
 
-    def tell(self, facts: Facts, state: None) -> Config:  # noqa: ARG002
+    def broadcast(self, state: None, facts: Facts) -> Broadcast:  # noqa: ARG002
         """What nodes need to make their shares."""
         if self.noise_multiplier is None:
             raise StackError(f"{self.name} has no noise yet; give noise-multiplier or epsilon")
         assert facts.grid is not None
-        return {
-            "noise-multiplier": self.noise_multiplier,
-            "shares": self.shares(facts),
-            "step": facts.grid,
-            "round": facts.round,
-        }
+        return Broadcast(
+            {
+                "noise-multiplier": self.noise_multiplier,
+                "shares": self.shares(facts),
+                "step": facts.grid,
+                "round": facts.round,
+            }
+        )
 
     def survivors(self, facts: Facts) -> int:
         """The smallest cohort that may survive."""
@@ -126,7 +127,8 @@ class DistributedNoise(Stateless):
             )
         return shares
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
+        config = ctx.config
         step, bound = float(config["step"]), float(config["bound"])
         # The server tells both; a smaller bound or a coarser step would mean too little noise.
         if not is_within(update, bound * (1 + LENIENCE)) or not on_grid(update, step):
@@ -144,7 +146,7 @@ class DistributedNoise(Stateless):
         if draw is None:
             draw = sample_discrete_gaussian(math.sqrt(share), len(update), entropy)
         noise = torch.from_numpy(draw).to(torch.float64) * step
-        return update.to(torch.float64) + noise, {}
+        return update.to(torch.float64) + noise
 
     def released(self, config: Config, size: int, promise: Promise) -> Release:
         """Node: the sum that its update will be part of, with the shares that it was told of.

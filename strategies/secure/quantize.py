@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import l2_norm
 from umbel.privacy.noise.entropy import Entropy
-from umbel.strategies.transform import Config, Facts, Metrics, Stateless
+from umbel.strategies.transform import Facts, NodeContext, Stateless
 
 BETA = math.exp(-0.5)
 _SINGLE = 2.0**24
@@ -68,8 +67,8 @@ class Quantize(Stateless):
         bound = widened(facts.l2_bound, facts.size, step, self.rounding)
         return facts.replace(grid=step, l2_bound=bound, wide=facts.wide or bound / step > _SINGLE)
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        bound = float(config["bound"])
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
+        bound = float(ctx.config["bound"])
         step = step_for(bound, len(update), self.levels)
         scaled = update.to(torch.float64) / step
         if self.rounding == "nearest":
@@ -77,7 +76,7 @@ class Quantize(Stateless):
         else:
             limit = widened(bound, len(update), step, self.rounding) / step
             whole = self._stochastic(scaled, limit)
-        return _narrow(whole * step, update.dtype), {}
+        return _narrow(whole * step, update.dtype)
 
     def _stochastic(self, scaled: Tensor, limit: float) -> Tensor:
         below = scaled.floor()

@@ -12,14 +12,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import StackError
 from umbel.privacy.bounds.clipping import clip, l2_norm
 from umbel.privacy.masking import keys
 from umbel.privacy.masking.hadamard import padded, rotate, rotate_back
-from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
+from umbel.strategies.transform import Broadcast, Facts, NodeContext, RoundContext, Stateless
 
 
 @dataclass(frozen=True)
@@ -41,24 +40,18 @@ class Rotate(Stateless):
         size = padded(facts.size)
         return facts.replace(size=size, grid=None, spread=facts.l2_bound / math.sqrt(size))
 
-    def tell(self, facts: Facts, state: None) -> Config:  # noqa: ARG002
-        return {"round": facts.round}
+    def broadcast(self, state: None, facts: Facts) -> Broadcast:  # noqa: ARG002
+        return Broadcast({"round": facts.round})
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        rotated = rotate(update, _seed(int(config["round"])))
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
+        rotated = rotate(update, _seed(int(ctx.config["round"])))
         length = l2_norm(update)
         # Rounding in the transform must not lengthen what a bound was promised for.
-        return (clip(rotated, length).update if length else rotated), {}
+        return clip(rotated, length).update if length else rotated
 
-    def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,  # noqa: ARG002
-        state: None,
-        rnd: Round,
-    ) -> tuple[Tensor, None, Metrics]:
-        assert rnd.entering is not None
-        return rotate_back(total, _seed(rnd.number), rnd.entering.size), state, {}
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> tuple[Tensor, None]:
+        assert ctx.entering is not None
+        return rotate_back(total, _seed(ctx.number), ctx.entering.size), state
 
 
 def _seed(number: int) -> bytes:

@@ -4,11 +4,10 @@ In which order they stand, and what else there is, is in `umbel.strategies.recip
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 from umbel.core.errors import ConfigError
-from umbel.strategies.collect import Collect, PlainSum
+from umbel.strategies.exchange import Exchange, Masks, Weighs, takes_sums
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.distributed_noise import DistributedNoise
 from umbel.strategies.secure.distributed_skellam import (
@@ -44,15 +43,15 @@ def whole_steps(
     return [*(below or [Rotate()]), Quantize(levels, cast(Any, rounding))]
 
 
-def secret_sum(collect: Collect, secure: SecureOptions, weighting: str) -> SecureSum:
+def secret_sum(collect: Exchange, secure: SecureOptions, weighting: str) -> Exchange:
     """The secure sum in place of a plain one; the app's own where it has one.
 
     Raises:
         ConfigError: the app collects otherwise.
     """
-    if isinstance(collect, SecureSum):
-        return replace(collect, weighting=cast(Any, weighting))
-    if type(collect) is not PlainSum:
+    if isinstance(collect, Masks) and isinstance(collect, Weighs):
+        return collect.weighted(weighting)
+    if not takes_sums(collect):
         raise ConfigError(
             f"secure=true lets the server see a sum only, but the app collects with "
             f"{collect.name}, which is none; leave out secure=true, or collect with PlainSum"

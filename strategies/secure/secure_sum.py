@@ -12,7 +12,7 @@
     server -> node   unmask     everybody's signatures
     node -> server              one share of each neighbour's secret
 
-`secure_protocol.py` has the steps; here they become messages. Training happens on the first trip,
+`protocol.py` has the steps; here they become messages. Training happens on the first trip,
 so that slow and failing nodes are out before anything depends on them.
 
 The hashes of the model, of the configuration and of the contract (app, options, layers) are in
@@ -24,9 +24,9 @@ updates' bound and the noise. The page docs/security.md says what this protects,
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -34,20 +34,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from umbel.core.contents import find_record, take_record
 from umbel.core.errors import StackError
+from umbel.core.names import CONFIG, MODEL, UPDATE
 from umbel.core.records import from_array
 from umbel.privacy.masking import keys, masks
 from umbel.privacy.masking.session import MALICIOUS_FROM, Mode, Terms
-from umbel.strategies.collect import (
-    UPDATE,
-    ClientFn,
-    Gather,
-    Gathering,
-    Rejected,
-    Sealing,
-    Sum,
-)
+from umbel.strategies.aggregator import Aggregate, Contribution, Rejected, RoundSpec
+from umbel.strategies.aggregators.weighted_mean import WeightedMean
 from umbel.strategies.contract import settings_digest
-from umbel.strategies.layout import CONFIG, MODEL
+from umbel.strategies.exchange import ClientFn, Gather, Sealing
 from umbel.strategies.node_policy import policy_of
 from umbel.strategies.secure.checks import AbortedError
 from umbel.strategies.secure.identity import (
@@ -127,14 +121,16 @@ class SecureSum:
                 f"mode=malicious needs {MALICIOUS_FROM} nodes and at most {facts.max_replies} can "
                 "come; take mode=semi-honest, which trusts the server to follow the protocol"
             )
-        return facts.replace(
-            kind="sum",
-            averages_buffers=False,
-            server_sees="sum",
-            weight_bound=1.0,
-            public_denominator=self.weighting == "fixed",
-            min_replies=floor,
-        )
+        after = self.aggregator.check(facts)
+        return after.replace(averages_buffers=False, server_sees="sum", min_replies=floor)
+
+    @property
+    def aggregator(self) -> WeightedMean:
+        """What the sum goes into, as one contribution of all nodes that are in it."""
+        return WeightedMean(self.weighting)
+
+    def weighted(self, weighting: str) -> Self:
+        return replace(self, weighting=cast(Any, weighting))
 
     def advice(self, cohort: float, private: bool) -> list[str]:
         """What is said before a run starts."""
@@ -154,7 +150,7 @@ class SecureSum:
 
     # ---- the server's half
 
-    def gather(self, requests: Sequence[Message], round_: Gathering) -> Gather:
+    def gather(self, requests: Sequence[Message], round_: RoundSpec) -> Gather:
         if round_.buffers:
             raise StackError(
                 "buffers=mean sends running statistics in the clear beside a secure sum; use "
@@ -175,11 +171,8 @@ class SecureSum:
                 replies = yield _requests(asked, query_of(stage), _group(terms))
             trips.send(_plain(replies, traffic))
         except AbortedError as aborted:
-            return Sum(
-                torch.zeros(round_.size, dtype=torch.float64),
-                weight=0.0,
-                replies=0,
-                denominator=0.0,
+            return replace(
+                Aggregate.nothing(round_.size),
                 rejected=tuple(Rejected(node, why) for node, why in aborted.dropped),
                 aborted=str(aborted),
                 revealed=aborted.revealed,
@@ -188,7 +181,7 @@ class SecureSum:
             return self._sum(stop.value, step, terms.bits, round_, traffic[0])
         raise AssertionError("unreachable: the protocol ended with neither a sum nor an abort")
 
-    def _terms(self, requests: Sequence[Message], round_: Gathering, key: bytes) -> Terms:
+    def _terms(self, requests: Sequence[Message], round_: RoundSpec, key: bytes) -> Terms:
         count = len(requests)
         mode: Mode = "semi-honest"
         if self.mode == "malicious" or (self.mode == "auto" and count >= MALICIOUS_FROM * 3 // 2):
@@ -209,15 +202,15 @@ class SecureSum:
         )
 
     def _sum(
-        self, released: Released, step: float, bits: int, round_: Gathering, bytes_up: int
-    ) -> Sum:
+        self, released: Released, step: float, bits: int, round_: RoundSpec, bytes_up: int
+    ) -> Aggregate:
         replies = len(released.included)
         total = torch.from_numpy(masks.lift(released.total, bits).astype(np.float64) * step)
-        return Sum(
-            total=total,
-            weight=float(replies),
-            replies=replies,
-            denominator=round_.cohort if self.weighting == "fixed" else float(replies),
+        rule, part = self.aggregator, Contribution(total, float(replies), replies, summed=True)
+        acc = rule.empty(round_)
+        rule.add(acc, part)
+        return replace(
+            rule.result(acc),
             rejected=tuple(Rejected(node, why) for node, why in released.dropped),
             bytes_up=bytes_up,
             about={

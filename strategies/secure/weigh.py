@@ -15,14 +15,14 @@ weight, which costs nothing more; the update, its weight and its metrics share t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import StackError
 from umbel.strategies.collect import EXAMPLES
-from umbel.strategies.transform import Config, Facts, Metrics, Round, Stateless
+from umbel.strategies.transform import Facts, NodeContext, RoundContext, Stateless
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Weigh(Stateless):
     cap: float = 10_000.0
     limits: Mapping[str, float] = field(default_factory=dict)
     name: str = "weigh"
+    needs: ClassVar[frozenset[str]] = frozenset({"metrics"})
 
     def __post_init__(self) -> None:
         values = [("weight cap", self.cap), *((f"limit of {k}", v) for k, v in self.limits.items())]
@@ -57,40 +58,29 @@ class Weigh(Stateless):
         # A weighted update leaves the grid of its clipping; the next layer makes a new one.
         return facts.replace(size=facts.size + more, l2_bound=joint, grid=None, wide=True)
 
-    def attach(self, update: Tensor, metrics: Metrics, config: Config) -> Tensor:
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
         """The update times its weight, the weight, and the metrics times the weight."""
-        bound = float(config["bound"])
+        bound = float(ctx.config["bound"])
         weight = 1.0
         if self.cap:
-            weight = min(max(float(metrics.get(EXAMPLES, 0.0)), 0.0), self.cap) / self.cap
+            weight = min(max(float(ctx.metrics.get(EXAMPLES, 0.0)), 0.0), self.cap) / self.cap
         parts = [weight * bound]
         for name, limit in self.limits.items():
-            value = float(metrics.get(name, 0.0))
+            value = float(ctx.metrics.get(name, 0.0))
             part = 0.0 if math.isnan(value) or not limit else max(-1.0, min(1.0, value / limit))
             parts.append(part * weight * bound)
         # The last bit of a product must not lengthen what a bound was promised for.
         scaled = update.to(torch.float64) * weight
         return torch.cat([scaled, torch.tensor(parts, dtype=torch.float64)])
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        return update, {}
-
-    def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,  # noqa: ARG002
-        state: None,
-        rnd: Round,
-    ) -> tuple[Tensor, None, Metrics]:
-        assert rnd.entering is not None and rnd.entering.l2_bound is not None
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> tuple[Tensor, None]:
+        assert ctx.entering is not None and ctx.entering.l2_bound is not None
         more = 1 + len(self.limits)
-        parts = (total[-more:] / rnd.entering.l2_bound).tolist()
+        parts = (total[-more:] / ctx.entering.l2_bound).tolist()
         weight = parts[0]
         if weight <= 0:  # nobody had an example
-            return torch.zeros_like(total[:-more]), state, {}
-        said = {
-            name: part * limit / weight
-            for part, (name, limit) in zip(parts[1:], self.limits.items(), strict=True)
-        }
+            return torch.zeros_like(total[:-more]), state
+        for part, (name, limit) in zip(parts[1:], self.limits.items(), strict=True):
+            ctx.report(name, part * limit / weight)
         # The stack divides by its denominator afterwards.
-        return total[:-more] * (rnd.denominator / weight), state, said
+        return total[:-more] * (ctx.denominator / weight), state

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import RecordDict
 from torch import Tensor, nn
 
 from umbel.benchmarks.attack import lies
@@ -18,7 +17,7 @@ from umbel.strategies.collect import PlainSum
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.gaussian import Gaussian
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Config, Metrics, Round, Stateless
+from umbel.strategies.transform import NodeContext, RoundContext, Stateless
 from umbel.testing import assert_records_private, assert_withstands_lies
 
 
@@ -79,8 +78,8 @@ class Hiss(Stateless):
 
     name: str = "hiss"
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        return update + torch.rand(len(update)) * 1e-3, {}
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:  # noqa: ARG002
+        return update + torch.rand(len(update)) * 1e-3
 
 
 @dataclass(frozen=True)
@@ -89,16 +88,11 @@ class Telling(Gaussian):
 
     by_size: bool = False
 
-    def decode(
-        self,
-        total: Tensor,
-        metrics: Metrics,
-        state: None,
-        rnd: Round,
-    ) -> tuple[Tensor, None, Metrics]:
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> tuple[Tensor, None]:
         exact = float(total.norm())
-        noisy, state, said = super().decode(total, metrics, state, rnd)
-        return noisy * (1 + exact * self.by_size), state, {**said, "exact": exact}
+        noisy, state = super().decode(total, state, ctx)
+        ctx.report("exact", exact)
+        return noisy * (1 + exact * self.by_size), state
 
 
 def stacked(*layers: Any) -> Federation:
@@ -136,9 +130,10 @@ def test_exact_numbers_are_seen() -> None:
 def test_noise_whose_size_tells_is_seen() -> None:
     @dataclass(frozen=True)
     class Loud(Telling):
-        def decode(self, *given: Any) -> tuple[Tensor, None, Metrics]:
-            noisy, state, said = super().decode(*given)
-            return noisy, state, {n: v for n, v in said.items() if n != "exact"}
+        def decode(self, total: Tensor, state: None, ctx: RoundContext) -> tuple[Tensor, None]:
+            noisy, state = super().decode(total, state, ctx)
+            del ctx.reports["exact"]
+            return noisy, state
 
     federation = stacked(Clip(1.0), Loud(1.0, by_size=True))
     _leaks(lies.exact_numbers(federation, {"sampling": "all"}), "the noise is")

@@ -115,7 +115,7 @@ def test_files_hold_what_was_measured(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["ok"] is True
     assert content["rows"][0]["accuracy"]["value"] == 0.8
-    assert content["checks"][0]["most"] == "inf"
+    assert content["checks"][0]["most"] == "Infinity"
     with (tmp_path / "findings.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["attack"] == "loss threshold"

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import RecordDict
 from torch import Tensor, nn
 
 from umbel.benchmarks.attack import promises
@@ -26,7 +25,7 @@ from umbel.strategies.private.gaussian import Gaussian, deviation_of, entropy, n
 from umbel.strategies.private.local_gaussian import LocalGaussian
 from umbel.strategies.samplers import Poisson
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Config, Metrics, Round
+from umbel.strategies.transform import NodeContext, RoundContext
 
 NODES = 20
 
@@ -92,11 +91,11 @@ def test_correct_privacy_of_records_holds() -> None:
 class QuarterLocal(LocalGaussian):
     """A quarter of the noise, under the claim of all of it."""
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        bound = float(config["bound"])
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
+        bound = float(ctx.config["bound"])
         deviation = self.noise_multiplier * bound / 4
         noisy = noised(clip(update, bound).update, deviation, entropy(None, 0))
-        return noisy.to(update.dtype), {}
+        return noisy.to(update.dtype)
 
 
 @dataclass(frozen=True)
@@ -106,23 +105,19 @@ class Faulty(Gaussian):
     part: float = 1.0
     seed: int | None = None
 
-    def decode(
-        self, total: Tensor, metrics: Metrics, state: None, rnd: Round  # noqa: ARG002
-    ) -> tuple[Tensor, None, Metrics]:  # fmt: skip
-        deviation = deviation_of(self.noise_multiplier, rnd.facts, self.name) * self.part
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> tuple[Tensor, None]:
+        deviation = deviation_of(self.noise_multiplier, ctx.facts, self.name) * self.part
         source = Entropy() if self.seed is None else Entropy(self.seed)
         noisy = noised(total, deviation, source) if self.part else total.double()
-        return noisy, state, {}
+        return noisy, state
 
 
 @dataclass(frozen=True)
 class Deaf(Gaussian):
     """All noise and no updates."""
 
-    def decode(
-        self, total: Tensor, metrics: Metrics, state: None, rnd: Round
-    ) -> tuple[Tensor, None, Metrics]:  # fmt: skip
-        return super().decode(torch.zeros_like(total), metrics, state, rnd)
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> tuple[Tensor, None]:
+        return super().decode(torch.zeros_like(total), state, ctx)
 
 
 Z = 1.5
@@ -202,7 +197,7 @@ def test_training_that_always_takes_some_records_is_found(
 class Failing(Clip):
     """Nodes that cannot answer."""
 
-    def encode(self, update: Tensor, config: Config, memory: RecordDict) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:  # noqa: ARG002
         raise ValueError("no")
 
 

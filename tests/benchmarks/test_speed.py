@@ -94,7 +94,7 @@ def test_both_sides_train_the_same_model(tmp_path: Path) -> None:
 
     server = load(example(), "server_app:app", object)
     federation = server.federation  # type: ignore[attr-defined]
-    theirs = federation.trainer.initial(federation.complete({}), 0).parameters.values()
+    theirs = federation.trainer_for({}).initial(federation.complete({}), 0).parameters.values()
     ours = bare.model_named("cnn").parameters()
     assert [tuple(p.shape) for p in ours] == [tuple(p.shape) for p in theirs]
     case = Case("digits", tmp_path, replace(bare.Plan(), nodes=3))

@@ -16,7 +16,7 @@ from umbel.strategies.stack import Stack
 
 NODES = 6
 COINS = np.array([True, False, True, True, False, True])
-EVERYONE = {"rounds": 1, "cohort": "all", "sampling": "all", "federated-every": -1, "delta": 1e-5}
+EVERYONE = {"rounds": 1, "cohort": "all", "sampling": "all", "client-eval-every": -1, "delta": 1e-5}
 
 
 def played(stack: Stack, rounds: int = 1) -> Played:

@@ -77,7 +77,7 @@ class QueryRunner:
         """The node's answer; `name` is the message's id, `shift` moves the model."""
         options = {**self.options, **{k.replace("_", "-"): v for k, v in changes.items()}}
         complete = self.federation.complete(options)
-        first = self.federation.trainer.initial(complete, 0)
+        first = self.federation.trainer_for(complete).initial(complete, 0)
         manifest = Manifest.of(first.parameters)
         stack = self.federation.stack_for(complete)
         config = {"manifest": manifest.digest, "round": number}
@@ -113,7 +113,7 @@ def secure_round(
     one = next(iter(nodes.values()))
     options = one.federation.complete(one.options)
     stack = one.federation.stack_for(options)
-    first = one.federation.trainer.initial(options, 0)
+    first = one.federation.trainer_for(options).initial(options, 0)
     manifest = Manifest.of(first.parameters)
     count = len(nodes)
     facts = Facts(size=size, round=number, expected_replies=count, max_replies=count)

@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from tests.clients.liar import NODES, SIZE, Liar, federation, refusal
+from umbel.clients import gate
 from umbel.clients.admission import admit
 from umbel.clients.data.examples import Examples, Split
 from umbel.clients.gate import AppError, guarded, kind_of
@@ -269,6 +270,11 @@ def test_what_umbel_itself_says_about_a_message_is_told() -> None:
     liar = Liar(LOCAL, told={100: {"manifest": "another"}})
     with pytest.raises(ConfigError, match="start both with the same app and options"):
         liar.ask(100)
+
+
+def test_the_files_that_may_speak_are_there() -> None:
+    """One that was moved would fall silent: what is wrong with a message would stay on the node."""
+    assert gate._PROTOCOL and all(Path(name).exists() for name in gate._PROTOCOL)
 
 
 class WithStatistics(FunctionTrainer):

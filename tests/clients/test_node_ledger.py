@@ -341,6 +341,40 @@ def test_the_owners_limit_stands_in_for_the_first_promise(tmp_path: Path) -> Non
         more.account(_asked(2, run="2")).charge(_noise(0.5, promised=90.0))
 
 
+@pytest.mark.parametrize("said", ['"unlimited"', "inf"])
+def test_an_owner_who_wants_no_limit_over_runs_says_so(tmp_path: Path, said: str) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    node = QueryRunner(DP_SGD, state, {"rounds": 1, "batch-size": 10})
+    node.ask(1)
+    with pytest.raises(
+        RunError, match='by record-epsilon = NUMBER or record-epsilon = "unlimited"'
+    ):
+        node.ask(1, run=2)
+    node.more = {POLICY: str(_policy(tmp_path, f"record-epsilon = {said}"))}
+    for run in (2, 3, 4):
+        node.ask(1, run=run)
+        with pytest.raises(RunError, match=f"run {run} promised it in its first message"):
+            node.ask(2, run=run)  # each run is held to its own word all the same
+    (found,) = [
+        r
+        for r in LedgerFile(state, Limits(record_epsilon=math.inf)).budget()
+        if r["scope"] == "data"
+    ]
+    assert found["participations"] == 4 and found["epsilon"] > 0.9
+    assert (found["epsilon_limit"], found["limit_from"]) == (None, "policy")
+
+
+def test_without_a_limit_what_was_held_is_weighed_again_all_the_same(tmp_path: Path) -> None:
+    ledger = LedgerFile(tmp_path, Limits(epsilon=math.inf))
+    one, two = ledger.account(_asked(1)), ledger.account(_asked(1, run="2"))
+    one.hold(b"1", [_noise()])
+    two.hold(b"2", [_noise()])
+    two.settle(b"2")
+    one.settle(b"1")
+    assert ledger.budget()[0]["participations"] == 2
+
+
 def test_participations_are_limited_over_runs(tmp_path: Path) -> None:
     ledger = LedgerFile(tmp_path, Limits(participations=3))
     for run in ("1", "2", "3"):

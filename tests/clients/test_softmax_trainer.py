@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from umbel.clients.data.datasets import DataSet
 from umbel.clients.data.examples import Examples, Node, each_of
-from umbel.clients.data.features import PART, Featured, Recipe, Rows, features_of
+from umbel.clients.data.features import PART, FeatureMap, PrecomputedFeatures, Rows, features_of
 from umbel.clients.trainers.base import Job, Weights
 from umbel.clients.trainers.softmax import SoftmaxTrainer
 from umbel.privacy.bounds.bundle import UNIT_STEP, Vectors
@@ -20,12 +20,12 @@ OPTIONS = {"learning-rate": 2.0, "seed": 0}
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Featured:
+def data(tmp_path: Path) -> PrecomputedFeatures:
     source = np.random.default_rng(1)
     x = source.normal(size=(COUNT, WIDTH)).astype(np.float32)
     y = (x[:, :3].argmax(1)).astype(np.uint8)
     held = DataSet("blobs", Examples(x, y), Examples(x[:50], y[:50]))
-    return Featured(held, Recipe("blobs", WIDTH, torch.from_numpy), cache=tmp_path)
+    return PrecomputedFeatures(held, FeatureMap("blobs", WIDTH, torch.from_numpy), cache=tmp_path)
 
 
 def _start() -> Weights:
@@ -37,7 +37,7 @@ def _job() -> Job:
     return Job(1, 0, OPTIONS, learning_rate=2.0)
 
 
-def test_a_step_is_the_gradient_of_the_loss(data: Featured) -> None:
+def test_a_step_is_the_gradient_of_the_loss(data: PrecomputedFeatures) -> None:
     trainer = SoftmaxTrainer(WIDTH, classes=3)
     examples = data(Node(0, 100, {}), OPTIONS).train
     assert len(examples) == 23
@@ -53,7 +53,7 @@ def test_a_step_is_the_gradient_of_the_loss(data: Featured) -> None:
     assert trained.metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_a_bundle_is_what_its_nodes_do_alone(data: Featured) -> None:
+def test_a_bundle_is_what_its_nodes_do_alone(data: PrecomputedFeatures) -> None:
     trainer, start = SoftmaxTrainer(WIDTH, classes=3), _start()
     members = [3, 5, PART - 1, PART, 2 * PART + 7, COUNT - 1]
     pooled = data.pool(members, COUNT, OPTIONS)
@@ -69,7 +69,7 @@ def test_a_bundle_is_what_its_nodes_do_alone(data: Featured) -> None:
     assert torch.allclose(total.view(3, -1).float(), alone, atol=1e-4)
 
 
-def test_arrays_work_as_well_as_stored_rows(data: Featured) -> None:
+def test_arrays_work_as_well_as_stored_rows(data: PrecomputedFeatures) -> None:
     trainer, start = SoftmaxTrainer(WIDTH, classes=3), _start()
     stored = data.central_test(OPTIONS)
     plain = Examples(features_of(stored).numpy(), stored.y)
@@ -77,7 +77,7 @@ def test_arrays_work_as_well_as_stored_rows(data: Featured) -> None:
     assert trainer.evaluate(start, stored, OPTIONS) == trainer.evaluate(start, plain, OPTIONS)
 
 
-def test_what_is_prepared_is_kept_for_the_buffers_that_made_it(data: Featured) -> None:
+def test_what_is_prepared_is_kept_for_the_buffers_that_made_it(data: PrecomputedFeatures) -> None:
     def shifted(features: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         return features - buffers["shift"]
 
@@ -102,14 +102,14 @@ def test_features_are_made_once(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(COUNT, WIDTH)).astype(np.float32)
     held = DataSet("blobs", Examples(x, np.zeros(COUNT)), Examples(x[:5], np.zeros(5)))
     for _ in range(2):
-        data = Featured(held, Recipe("blobs", WIDTH, counted), cache=tmp_path)
+        data = PrecomputedFeatures(held, FeatureMap("blobs", WIDTH, counted), cache=tmp_path)
         rows = data.pool([0, PART, COUNT - 1], COUNT, OPTIONS)
         assert rows is not None
         assert torch.allclose(features_of(rows), torch.from_numpy(x[[0, PART, -1]]), rtol=1e-3)
     assert made == [PART, PART, 300]
 
 
-def test_nodes_with_several_examples_are_a_pool_of_equal_shares(data: Featured) -> None:
+def test_nodes_with_several_examples_are_a_pool_of_equal_shares(data: PrecomputedFeatures) -> None:
     assert data.pool([0], 99, OPTIONS) is None  # 2,300 examples do not divide evenly
     trainer, start, members = SoftmaxTrainer(WIDTH, classes=3), _start(), [4, 99, 0, 57]
     pooled = data.pool(members, 100, OPTIONS)
@@ -129,6 +129,6 @@ def _vectors(trainer: SoftmaxTrainer, start: Weights, pooled: Examples) -> list[
     return found  # type: ignore[return-value]
 
 
-def test_every_node_has_its_own_examples(data: Featured) -> None:
+def test_every_node_has_its_own_examples(data: PrecomputedFeatures) -> None:
     parts = [data(Node(i, 100, {}), OPTIONS).train for i in range(100)]
     assert sum(len(part) for part in parts) == COUNT

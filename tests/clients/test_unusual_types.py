@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.clients.tasks import job
+from tests.written import write_app
 from umbel.clients.data.examples import Examples
 from umbel.clients.trainers.function import FunctionTrainer
 from umbel.loading import load
@@ -49,29 +50,13 @@ def data(node, options):
 
 federation = Federation(TorchTrainer(Wave, learning_rate=0.3), data, name="wave")
 """
-APP = """
-[project]
-name = "wave"
-version = "1"
-[tool.flwr.app.components]
-serverapp = "server_app:app"
-clientapp = "client_app:app"
-[tool.flwr.app.config]
-rounds = 3
-"""
 
 
 @pytest.mark.parametrize("buffers", ["never", "mean"])
 def test_both_parts_of_complex_numbers_are_trained(
     tmp_path: Path, buffers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "wave"
-    folder.mkdir()
-    (folder / "task.py").write_text(TASK)
-    (folder / "pyproject.toml").write_text(APP)
-    for side in ("server", "client"):
-        text = f"from task import federation\n\napp = federation.{side}_app()\n"
-        (folder / f"{side}_app.py").write_text(text)
+    folder = write_app(tmp_path / "wave", TASK, "rounds = 3")
     monkeypatch.setattr(sys, "path", sys.path[:])
     out = tmp_path / "run"
     options = {"buffers": buffers}

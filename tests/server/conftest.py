@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from tests.fakes import Background, WarmCommand
 from tests.server.small_federation import APP, OPTIONS
 from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.grid import LinkGrid
@@ -35,6 +36,7 @@ from umbel.transport.frames import PROTOCOL, SERVICE, from_wire, to_wire
 from umbel.transport.link_pb2 import Certificate, EnrolRequest, Frame, Hello
 
 PATIENCE_S = 30.0
+Running = subprocess.Popen[bytes] | Background
 UMBEL = (sys.executable, "-c", "from umbel.commands.cli import main; main()")
 
 
@@ -194,13 +196,14 @@ class Processes:
         port: of the coordinator.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, warm: WarmCommand) -> None:
         self.folder, self.app, self.state = folder, folder / "app", folder / "state"
+        self._warm, self._number = warm, 0
         self.marks = folder / "marks"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.running: dict[str, Running] = {}
         self._environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
     def write_app(self, files: dict[str, str], options: str) -> None:
@@ -217,29 +220,34 @@ class Processes:
 
     def umbel(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        done = subprocess.run(
-            [*UMBEL, *words],
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-            env=self._environment,
-            timeout=240,
-        )
+        self._number += 1
+        out, err = (self.folder / f"{self._number}.{kind}" for kind in ("out", "err"))
+        status = self._begin(words, out, err).wait(240)
+        done = subprocess.CompletedProcess(words, status, out.read_text(), err.read_text())
         assert not check or done.returncode == 0, done.stderr
         return done
 
-    def start(self, name: str, *words: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *words: str) -> Running:
         """Start a command; its output goes to NAME.log."""
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.running[name] = subprocess.Popen(
+        log = self.folder / f"{name}.log"
+        self.running[name] = self._begin(words, log, log)
+        return self.running[name]
+
+    def _begin(self, words: Sequence[str], out: Path, err: Path) -> Running:
+        for file in (out, err):
+            file.touch()
+        if "LD_PRELOAD" not in self._environment:
+            where = {"cwd": self.folder, "environment": self._environment}
+            return self._warm.start(*words, **where, out=out, err=err)
+        with out.open("ab") as said, err.open("ab") as complained:  # a library that exec loads
+            return subprocess.Popen(
                 [*UMBEL, *words],
-                stdout=log,
-                stderr=log,
+                stdout=said,
+                stderr=complained,
                 stdin=subprocess.DEVNULL,
                 cwd=self.folder,
                 env=self._environment,
             )
-        return self.running[name]
 
     def invite(self, *names: str, port: int = 0) -> None:
         """Enrol nodes."""
@@ -247,13 +255,13 @@ class Processes:
             address = f"127.0.0.1:{port or self.port}"
             self.umbel("nodes", "add", name, "--state", "state", "--address", address)
 
-    def server(self, *words: str) -> subprocess.Popen[bytes]:
+    def server(self, *words: str) -> Running:
         """Start the coordinator."""
         listen = f"127.0.0.1:{self.port}"
         fixed = ("app", "--state", "state", "--listen", listen, "--json")
         return self.start("server", "server", *fixed, *words)
 
-    def node(self, name: str, *words: str) -> subprocess.Popen[bytes]:
+    def node(self, name: str, *words: str) -> Running:
         """Start a node; the first time with its join file."""
         first = [] if (self.folder / name).exists() else ["app", "--join", f"{name}.join"]
         return self.start(name, "client", *first, "--state", name, "--threads", "1", *words)
@@ -305,9 +313,9 @@ class Processes:
 
 
 @pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
+def processes(tmp_path: Path, umbel: WarmCommand) -> Iterator[Processes]:
     """A folder for real processes, all of which are ended."""
-    opened = Processes(tmp_path)
+    opened = Processes(tmp_path, umbel)
     try:
         yield opened
     finally:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.written import HALVES
+
 APP = {
     "task.py": """
 import os
@@ -69,8 +71,7 @@ federation = Federation(
     data=data,
 )
 """,
-    "server_app.py": "from task import federation\n\napp = federation.server_app()\n",
-    "client_app.py": "from task import federation\n\napp = federation.client_app()\n",
+    **HALVES,
 }
 OPTIONS = (
     'rounds = 10\noptimizer = "fedavgm"\nserver-momentum = 0.5\nround-timeout = 60.0\nseed = 3'

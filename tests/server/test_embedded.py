@@ -365,16 +365,16 @@ def test_states_go_to_a_checkpoint_once_and_come_back() -> None:
     with EmbeddedGrid(echo_app(), 4) as grid:
         first, second = grid.get_node_ids()[:2]
         grid.send_and_receive(ask([first, second]))
-        saved = grid.pickled_states()
+        saved = grid.states.take_changed()
         assert set(saved) == {first, second}
-        assert grid.pickled_states() == {}
+        assert grid.states.take_changed() == {}
         grid.send_and_receive(ask([second]))
-        assert set(grid.pickled_states()) == {second}
+        assert set(grid.states.take_changed()) == {second}
     with EmbeddedGrid(echo_app(), 4) as grid:
-        grid.restore_states(saved)
+        grid.states.restore(saved)
         assert seen(grid.send_and_receive(ask(grid.get_node_ids()))) == [2, 2, 1, 1]
         with pytest.raises(Exception, match=r"."):
-            grid.restore_states({first: b"damaged"})
+            grid.states.restore({first: b"damaged"})
 
 
 def test_any_order_of_pulling_gives_every_reply() -> None:

@@ -37,7 +37,7 @@ def fit(folder: Path, **options: Any) -> tuple[float, list[dict[str, Any]], list
         return CLAIMS[node.partition]
 
     federation = Federation(FunctionTrainer(lambda _: {"w": np.zeros(2)}, train), data)
-    given = federation.complete({"rounds": 2, "federated-every": -1, **options})
+    given = federation.complete({"rounds": 2, "client-eval-every": -1, **options})
     grid = EmbeddedGrid(federation.client_app(), len(CLAIMS), run_config=given)
     run = RunDirectory.create(None, "limited", {}, out=folder)
     heard = Heard()

@@ -40,6 +40,8 @@ def test_a_run_that_ended_is_finished_whatever_copy_of_the_database_is_put_back(
             raw.sendall(noise)
     assert federation.wait("server") == 0
     assert phase(federation) == "finished"
+    states = {node["name"]: node["state"] for node in federation.status()["nodes"]}
+    assert states == {"n1": "finished", "n2": "finished"}, "they were told that the run is over"
     first = federation.result()
     log = federation.log("server")
     assert "ssl_transport_security" not in log and "Handshake failed" not in log

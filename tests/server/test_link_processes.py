@@ -106,6 +106,8 @@ def test_an_unmodified_flower_app_runs_under_watch_and_shuts_down(processes: Any
         assert processes.wait(name) == 0
     shown = json.loads(processes.umbel("status", "--state", "state", "--json").stdout)
     assert shown["phase"] == "stopped"
+    states = {node["name"]: node["state"] for node in shown["nodes"]}
+    assert states == {"n1": "away", "n2": "waiting"}, "one had left before the server did"
     modes = {path.stat().st_mode & 0o077 for path in processes.folder.rglob("*.pem")}
     assert modes == {0}
 
@@ -120,7 +122,7 @@ def test_a_killed_server_says_that_an_app_with_its_own_rounds_begins_again(proce
         processes.node(name, "--node-config", f"partition-id={number} num-partitions=2")
     status = ("status", "--state", "state", "--json")
     wait_for(processes, lambda: json.loads(processes.umbel(*status).stdout)["round"] > 3)
-    processes.running.pop("server").kill()
+    processes.kill("server")
     processes.server(*words)
     assert processes.wait("server") == 0, processes.log("server")
     assert "started again, it begins at round 1" in processes.log("server")

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from tests.written import HALVES
+
 APP = {
     "task.py": """
 import numpy as np
@@ -26,8 +28,7 @@ def data(node, options):
 trainer = PrivateSgd(trainer=TorchTrainer(linear), example_epsilon=0.5)
 federation = Federation(trainer, data)
 """,
-    "client_app.py": "from task import federation\n\napp = federation.client_app()\n",
-    "server_app.py": "from task import federation\n\napp = federation.server_app()\n",
+    **HALVES,
 }
 
 

@@ -20,7 +20,7 @@ def lines_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_policy_is_refused_by_name_on_both_sides_and_the_node_stays(processes: Any) -> None:
-    processes.write_app(APP, "rounds = 4\nfederated-every = -1")
+    processes.write_app(APP, "rounds = 4\nclient-eval-every = -1")
     names = ("clinic-a", "clinic-b", "clinic-c")
     processes.invite(*names)
     (processes.folder / "own.toml").write_text("unprotected = false\n")
@@ -56,7 +56,7 @@ def test_a_policy_is_refused_by_name_on_both_sides_and_the_node_stays(processes:
 @pytest.mark.slow
 def test_a_killed_coordinator_and_killed_nodes_go_on_in_a_secure_run(processes: Any) -> None:
     rounds = 60
-    processes.write_app(APP, f"secure = true\nrounds = {rounds}\nfederated-every = -1")
+    processes.write_app(APP, f"secure = true\nrounds = {rounds}\nclient-eval-every = -1")
     names = ("clinic-a", "clinic-b", "clinic-c", "clinic-d")
     processes.invite(*names)
     processes.server()

@@ -1,9 +1,7 @@
 """The same people under another directory, name or file are not taken for new ones."""
 
 import functools
-import sqlite3
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from dp_accounting import GaussianDpEvent, TruncatedSubsampledGaussianDpEvent, Z
 
 from tests.server.test_private_means import Blobs
 from tests.server.test_private_run import Lab, certificate, ledger_of
-from umbel import Dirichlet, Featured, Partitioned, Recipe
+from umbel import Dirichlet, FeatureMap, Partitioned, PrecomputedFeatures
 from umbel.core.errors import CheckError, ConfigError
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.events import REPLACE, ZERO_OUT, Charge
@@ -51,7 +49,7 @@ def test_the_data_name_the_population_and_not_how_they_are_divided() -> None:
     one = of(Partitioned("digits", Dirichlet(0.5)))
     assert one.startswith("app.digits-")
     assert one == of(Partitioned("digits", seed=3, test_fraction=0.2)) == of("digits")
-    assert one == of(Featured("digits", Recipe("pixels", 64, lambda rows: rows)))
+    assert one == of(PrecomputedFeatures("digits", FeatureMap("pixels", 64, lambda rows: rows)))
     assert one != of(Partitioned("wine"))
     assert one != name_of("other-app", Partitioned("digits"))
     assert declaration(ledger_of) == declaration(functools.partial(ledger_of, "x"))
@@ -114,14 +112,6 @@ def test_a_ledger_that_somebody_else_wrote_is_refused(
     monkeypatch.setenv("UMBEL_KEY", str(mine))
     with pytest.raises(ConfigError, match="not signed with this coordinator's key"):
         lab.run(epsilon=2.0, population="people", ledger=str(tmp_path / "people.sqlite"))
-
-
-def test_a_ledger_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "old.sqlite")) as database:
-        database.execute("CREATE TABLE entry (number INTEGER, body TEXT, hash TEXT)")
-        database.commit()
-    with pytest.raises(ConfigError, match="earlier version"):
-        Ledger(tmp_path / "old.sqlite", "people")
 
 
 def test_a_long_history_of_unlike_releases_is_added_up_all_the_same() -> None:

@@ -23,8 +23,8 @@ TASK = """
 import numpy as np
 import torch
 from umbel import (
-    Featured, Federation, PrivateMean, Recipe, SoftmaxTrainer, features_of, private_histogram,
-    private_second_moment,
+    FeatureMap, Federation, PrecomputedFeatures, PrivateMean, SoftmaxTrainer, features_of,
+    private_histogram, private_second_moment,
 )
 from umbel.clients.data.examples import Examples
 from umbel.clients.data.datasets import DataSet
@@ -64,7 +64,7 @@ federation = Federation(
     trainer=SoftmaxTrainer(
         WIDTH, classes=3, prepare=prepare, buffers=lambda options: {"centre": torch.zeros(WIDTH)}
     ),
-    data=Featured(data, Recipe("blobs", WIDTH, torch.from_numpy)),
+    data=PrecomputedFeatures(data, FeatureMap("blobs", WIDTH, torch.from_numpy)),
     questions=questions,
     options={"ask": True, "question-noise": 20.0},
 )

@@ -215,6 +215,13 @@ def test_local_noise_protects_from_the_server(lab: Lab) -> None:
     assert against["model-user"] == against["server"] == result["epsilon"]
     kinds = {row["against"]: row for row in certificate(lab)["guarantees"]}
     assert kinds["server"]["relation"] == "replace-one"
+    # Beside the coordinator's number stands what the nodes' own ledgers say.
+    spent_by = [row["epsilon"] for row in certificate(lab)["statements"]["nodes"]]
+    assert max(spent_by) <= against["server"] * 1.001
+    page = write_report(lab.directory().path).read_text(encoding="utf-8")
+    for text in (page, (lab.directory().path / "MODEL_CARD.md").read_text()):
+        assert f"ledgers (not signed), {len(spent_by)} nodes have spent epsilon" in text
+        assert f"{max(spent_by):.2g}"[:3] in text
     assert verify(lab.directory().path) == []
 
 

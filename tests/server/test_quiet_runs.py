@@ -11,6 +11,7 @@ from umbel.benchmarks.speed.apps import write_federation
 from umbel.running import run
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
+from umbel.server.output.report import write_report
 from umbel.server.output.rundir import RunDirectory
 from umbel.transport.link_pb2 import Hello
 
@@ -54,6 +55,10 @@ class Said(SilentProgress):
         self.notes.append(text)
 
 
+def reason_of(why: str) -> str:
+    return f"to evaluate the model, because {why}"
+
+
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_federation(tmp_path_factory.mktemp("quiet") / "app", TASK, name="q", config="")
@@ -83,7 +88,7 @@ def test_nodes_are_not_asked_what_would_tell_what_a_run_hides(
     said = Said()
     for every in (0, 1):
         out = tmp_path / str(every)
-        given = {**PLAIN, **options, "federated-every": every}
+        given = {**PLAIN, **options, "client-eval-every": every}
         run(app, options=given, nodes=6, workers=0, out=out, progress=said)
         assert "train" in asked and "evaluate" not in asked
         assert any(f"not asked to evaluate the model, because {why}" in note for note in said.notes)
@@ -93,6 +98,8 @@ def test_nodes_are_not_asked_what_would_tell_what_a_run_hides(
             assert not line.get("federated")
         for file in (out / "metrics.jsonl", out / "log.txt"):
             assert "0.75" not in file.read_text()
+        page = write_report(out).read_text()
+        assert f"Nothing is shown of single nodes: nodes are not asked {reason_of(why)}" in page
 
 
 def test_a_plain_run_asks_as_before(app: Path, tmp_path: Path, asked: list[str]) -> None:
@@ -100,6 +107,14 @@ def test_a_plain_run_asks_as_before(app: Path, tmp_path: Path, asked: list[str])
     assert asked.count("evaluate") == 3
     rows = RunDirectory.open(tmp_path / "out").nodes()
     assert [row["accuracy"] for row in rows] == [0.75] * 3
+    assert "Nothing is shown of single nodes" not in write_report(tmp_path / "out").read_text()
+
+
+def test_who_asks_for_no_evaluation_reads_that(app: Path, tmp_path: Path) -> None:
+    given = {**PLAIN, "federated-every": -1}
+    run(app, options=given, nodes=3, workers=0, out=tmp_path, progress=SilentProgress())
+    page = write_report(tmp_path).read_text()
+    assert reason_of("federated-every is -1.") in page
 
 
 def test_what_a_node_says_of_itself_when_it_connects() -> None:

@@ -79,7 +79,7 @@ def test_rounds_are_federated_averaging(fit: Fit, slope: Federation) -> None:
     outcome, lines = fit(rounds=4, seed=3)
     task = importlib.import_module("task")
     options = slope.complete({"seed": 3})
-    w = slope.trainer.initial(options, 3).parameters["slope"]
+    w = slope.trainer_for(options).initial(options, 3).parameters["slope"]
     for number in range(1, 5):
         rows: list[tuple[Tensor, int]] = []
         for partition in range(6):
@@ -185,7 +185,7 @@ def test_a_metric_that_cannot_be_compared_is_never_the_best(fit: Fit, slope: Fed
             return replace(found, metrics=metrics)
 
     federation = replace(slope, trainer=NanFirst(slope.trainer))
-    outcome, lines = fit(federation, rounds=3, keep="best", federated_every=-1)
+    outcome, lines = fit(federation, rounds=3, keep="best", client_eval_every=-1)
     assert outcome.metrics["loss"] == pytest.approx(
         min(line["metrics"]["loss"] for line in lines[1:])
     )
@@ -199,7 +199,7 @@ def test_the_mean_of_the_last_models(fit: Fit) -> None:
 
 
 def test_evaluations_are_as_rare_as_asked_and_the_last_round_has_both(fit: Fit) -> None:
-    _, lines = fit(rounds=5, evaluate_every=3, federated_every=2)
+    _, lines = fit(rounds=5, evaluate_every=3, client_eval_every=2)
     assert [bool(line["metrics"]) for line in lines] == [True, False, False, True, False, True]
     federated = [line["round"] for line in lines[1:] if line["federated"]]
     assert federated == [2, 4, 5]
@@ -207,7 +207,7 @@ def test_evaluations_are_as_rare_as_asked_and_the_last_round_has_both(fit: Fit) 
     assert set(summary) == {"mean", "spread", "worst_decile", "nodes"}
     assert summary["nodes"] == 6
     assert summary["worst_decile"] >= summary["mean"]
-    _, never = fit(rounds=2, federated_every=-1)
+    _, never = fit(rounds=2, client_eval_every=-1)
     assert all(line["federated"] is None for line in never[1:])
 
 
@@ -268,7 +268,7 @@ def test_a_model_that_is_no_longer_finite_ends_the_run_with_the_cure(fit: Fit) -
 def test_what_cannot_be_is_said_before_the_first_round(fit: Fit, slope: Federation) -> None:
     with pytest.raises(ConfigError, match=r"early-stop-metric is 'f1'.*choose one of loss, visits"):
         fit(keep="best", early_stop_metric="f1")
-    with pytest.raises(ConfigError, match="keep=best needs held-out examples"):
+    with pytest.raises(ConfigError, match="keep-model=best needs held-out examples"):
         fit(replace(slope, test=None), keep="best")
 
 
@@ -302,7 +302,7 @@ def test_nodes_that_come_later_join_a_plain_run_and_wait_for_the_end_of_a_privat
         def note(self, text: str) -> None:
             notes.append(text)
 
-    options = slope.complete({"rounds": 4, "federated-every": -1})
+    options = slope.complete({"rounds": 4, "client-eval-every": -1})
     job = replace(slope.job(options, 3), stack=stack)
     run = RunDirectory.create(None, "x", {}, out=tmp_path / "run")
     with Growing(slope.client_app(), 5, run_config=options) as grid:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from tests.written import HALVES
 from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 
@@ -31,8 +32,7 @@ def initial(options):
 
 federation = Federation(FunctionTrainer(initial, train), lambda node, _: node.partition + 1)
 """,
-    "server_app.py": "from task import federation\n\napp = federation.server_app()\n",
-    "client_app.py": "from task import federation\n\napp = federation.client_app()\n",
+    **HALVES,
 }
 
 
@@ -59,7 +59,7 @@ def test_three_enrolled_nodes_sum_in_secret_and_get_the_model_of_one_machine(
     Flower gives each message of a SuperNode a process of its own; there a node's keys are those
     that it makes itself, and nobody but the first meeting vouches for them.
     """
-    processes.write_app(APP, "secure = true\nrounds = 3\nfederated-every = -1")
+    processes.write_app(APP, "secure = true\nrounds = 3\nclient-eval-every = -1")
     names = ("clinic-a", "clinic-b", "clinic-c")
     processes.invite(*names)
     processes.server("--engine", engine)
@@ -108,7 +108,7 @@ def test_flowers_own_simulation_gives_the_same_model(tmp_path: Path) -> None:
     """S11: Flower's SecAgg+ does not run under its Message API; this does, bit for bit."""
     task = APP["task.py"].replace(
         "node.partition + 1)",
-        'node.partition + 1,\n    options={"secure": True, "rounds": 2, "federated-every": -1})',
+        'node.partition + 1,\n    options={"secure": True, "rounds": 2, "client-eval-every": -1})',
     )
     (tmp_path / "task.py").write_text(task)
     (tmp_path / "both.py").write_text(FLOWER)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
+from flwr.clientapp import ClientApp
 
 from tests.clients.liar import federation
 from umbel.server import checkpoint
@@ -15,7 +16,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
 from umbel.strategies.secure.wire import query_of
 
-OPTIONS = {"secure": True, "rounds": 5, "secure-norm": 1.0, "federated-every": -1}
+OPTIONS = {"secure": True, "rounds": 5, "secure-norm": 1.0, "client-eval-every": -1}
 NODES = 4
 
 
@@ -23,12 +24,13 @@ class Killed(BaseException):
     """As a kill, nothing catches it."""
 
 
-class Elsewhere:
+class Elsewhere(EmbeddedGrid):
     """Nodes that are processes of their own: what they keep does not go back with a checkpoint."""
 
-    def __init__(self, grid: EmbeddedGrid) -> None:
-        self._grid, self.die_before, self.rounds = grid, ("", 0), dict[int, int]()
-        self.run = grid.run
+    def __init__(self, app: ClientApp, options: Any) -> None:
+        super().__init__(app, NODES, run_config=options)
+        self.states = None  # type: ignore[assignment]
+        self.die_before, self.rounds = ("", 0), dict[int, int]()
 
     def stream(self, messages: Any, timeout: float | None = None) -> Iterator[Message]:
         messages = list(messages)
@@ -38,7 +40,7 @@ class Elsewhere:
         )
         if (kind, number) == self.die_before:
             raise Killed
-        for reply in self._grid.stream(messages, timeout):
+        for reply in super().stream(messages, timeout):
             if kind == query_of("mask"):
                 given = self.rounds.get(number, 0)
                 self.rounds[number] = given + ("vector" in reply.content["umbel.secure"])
@@ -63,12 +65,11 @@ def test_a_killed_coordinator_goes_on_after_the_round_it_was_in(
     monkeypatch.setattr("umbel.server.rounds.CHECKPOINT_EVERY_S", 0.0)
     app = federation()
     options = app.complete(OPTIONS)
-    inner = EmbeddedGrid(app.client_app(), NODES, run_config=options)
-    grid = Elsewhere(inner)
+    grid = Elsewhere(app.client_app(), options)
     run = RunDirectory.create(None, "test", {"options": options}, out=tmp_path / "run")
 
     def rounds(said: Said) -> Rounds:
-        return Rounds(app.job(options, NODES), grid, inner.roster(), run, said)  # type: ignore[arg-type]
+        return Rounds(app.job(options, NODES), grid, grid.roster(), run, said)
 
     grid.die_before = ("train" if stage == "train" else query_of(stage), number)
     with pytest.raises(Killed):

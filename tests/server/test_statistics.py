@@ -1,5 +1,6 @@
 """Which running statistics a model is judged and delivered with, and who says how good it is."""
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.server.conftest import Processes
+from tests.server.small_federation import start_nodes
+from tests.written import HALVES, NORMED, write_app
 from umbel.clients.data.examples import Examples, Node, Split
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.private_sgd import PrivateSgd
@@ -29,47 +33,9 @@ from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.stack import Stack
 from umbel.summary import lines
 
-TASK = """
-import numpy as np
-from torch import nn
-from umbel import Examples, Federation, Split, TorchTrainer
-
-def net():
-    return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
-
-def make(seed, n):
-    random = np.random.default_rng(seed)
-    y = random.integers(0, 3, n)
-    return Examples((random.normal(size=(n, 4)) * 3 + 20 + 5 * y[:, None]).astype("float32"), y)
-
-def data(node, options):
-    return Split(make(node.partition, 64 + 8 * node.partition), make(100 + node.partition, 40))
-
-federation = Federation(
-    TorchTrainer(net, learning_rate=0.5), data, HELD, options={"batch-size": 16}, name="normed"
-)
-"""
-APP = """
-[project]
-name = "normed"
-version = "1"
-[tool.flwr.app.components]
-serverapp = "server_app:app"
-clientapp = "client_app:app"
-[tool.flwr.app.config]
-rounds = 6
-local-epochs = 2
-"""
-
 
 def app(folder: Path, held: str) -> Path:
-    folder.mkdir()
-    (folder / "task.py").write_text(TASK.replace("HELD", held))
-    (folder / "pyproject.toml").write_text(APP)
-    for side in ("server", "client"):
-        text = f"from task import federation\n\napp = federation.{side}_app()\n"
-        (folder / f"{side}_app.py").write_text(text)
-    return folder
+    return write_app(folder, NORMED.replace("HELD", held), "rounds = 6\nlocal-epochs = 2")
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +92,45 @@ def test_without_held_out_examples_the_nodes_measurements_are_the_result(tmp_pat
     assert result["measured"] == "nodes"
     assert any("(on the nodes' own tests)" in line for line in lines(result, tmp_path))
     assert float(load(directory.path)[1].running_mean.abs().max()) > 1
+
+
+def test_a_node_with_statistics_that_are_no_numbers_is_left_out(tmp_path: Path) -> None:
+    """Its update is finite and counts; the model is delivered with what the others measured."""
+    folder = app(tmp_path / "normed", "lambda options: make(999, 300)")
+    result, directory = done(folder, huge=1, rounds=1)
+    assert directory.rounds()[-1]["clients"] == 3
+    mean, variance = (load(directory.path)[1].state_dict()[f"running_{k}"] for k in ("mean", "var"))
+    assert bool(torch.isfinite(mean).all()) and bool(torch.isfinite(variance).all())
+    assert float(mean.abs().max()) < 1e4, "nothing of the huge node's"
+    assert math.isfinite(result["metrics"]["loss"])
+
+
+@pytest.mark.parametrize("huge", [-1, 1])
+def test_a_run_that_goes_on_is_delivered_with_the_same_statistics(
+    tmp_path: Path, huge: int
+) -> None:
+    folder = app(tmp_path / "normed", "None")
+    _, whole = done(folder, huge=huge, rounds=4)
+    _, half = done(folder, huge=huge, rounds=2)
+    run(resume=half.path, options={"rounds": 4}, workers=0, progress=SilentProgress())
+    one, other = whole.read_model(), half.read_model()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert float(one["1.running_mean"].abs().max()) > 1
+
+
+def test_statistics_come_over_the_link_as_from_nodes_in_this_process(processes: Processes) -> None:
+    task = NORMED.replace("HELD", "None")
+    processes.write_app({**HALVES, "task.py": task}, "rounds = 2")
+    start_nodes(processes, "n1", "n2")
+    processes.server()
+    assert processes.wait("server") == 0, processes.log("server")
+    linked = RunDirectory(Path(processes.result()["run"])).read_model()
+    out = processes.folder / "embedded"
+    run(processes.app, nodes=2, workers=0, out=out, progress=SilentProgress())
+    embedded = RunDirectory(out).read_model()
+    assert float(linked["1.running_mean"].abs().max()) > 1
+    torch.testing.assert_close(linked, embedded, rtol=1e-6, atol=1e-7)
 
 
 def test_variances_are_those_of_all_examples() -> None:

@@ -14,7 +14,7 @@ from tests.fakes import APPS, SharedNursery
 from umbel.core.errors import ConfigError, RunError
 from umbel.server.embedded.executor import FIRST_NODE
 from umbel.server.embedded.grid import EmbeddedGrid
-from umbel.server.embedded.workers import ForkServer
+from umbel.server.pools.processes import ForkServer
 
 
 @pytest.fixture

@@ -47,7 +47,15 @@ from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum
 from umbel.strategies.secure.weigh import Weigh
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Claim, Facts, Round, Stateless, Transform
+from umbel.strategies.transform import (
+    Claim,
+    Facts,
+    NodeContext,
+    Round,
+    RoundContext,
+    Stateless,
+    Transform,
+)
 
 SIZE = 6
 NODES = 9
@@ -315,17 +323,18 @@ class Sure(Stateless):
     isometry: bool = True  # type: ignore[misc]
     name: str = "sure"
 
-    def decode(self, total: Tensor, metrics: Any, state: None, rnd: Round) -> Any:  # noqa: ARG002
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> Any:
         match self.kind:
             case "turns":
-                return -total, state, {}
+                return -total, state
             case "tells":
-                return total, state, {"largest": float(total.max())}
+                ctx.report("largest", float(total.max()))
+                return total, state
             case "keeps":
-                return total, {"seen": total}, {}
+                return total, {"seen": total}
             case "lengthens":
-                return 2 * total, state, {}
-        return total.abs(), state, {}
+                return 2 * total, state
+        return total.abs(), state
 
 
 @pytest.mark.parametrize(
@@ -554,11 +563,12 @@ class Longer(Stateless):
             return after.replace(l2_bound=math.hypot(facts.l2_bound, 1.0))
         return after
 
-    def encode(self, update: Tensor, config: Any, memory: RecordDict) -> Any:  # noqa: ARG002
-        return torch.cat([update, torch.ones(1, dtype=update.dtype)]), {}
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:  # noqa: ARG002
+        return torch.cat([update, torch.ones(1, dtype=update.dtype)])
 
-    def decode(self, total: Tensor, metrics: Any, state: None, rnd: Round) -> Any:  # noqa: ARG002
-        return total[:-1], state, {"last": float(total[-1])}
+    def decode(self, total: Tensor, state: None, ctx: RoundContext) -> Any:
+        ctx.report("last", float(total[-1]))
+        return total[:-1], state
 
 
 @pytest.mark.parametrize(
@@ -587,8 +597,8 @@ class Louder(Stateless):
 
     name: str = "louder"
 
-    def encode(self, update: Tensor, config: Any, memory: RecordDict) -> Any:  # noqa: ARG002
-        return update * 100, {}
+    def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:  # noqa: ARG002
+        return update * 100
 
 
 def test_a_bound_that_a_layer_does_not_keep_costs_its_nodes(without_noise: Recorder) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
 from scipy import stats
 
 from umbel.benchmarks.speed.apps import write_federation
@@ -31,7 +30,7 @@ from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_sum import SecureSum, modulus_bits
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts
+from umbel.strategies.transform import Facts, NodeContext
 
 SIZE = 4096
 
@@ -53,7 +52,7 @@ def federate(
         return -1 if node.partition < lost else 1
 
     federation = Federation(FunctionTrainer(initial, train), data, stack=stack)
-    given = federation.complete({"rounds": 1, "federated-every": -1, **(options or {})})
+    given = federation.complete({"rounds": 1, "client-eval-every": -1, **(options or {})})
     grid = EmbeddedGrid(federation.client_app(), nodes, run_config={"seed": 0})
     run = RunDirectory.create(None, "noise", {}, out=folder)
     rounds = Rounds(federation.job(given), grid, grid.roster(), run, SilentProgress())
@@ -149,7 +148,7 @@ def test_stacks_that_would_not_be_private_are_refused(layers: Any, collect: Any,
 def test_a_node_without_noise_to_make_gets_none_to_leave_out() -> None:
     facts = Facts(size=4, l2_bound=1.0, grid=0.25, expected_replies=9)
     with pytest.raises(StackError, match="no noise yet"):
-        DistributedSkellam().tell(facts, None)
+        DistributedSkellam().broadcast(None, facts)
     for bad in ({"min_cohort": -1}, {"colluders": -1}, {"noise_multiplier": 0.0}):
         with pytest.raises(StackError):
             DistributedSkellam(**bad)
@@ -160,11 +159,11 @@ def test_a_share_is_whole_steps_added_to_the_update() -> None:
     config = {"step": 0.125, "bound": 1.0, "noise-multiplier": 1.0, "shares": 4, "round": 1}
     update = torch.zeros(1000)
     update[:4] = 0.5
-    out, said = layer.encode(update, config, RecordDict())
+    out = layer.encode(update, NodeContext(config))
     steps = (out / 0.125).numpy()
-    assert np.array_equal(steps, np.rint(steps)) and said == {}
+    assert np.array_equal(steps, np.rint(steps))
     assert 0.3 < float((out - update).std()) < 0.7
-    assert not torch.equal(out, layer.encode(update, config, RecordDict())[0])
+    assert not torch.equal(out, layer.encode(update, NodeContext(config)))
 
 
 @pytest.mark.parametrize("lie", [{"bound": 0.5}, {"step": 0.75}, {"bound": math.nan}])
@@ -174,9 +173,9 @@ def test_a_server_that_tells_too_small_a_bound_or_too_coarse_a_step_gets_nothing
     layer = DistributedSkellam(1.0)
     config = {"step": 0.125, "bound": 1.0, "noise-multiplier": 1.0, "shares": 4, "round": 1}
     update = torch.tensor([0.5, 0.5, 0.5, 0.5])
-    layer.encode(update, config, RecordDict())
+    layer.encode(update, NodeContext(config))
     with pytest.raises(RunError, match="no update is sent"):
-        layer.encode(update, config | lie, RecordDict())
+        layer.encode(update, NodeContext(config | lie))
 
 
 def test_epsilon_alone_with_secure_makes_the_whole_private_run(tmp_path: Path) -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from umbel.core.errors import ConfigError
-from umbel.strategies.node_policy import KEYS, NodePolicy, default_file, policy_of, policy_path
+from umbel.strategies.node_policy import (
+    KEYS,
+    NodePolicy,
+    PolicyError,
+    default_file,
+    policy_of,
+    policy_path,
+)
+from umbel.strategies.protection import Protection
 
 
 @pytest.mark.parametrize(
@@ -25,6 +33,9 @@ from umbel.strategies.node_policy import KEYS, NodePolicy, default_file, policy_
         "participations = true",
         "epsilon = 'eight'",
         "record-epsilon = 0.0",
+        "epsilon = nan",
+        "epsilon = -inf",
+        "epsilon = 'none'",
         'metrics = "some"',
         "counts = true",
         'errors = "all"',
@@ -47,6 +58,22 @@ def test_what_cannot_be_meant_stops_the_node(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"policy\.toml says"):
         NodePolicy.load(file)
+
+
+@pytest.mark.parametrize("said", ["'unlimited'", "inf"])
+def test_no_limit_asks_nothing_of_updates_and_is_not_the_first_promise(
+    tmp_path: Path, said: str
+) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(f"epsilon = {said}\nrecord-epsilon = {said}\nunprotected = true\n")
+    policy = NodePolicy.load(file)
+    policy.check_protection(Protection())
+    assert policy.unprotected and not policy.protects
+    assert policy.in_force()["epsilon"] == policy.in_force()["record-epsilon"] == "unlimited"
+    assert NodePolicy().in_force()["epsilon"] == "what the first run promises"
+    file.write_text(f"epsilon = {said}\nrecord-epsilon = 8.0\n")
+    with pytest.raises(PolicyError, match="record-epsilon is limited"):
+        NodePolicy.load(file).check_protection(Protection())
 
 
 def test_the_file_that_a_node_writes_itself_changes_nothing(tmp_path: Path) -> None:

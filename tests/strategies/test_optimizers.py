@@ -13,8 +13,10 @@ from flwr.serverapp import strategy as flower
 from tests.fakes import collected, gathering, reply, request
 from umbel.core.errors import ConfigError
 from umbel.core.flower import take_identity
+from umbel.core.registry import make
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.optimizers import Adaptive, FedAvg, FedAvgM, ServerOptimizer, optimizer_named
+from umbel.strategies.optimizers import Adaptive, FedAvg, FedAvgM, ServerOptimizer
+from umbel.strategies.run_options import RunOptions
 
 SIZE, NODES, ROUNDS = 12, (1001, 1002, 1003, 1004), 6
 Pair = tuple[Callable[[], Any], ServerOptimizer]
@@ -34,7 +36,7 @@ PAIRS: dict[str, Pair] = {
     ),
     "fedadagrad": (
         lambda: flower.FedAdagrad(eta=0.05, tau=1e-3),
-        Adaptive("fedadagrad", 0.05, tau=1e-3),
+        Adaptive("fedadagrad", 0.05, epsilon=1e-3),
     ),
 }
 
@@ -96,7 +98,8 @@ def test_it_agrees_with_flower(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_inputs_are_not_mutated_and_names_agree(name: str) -> None:
-    optimizer = optimizer_named(name, learning_rate=0.1)
+    options = RunOptions.defaults() | {"server-learning-rate": 0.1}
+    optimizer: ServerOptimizer = make("optimizer", name, options)
     assert optimizer.name == name
     model, update = torch.ones(3), torch.full((3,), 0.5)
     slots = optimizer.init(model)
@@ -119,4 +122,4 @@ def test_momentum_without_momentum_is_the_average() -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"'fedadan'.*fedavg, fedavgm, fedadam"):
-        optimizer_named("fedadan", learning_rate=1.0)
+        RunOptions(optimizer="fedadan")

@@ -31,7 +31,7 @@ from umbel.strategies.recipe import compose
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, Round
+from umbel.strategies.transform import Facts, NodeContext, Round
 
 SIZE = 6
 FIXED = PlainSum(weighting="fixed")
@@ -174,7 +174,7 @@ def test_local_noise_is_for_a_replaced_update() -> None:
 def test_local_noise_does_not_trust_the_servers_bound() -> None:
     """A server that says another bound than it clips to gains nothing."""
     layer = LocalGaussian(1.0, 1e-5)
-    sent, _ = layer.encode(torch.full((1000,), 100.0), {"bound": 1e-3}, RecordDict())
+    sent = layer.encode(torch.full((1000,), 100.0), NodeContext({"bound": 1e-3}))
     assert l2_norm(sent) < 1e-3 * layer.noise_multiplier * math.sqrt(1000) * 2
 
 

@@ -15,7 +15,7 @@ from umbel.strategies.collect import Sum
 from umbel.strategies.secure.quantize import Quantize, step_for, widened
 from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, Round
+from umbel.strategies.transform import Facts, NodeContext, Round
 
 NORMS = st.sampled_from([1e-3, 0.1, 1.0, 7.3, 1e3])
 
@@ -29,7 +29,7 @@ def test_whole_steps_within_the_bound_that_is_planned_on(
     facts = layer.check(Facts(size=size, l2_bound=norm), None)
     assert facts.grid is not None and facts.l2_bound is not None
     update = clip(torch.randn(size, dtype=torch.float64) * norm, norm).update
-    out, _ = layer.encode(update, {"bound": norm}, RecordDict())
+    out = layer.encode(update, NodeContext({"bound": norm}))
     assert on_grid(out, facts.grid)
     assert l2_norm(out) <= facts.l2_bound * (1 + 1e-12)
     assert float((out - update).abs().max()) <= facts.grid * (0.5 if rounding == "nearest" else 1)
@@ -42,7 +42,7 @@ def test_stochastic_rounding_has_no_bias() -> None:
     layer = Quantize(1, "stochastic")
     update = torch.full((50,), 0.3 / math.sqrt(50), dtype=torch.float64)
     step = step_for(1.0, 50, 1)
-    total = sum(layer.encode(update, {"bound": 1.0}, RecordDict())[0] for _ in range(4000))
+    total = sum(layer.encode(update, NodeContext({"bound": 1.0})) for _ in range(4000))
     error = float((total / 4000 - update).mean().abs())
     assert error < 6 * step * 0.5 / math.sqrt(4000 * 50) + 0.02 * step
 
@@ -57,10 +57,10 @@ def test_the_conditional_bound_is_hardly_longer_than_the_norm() -> None:
 def test_a_rotation_never_lengthens_and_comes_back(size: int) -> None:
     layer = Rotate()
     update = clip(torch.randn(size), 1.0).update
-    rotated, _ = layer.encode(update, {"round": 4}, RecordDict())
+    rotated = layer.encode(update, NodeContext({"round": 4}))
     assert l2_norm(rotated) <= l2_norm(update)
     rnd = Round(4, 1.0, 1, 1.0, Facts(len(rotated)), torch.Generator(), Facts(size))
-    back, _, _ = layer.decode(rotated, {}, None, rnd)
+    back, _ = layer.decode(rotated, None, rnd)
     assert torch.allclose(back, update, atol=1e-5)
 
 

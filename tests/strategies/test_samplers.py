@@ -9,29 +9,34 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from umbel.core.errors import ConfigError
-from umbel.strategies.samplers import Everyone, FixedSize, Poisson, Sampler, make_sampler
+from umbel.strategies.samplers import Everyone, FixedSize, Poisson, make_sampler
 
 FALSE_ALARM = 1e-7
 """Of each statistical test below, when the code is right."""
 
-COHORTS: list[Sampler] = [Everyone(), FixedSize(7), Poisson(7.5), Poisson(7.5, cap=9)]
+COHORTS: list[Everyone | FixedSize | Poisson] = [
+    Everyone(),
+    FixedSize(7),
+    Poisson(7.5),
+    Poisson(7.5, cap=9),
+]
 
 
 @given(st.sampled_from(COHORTS), st.integers(1, 60), st.lists(st.integers(0, 2**64), min_size=1))
 def test_positions_are_ascending_distinct_and_seeded(
-    cohort: Sampler, population: int, entropy: list[int]
+    cohort: Everyone | FixedSize | Poisson, population: int, entropy: list[int]
 ) -> None:
     drawn = cohort.draw(population, entropy)
     assert drawn == sorted(set(drawn))
     assert all(type(i) is int and 0 <= i < population for i in drawn)
     assert drawn == cohort.draw(population, entropy)
-    assert len(drawn) <= cohort.most(population)
+    assert len(drawn) <= cohort.bounds(population)[1]
 
 
 @given(st.integers(1, 80), st.integers(1, 60))
 def test_a_fixed_cohort_has_its_size(size: int, population: int) -> None:
     assert len(FixedSize(size).draw(population, [1])) == min(size, population)
-    assert FixedSize(size).expected(population) == min(size, population)
+    assert FixedSize(size).bounds(population) == (min(size, population), min(size, population))
     assert len(FixedSize(size).draw(population, None)) == min(size, population)
 
 
@@ -74,8 +79,9 @@ def test_poisson_sizes_are_binomial_and_nodes_independent(entropy: str) -> None:
 
 
 def test_poisson_expects_a_public_number() -> None:
-    assert Poisson(7.5).expected(100) == 7.5
-    assert Poisson(7.5).expected(5) == 5.0
+    assert Poisson(7.5).bounds(100) == (7.5, 100)
+    assert Poisson(7.5, cap=9).bounds(100) == (7.5, 9)
+    assert Poisson(7.5).bounds(5) == (5.0, 5)
     assert Poisson(200).draw(5, [1]) == [0, 1, 2, 3, 4], "a rate of 1 takes everyone"
 
 
@@ -103,7 +109,7 @@ def test_names_and_sizes_are_checked() -> None:
     assert make_sampler("fixed", 9.2) == FixedSize(10)
     assert make_sampler("poisson", 9.5, 20) == Poisson(9.5, 20)
     assert make_sampler("poisson", 9.5) == Poisson(9.5, None)
-    with pytest.raises(ConfigError, match="'fxied'; it can be all, fixed or poisson"):
+    with pytest.raises(ConfigError, match="'fxied'; it can be all, fixed, poisson"):
         make_sampler("fxied", 3)
     for size in (0.0, math.inf, math.nan, -1.0):
         with pytest.raises(ConfigError, match="needs cohort-size"):

@@ -74,7 +74,7 @@ def federate(
 
     federation = Federation(TRAINER, data, stack=stack)
     grid = Wire(federation.client_app(), nodes)
-    options = federation.complete({"rounds": rounds, "federated-every": -1})
+    options = federation.complete({"rounds": rounds, "client-eval-every": -1})
     job = federation.job(options)
     out = folder / f"run-{stack.collect.name}-{len(stack.layers)}"
     run = RunDirectory.create(None, "test", {"options": options}, out=out)

@@ -1,7 +1,7 @@
 """Layers in list order on the node, in reverse on the server, over one collect."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.fakes import PlusOne, Times, collected, gathering, reply
 from umbel.core.errors import StackError
 from umbel.strategies.collect import PlainSum
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Claim, Facts, Round, Stateless
+from umbel.strategies.transform import Claim, Facts, NodeContext, Round, Stateless
 
 NODES = (1001, 1002, 1003)
 UPDATES = [torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]), torch.tensor([3.0, 3.0])]
@@ -22,7 +22,7 @@ BOTH = [Stack([PlusOne(), Times()]), Stack([Times(), PlusOne()])]
 def one_round(stack: Stack, states: Any, number: int = 1, collect: Any = None) -> Any:
     """All of a round but the wire."""
     facts = stack.check(Facts(2), states)
-    config = stack.publish(states)
+    config = stack.publish(states, Facts(2))
     replies = []
     for node, update in zip(NODES, UPDATES, strict=True):
         sent, metrics = stack.encode(update, config, RecordDict(), {"num-examples": 2, "loss": 1.0})
@@ -44,7 +44,7 @@ def test_decode_undoes_encode_in_reverse(stack: Stack) -> None:
 
 
 def test_encode_goes_in_list_order() -> None:
-    config = BOTH[0].publish(BOTH[0].init(2))
+    config = BOTH[0].publish(BOTH[0].init(2), Facts(2))
     assert BOTH[0].encode(torch.ones(2), config, RecordDict())[0].tolist() == [6.0, 6.0]
     assert BOTH[1].encode(torch.ones(2), config, RecordDict())[0].tolist() == [4.0, 4.0]
 
@@ -61,7 +61,7 @@ def test_state_is_passed_and_never_kept() -> None:
     _, third, metrics = one_round(stack, second, 2)
     assert [states[0]["rounds"] for states in (first, second, third)] == [0, 1, 2]
     assert first[0]["seen"].tolist() == [0.0, 0.0]
-    assert stack.publish(third) == {"plus-one.rounds": 2}
+    assert stack.publish(third, Facts(2)) == {"plus-one.rounds": 2}
     assert metrics["plus-one.rounds"] == 1.0, "the node saw what the server published"
     assert one_round(stack, first)[1][0]["rounds"] == 1, "the same state gives the same round"
 
@@ -135,8 +135,10 @@ class Witness(Stateless):
 
     name: str = "witness"
 
-    def attach(self, update: torch.Tensor, metrics: Any, config: Any) -> torch.Tensor:  # noqa: ARG002
-        return torch.cat([update, torch.tensor([metrics["loss"]])])
+    needs: ClassVar[frozenset[str]] = frozenset({"metrics"})
+
+    def encode(self, update: torch.Tensor, ctx: NodeContext) -> torch.Tensor:
+        return torch.cat([update, torch.tensor([ctx.metrics["loss"]])])
 
     def claim(self, facts: Facts) -> Claim:  # noqa: ARG002
         event = GaussianDpEvent(1.0)

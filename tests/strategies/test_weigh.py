@@ -16,7 +16,7 @@ from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.rounds import Rounds
 from umbel.strategies.secure.weigh import Weigh
-from umbel.strategies.transform import Facts
+from umbel.strategies.transform import Facts, NodeContext
 
 EXAMPLES = (1, 10, 100, 1000, 40, 7)
 
@@ -36,7 +36,7 @@ def federate(folder: Path, **options: Any) -> tuple[torch.Tensor, dict[str, Any]
 
     federation = Federation(FunctionTrainer(initial, train), data)
     changes = {k.replace("_", "-"): v for k, v in options.items()}
-    given = federation.complete({"rounds": 1, "federated-every": -1, **changes})
+    given = federation.complete({"rounds": 1, "client-eval-every": -1, **changes})
     grid = EmbeddedGrid(federation.client_app(), len(EXAMPLES), run_config=given)
     run = RunDirectory.create(None, "weigh", {}, out=folder / str(len(list(folder.iterdir()))))
     rounds = Rounds(federation.job(given), grid, grid.roster(), run, SilentProgress())
@@ -72,9 +72,12 @@ def test_weights_count_in_the_bound() -> None:
     layer = Weigh(10.0, {"loss": 1.0})
     update = torch.full((8,), 3.0 / 8**0.5)
     measured = {"num-examples": 1e9, "loss": float("inf")}
-    out = layer.attach(update, measured, {"bound": 3.0})
+    out = layer.encode(update, NodeContext({"bound": 3.0}, metrics=measured))
     assert float(out.norm()) <= (facts.l2_bound or 0) * (1 + 1e-9)
-    nothing = layer.attach(update, {"num-examples": -5.0, "loss": float("nan")}, {"bound": 3.0})
+    nothing = layer.encode(
+        update,
+        NodeContext({"bound": 3.0}, metrics={"num-examples": -5.0, "loss": float("nan")}),
+    )
     assert not bool(nothing.any())
 
 

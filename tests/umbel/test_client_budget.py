@@ -32,6 +32,9 @@ def test_it_shows_each_count_with_its_limit_and_who_asked_last(
         assert (row["participations"], row["participations_limit"]) == (2, 20)
         assert (row["epsilon_limit"], row["limit_from"]) == (9.0, "policy")
         assert 0.0 < row["epsilon"] < 0.5
+    (state / "policy.toml").write_text('record-epsilon = "unlimited"\n')
+    said = umbel.command("client", "budget", "--state", state, cwd=tmp_path / "here")
+    assert "(no limit, by policy), at delta 1e-05" in said.out
     assert json.dumps(result, allow_nan=False)
 
 

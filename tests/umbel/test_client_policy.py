@@ -28,6 +28,10 @@ def test_it_shows_the_file_with_comments_and_what_is_in_force(
     assert found["policy"]["min-noise"] == 2.0
     assert found["policy"]["options"] == {"rounds": {"max": 9}}
     assert found["policy"]["unprotected"] is False
+    (state / "policy.toml").write_text("epsilon = inf\n[options]\nrounds = {max = inf}\n")
+    found = umbel.command("client", "policy", "--state", state, "--json", cwd=here).result
+    assert found["policy"]["epsilon"] == "unlimited"
+    assert found["policy"]["options"] == {"rounds": {"max": "Infinity"}}
     assert json.dumps(found, allow_nan=False)
 
 

@@ -2,6 +2,7 @@
 
 # ruff: noqa: ARG001, ARG002, ARG005 - broken parts take the arguments of their protocols
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from umbel.clients.trainers.softmax import SoftmaxTrainer
 from umbel.core.errors import ConfigError
 from umbel.privacy.budget.events import ADD_OR_REMOVE
 from umbel.strategies.collect import PlainSum, Sum
+from umbel.strategies.objective import Correction
 from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.banded_gaussian import BandedGaussian
 from umbel.strategies.private.clip import Clip
@@ -302,14 +304,14 @@ class _Counts(Idle):
         object.__setattr__(self, "name", "broken")
         object.__setattr__(self, "rounds", 0)
 
-    def decode(self, total: Any, metrics: Any, state: Any, rnd: Any) -> Any:
+    def decode(self, total: Any, state: Any, ctx: Any) -> Any:
         object.__setattr__(self, "rounds", self.rounds + 1)  # type: ignore[attr-defined]
-        return total, state, {}
+        return total, state
 
 
-def _mutates_state(self: Any, total: Any, metrics: Any, state: Any, rnd: Any) -> Any:
+def _mutates_state(self: Any, total: Any, state: Any, ctx: Any) -> Any:
     state["rounds"] += 1
-    return total, state, {}
+    return total, state
 
 
 def _claim(**changes: Any) -> Callable[..., Claim]:
@@ -319,21 +321,21 @@ def _claim(**changes: Any) -> Callable[..., Claim]:
     return lambda self, facts: replace(whole, **changes)
 
 
-def _decode(self: Any, total: Any, metrics: Any, state: Any, rnd: Any) -> Any:
-    return total * 2, state, {}
+def _decode(self: Any, total: Any, state: Any, ctx: Any) -> Any:
+    return total * 2, state
 
 
 BROKEN_LAYERS: list[tuple[dict[str, Any], str]] = [
-    ({"encode": lambda s, u, c, m: (u.add_(1), {})}, "leaves its input alone"),
-    ({"encode": lambda s, u, c, m: (torch.cat([u, u]), {})}, "size that `check` says"),
-    ({"encode": lambda s, u, c, m: (u / u.norm(), {})}, "stays finite"),
-    ({"encode": lambda s, u, c, m: (u * 2, {})}, "longer than the l2_bound"),
-    ({"encode": lambda s, u, c, m: (u / 3, {})}, "on the grid"),
-    ({"encode": lambda s, u, c, m: (u + torch.rand(len(u)) * 0, {})}, ""),
-    ({"encode": lambda s, u, c, m: (u * torch.rand(len(u)), {})}, "same update and config"),
+    ({"encode": lambda s, u, c: u.add_(1)}, "leaves its input alone"),
+    ({"encode": lambda s, u, c: torch.cat([u, u])}, "size that `check` says"),
+    ({"encode": lambda s, u, c: u / u.norm()}, "stays finite"),
+    ({"encode": lambda s, u, c: u * 2}, "longer than the l2_bound"),
+    ({"encode": lambda s, u, c: u / 3}, "on the grid"),
+    ({"encode": lambda s, u, c: u + torch.rand(len(u)) * 0}, ""),
+    ({"encode": lambda s, u, c: u * torch.rand(len(u))}, "same update and config"),
     ({"check": lambda s, f, st: f.replace(modulus=16)}, "below the modulus"),
-    ({"decode": lambda s, t, m, st, r: (t[1:], st, {})}, "original size"),
-    ({"decode": lambda s, t, m, st, r: (t * torch.rand(1), st, {})}, "same state and sum"),
+    ({"decode": lambda s, t, st, c: (t[1:], st)}, "original size"),
+    ({"decode": lambda s, t, st, c: (t * torch.rand(1), st)}, "same state and sum"),
     ({"init": lambda s, n: {"rounds": 0}, "decode": _mutates_state}, "leaves the state"),
     (
         {
@@ -349,10 +351,13 @@ BROKEN_LAYERS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"init": lambda s, n: [1, 2]}, "survives a checkpoint"),
     ({"isometry": True, "decode": _decode}, "isometry is one"),
+    ({"begin": lambda s, w, c: Correction(w.add_(1))}, "`begin` leaves the model"),
+    ({"begin": lambda s, w, c: Correction(anchor=w[1:])}, "the anchor of a correction"),
+    ({"begin": lambda s, w, c: Correction(strength=math.inf)}, "strength of a correction"),
     ({"claim": _claim(unit="house"), "decode": _decode}, "known unit"),
     ({"claim": _claim(relation="near"), "decode": _decode}, "known relation"),
     ({"claim": _claim(against="everybody"), "decode": _decode}, "known against"),
-    ({"claim": _claim(slack=-1.0), "decode": _decode}, "known slack"),
+    ({"claim": _claim(extra_delta=-1.0), "decode": _decode}, "known slack"),
     ({"claim": _claim()}, "does something for it"),
 ]
 

@@ -18,6 +18,7 @@ from umbel.core.errors import ConfigError
 from umbel.federation import Federation
 from umbel.running import run
 from umbel.server.output.progress import SilentProgress
+from umbel.server.output.rundir import RunDirectory
 from umbel.strategies.stack import Stack
 
 
@@ -103,19 +104,20 @@ def test_the_same_app_gives_the_same_model_under_ray(
         ray.shutdown()
         logging.getLogger("flwr").setLevel(level)
     (simulated,) = (tmp_path / "runs").iterdir()
+    assert RunDirectory(simulated).config()["app"] == "slope", "the app's files say its name"
     plain = run(APPS / "slope", options={"rounds": 10}, workers=0, progress=SilentProgress())
     one, other = (load_file(Path(p) / "model.safetensors") for p in (simulated, plain["run"]))
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_what_a_choice_implies_follows_it_and_yields_to_what_is_given(slope: Federation) -> None:
-    plans = {"a": {"rounds": 30, "tau": 0.5}, "b": {"rounds": 40, "tau": 0.25}}
+    plans = {"a": {"rounds": 30, "tau": 0.5}, "b": {"rounds": 40, "adaptive-epsilon": 0.25}}
     chosen = replace(slope, options={"way": "a"}, tuned=lambda options: plans[str(options["way"])])
     plain = chosen.complete({"rounds": 0})  # 0 rounds are none, so the choice decides
-    assert (plain["rounds"], plain["tau"]) == (30, 0.5)
+    assert (plain["rounds"], plain["adaptive-epsilon"]) == (30, 0.5)
     other = chosen.override(plain, {"way": "b"})
-    assert (other["rounds"], other["tau"]) == (40, 0.25)
+    assert (other["rounds"], other["adaptive-epsilon"]) == (40, 0.25)
     assert chosen.complete(other) == other, "a node or another engine completes it once more"
     by_hand = chosen.override(chosen.complete({"rounds": 7}), {"way": "b", "tau": 1.0})
-    assert (by_hand["rounds"], by_hand["tau"]) == (7, 1.0)
+    assert (by_hand["rounds"], by_hand["adaptive-epsilon"]) == (7, 1.0)
     assert chosen.complete({"way": "b", "rounds": 0})["rounds"] == 40

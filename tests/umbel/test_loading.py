@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_model
 
 import umbel
+from tests.written import write_app
 from umbel.clients.trainers.base import Weights
 from umbel.core.errors import ConfigError
 from umbel.running import run
@@ -66,27 +67,11 @@ federation = Federation(
     trainer, data, lambda options: make(999, 300), options={"kind": "torch"}, name="any"
 )
 """
-APP = """
-[project]
-name = "any"
-version = "1"
-[tool.flwr.app.components]
-serverapp = "server_app:app"
-clientapp = "client_app:app"
-[tool.flwr.app.config]
-rounds = 2
-"""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "any"
-    path.mkdir()
-    (path / "task.py").write_text(TASK)
-    (path / "pyproject.toml").write_text(APP)
-    for side in ("server", "client"):
-        text = f"from task import federation\n\napp = federation.{side}_app()\n"
-        (path / f"{side}_app.py").write_text(text)
+    path = write_app(tmp_path / "any", TASK, "rounds = 2")
     before = sys.path[:]
     yield path
     sys.path[:] = before

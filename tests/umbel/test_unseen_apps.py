@@ -65,14 +65,14 @@ def said(ended: Any) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("options", ["keep=best", "early-stop-patience=2", "average-from=1"])
+@pytest.mark.parametrize("options", ["keep-model=best", "early-stop-patience=2", "average-from=1"])
 def test_the_latest_model_may_be_the_best(umbel: WarmCommand, tmp_path: Path, options: str) -> None:
     ended = run(umbel, tmp_path, "-c", f"{options} rounds=3")
     assert ended.status == 0, ended.err
     assert ended.result["rounds"] == 3
 
 
-@pytest.mark.parametrize("option", ["keep=best", "early-stop-patience=2"])
+@pytest.mark.parametrize("option", ["keep-model=best", "early-stop-patience=2"])
 def test_what_watches_the_evaluation_needs_one(
     umbel: WarmCommand, tmp_path: Path, option: str
 ) -> None:
@@ -83,7 +83,7 @@ def test_what_watches_the_evaluation_needs_one(
 
 
 def test_a_metric_that_nobody_measures(umbel: WarmCommand, tmp_path: Path) -> None:
-    ended = run(umbel, tmp_path, "-c", "keep=best early-stop-metric=f1")
+    ended = run(umbel, tmp_path, "-c", "keep-model=best early-stop-metric=f1")
     assert ended.status == 2
     assert "choose one of loss, accuracy" in said(ended)
 
@@ -100,7 +100,7 @@ def broken(node, options):
 
 federation = Federation(trainer=TorchTrainer(net), data=broken, test=test)
 """
-    ended = run(umbel, tmp_path, "-c", "federated-every=1", task=task)
+    ended = run(umbel, tmp_path, "-c", "client-eval-every=1", task=task)
     assert ended.status == 0
     assert ended.err.count("disk on fire") == 1
     lines = (tmp_path / ended.result["run"] / "metrics.jsonl").read_text().splitlines()
@@ -164,7 +164,7 @@ def test_a_node_that_kills_its_process_costs_none_of_its_group(
 
 def test_nodes_that_hung_together_are_tried_one_by_one(umbel: WarmCommand, tmp_path: Path) -> None:
     app = make(tmp_path / "app", HANGING)
-    options = "round-timeout=4.0 rounds=3 federated-every=-1"
+    options = "round-timeout=4.0 rounds=3 client-eval-every=-1"
     ended = umbel.command("run", app, "--workers", "2", "--json", "-c", options, cwd=tmp_path)
     assert ended.status == 0, ended.err
     lines = (tmp_path / ended.result["run"] / "metrics.jsonl").read_text().splitlines()

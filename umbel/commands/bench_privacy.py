@@ -1,6 +1,5 @@
 """`umbel bench privacy`: attack the stack that will run."""
 
-import json
 import sys
 import time
 from enum import StrEnum
@@ -77,6 +76,7 @@ def privacy(
 
     from umbel.benchmarks.attack import report as privacy_report
     from umbel.core.errors import ConfigError
+    from umbel.server.output import strict
 
     if table is not None:
         typer.echo(_table(table))
@@ -92,7 +92,7 @@ def privacy(
     files = privacy_report.write(report, out)
     problems = report.problems()
     if as_json:
-        typer.echo(json.dumps({**privacy_report.to_json(report), "report": str(files[-1])}))
+        typer.echo(strict.dumps({**privacy_report.to_json(report), "report": str(files[-1])}))
     else:
         for half in privacy_report.tables(report):
             Console().print(half)
@@ -112,10 +112,11 @@ def _table(run: Path) -> str:
     """The rows of an earlier report that people ask for, as Markdown."""
     from umbel.benchmarks.attack import report as privacy_report
     from umbel.core.errors import ConfigError
+    from umbel.server.output import strict
 
     file = run / "report.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = strict.loads(file.read_text(encoding="utf-8"))
         return privacy_report.markdown(content, privacy_report.BRIEF).rstrip()
     except (OSError, ValueError, KeyError):
         raise ConfigError(
@@ -137,6 +138,7 @@ def _utility(
     from umbel.benchmarks.speed import utility
     from umbel.core.errors import ConfigError
     from umbel.running import example, run
+    from umbel.server.output import strict
     from umbel.server.output.rundir import machine, versions
 
     try:
@@ -162,7 +164,7 @@ def _utility(
         typer.echo(line)
     typer.echo(f"written: {out / 'utility.json'}, {out / 'utility.png'}")
     if as_json:
-        typer.echo(json.dumps(json.loads((out / "utility.json").read_text(encoding="utf-8"))))
+        typer.echo(strict.dumps(strict.loads((out / "utility.json").read_text(encoding="utf-8"))))
 
 
 def _measured(

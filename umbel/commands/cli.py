@@ -6,7 +6,6 @@ need when they run, so that `umbel --help` is quick.
 """
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -19,7 +18,9 @@ import typer
 
 from umbel.commands import deliver as deliver_commands
 from umbel.commands import run as run_commands
+from umbel.commands import runs as runs_command
 from umbel.commands import server as server_commands
+from umbel.commands import upkeep as upkeep_commands
 from umbel.commands.groups import Commands
 
 # Umbel makes no connection that its user did not ask for; Flower asks this when it is imported.
@@ -86,6 +87,10 @@ def run_command(
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; 0 is none. Default: one a core.", min=0)
     ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(help="Where nodes run: processes, threads, NAME or NAME://ADDRESS."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<run-id>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
     unprotected: Annotated[
@@ -112,6 +117,7 @@ def run_command(
             options=options,
             nodes=nodes,
             workers=workers,
+            pool=pool,
             out=out,
             resume=resume,
             unprotected=unprotected,
@@ -141,6 +147,7 @@ def options_command(
     from umbel.core.app_folder import open_app
     from umbel.federation import FederationServerApp
     from umbel.running import example
+    from umbel.server.output import strict
 
     if markdown:
         typer.echo(options_listing.reference(), nl=False)
@@ -150,7 +157,7 @@ def options_command(
     federation = server.federation if isinstance(server, FederationServerApp) else None
     rows = options_listing.listing(federation, folder.options)
     if as_json:
-        typer.echo(json.dumps({"app": folder.name, "options": options_listing.as_json(rows)}))
+        typer.echo(strict.dumps({"app": folder.name, "options": options_listing.as_json(rows)}))
         return
     from umbel.commands.options_table import show
 
@@ -168,6 +175,7 @@ def new_command(
     typer.echo(f"made {folder}; run it with: umbel run {name}")
 
 
+app.command("runs")(runs_command.runs)
 app.command("report")(run_commands.report)
 app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)
@@ -178,6 +186,10 @@ app.command("predict")(deliver_commands.predict)
 app.command("server")(server_commands.server)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)
+app.command("backup")(upkeep_commands.backup)
+app.command("restore")(upkeep_commands.restore)
+app.command("prune")(upkeep_commands.prune)
+app.command("doctor")(upkeep_commands.doctor)
 app.add_typer(server_commands.nodes, name="nodes")
 
 

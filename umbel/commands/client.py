@@ -1,7 +1,6 @@
 """`umbel client`: be a node; `umbel client policy`: what its owner lets it do; `umbel client
 budget`: what its data have paid."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ def policy(state: server_commands.State, as_json: server_commands.AsJson = False
     from umbel.clients.process.policy_file import policy_file
     from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
+    from umbel.server.output import strict
     from umbel.strategies.node_policy import NodePolicy
 
     if not state.is_dir():
@@ -51,7 +51,7 @@ def policy(state: server_commands.State, as_json: server_commands.AsJson = False
     app_path = Path(settings.app) if settings.app else None
     digest = open_app(app_path).digest() if app_path is not None and app_path.is_dir() else ""
     if as_json:
-        typer.echo(json.dumps({"file": str(file), "app": digest or None, "policy": force}))
+        typer.echo(strict.dumps({"file": str(file), "app": digest or None, "policy": force}))
         return
     typer.echo(file.read_text().rstrip())
     typer.echo(f"\n# In force, from {file}:")
@@ -69,6 +69,7 @@ def budget(state: server_commands.State, as_json: server_commands.AsJson = False
     from umbel.clients.process.membership import NodeSettings, settings_in
     from umbel.clients.process.policy_file import policy_file
     from umbel.core.errors import ConfigError
+    from umbel.server.output import strict
     from umbel.strategies.node_policy import NodePolicy
 
     if not state.is_dir():
@@ -79,7 +80,7 @@ def budget(state: server_commands.State, as_json: server_commands.AsJson = False
     ledger = LedgerFile(Path(str(settings.node_config.get(STATE) or state)), limits)
     rows = ledger.budget()
     if as_json:
-        typer.echo(json.dumps({"ledger": str(ledger.path), "budget": rows}))
+        typer.echo(strict.dumps({"ledger": str(ledger.path), "budget": rows}))
         return
     if not rows:
         typer.echo("nothing that is counted has left this node")
@@ -93,7 +94,8 @@ def _budget_lines(row: dict[str, Any]) -> list[str]:
     whom = "each of its records" if row["unit"] == "record" else "the node as a whole"
     spent = "without bound" if row["epsilon"] is None else f"{row['epsilon']:.4g}"
     limit = row["epsilon_limit"]
-    allowed = "no limit" if limit is None else f"of {limit:.4g}, by {row['limit_from']}"
+    allowed = "no limit" if limit is None else f"of {limit:.4g}"
+    allowed += f", by {row['limit_from']}"
     most = row["participations_limit"]
     times = f"{row['participations']}" + (f" of {most}" if most is not None else "")
     return [

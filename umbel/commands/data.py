@@ -1,6 +1,5 @@
 """`umbel data`: which data sets there are, and fetching them ahead of a run."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from umbel.clients.data import datasets
 from umbel.commands.groups import Commands
+from umbel.server.output import strict
 
 app = Commands(name="data", help="List data sets and fetch them.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def list_(as_json: Json = False) -> None:
         rows = [
             {**asdict(entry), "place": places[entry.name]} for entry in datasets.CATALOGUE.values()
         ]
-        typer.echo(json.dumps({"datasets": rows, "cache": str(datasets.cache_folder())}))
+        typer.echo(strict.dumps({"datasets": rows, "cache": str(datasets.cache_folder())}))
         return
     header = ("name", "task", "train", "test", "source", "here")
     lines: list[tuple[str, ...]] = [
@@ -74,7 +74,7 @@ def fetch(
         place = datasets.fetch(name, progress=progress)
     entry = datasets.find(name)
     if as_json:
-        typer.echo(json.dumps({**asdict(entry), "place": place}))
+        typer.echo(strict.dumps({**asdict(entry), "place": place}))
     else:
         typer.echo(
             f"{name}: {entry.train:,} training and {entry.test:,} test examples, from {place}"

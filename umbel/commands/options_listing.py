@@ -64,7 +64,7 @@ def listing(federation: Federation | None, options: Mapping[str, Value]) -> list
     complete = federation.complete(options)
     rows = [
         _row(name, complete[name], limit, meaning, reader)
-        for name, (limit, meaning, reader) in _known(federation.trainer).items()
+        for name, (limit, meaning, reader) in _known(federation.trainer_for(complete)).items()
         if name in complete
     ]
     named = {row.name for row in rows}

@@ -1,6 +1,5 @@
 """`umbel server`, `client`, `nodes`, `status`, `submit`: federations over the network."""
 
-import json
 import logging
 import os
 import sys
@@ -227,6 +226,7 @@ def nodes_add(
 ) -> None:
     """Invite a node: write a join file for it, or admit its own certificate."""
     from umbel.server.link.enrolment import Enrolment
+    from umbel.server.output import strict
     from umbel.transport.join import write_join_file
 
     os.umask(0o077)
@@ -234,7 +234,7 @@ def nodes_add(
     try:
         if own_certificate:
             enrolment.register(name)
-            typer.echo(json.dumps({"node": name}) if as_json else f"node {name} is admitted")
+            typer.echo(strict.dumps({"node": name}) if as_json else f"node {name} is admitted")
             return
         address = _address(address or enrolment.fact("address") or "")
         enrolment.keep("address", address)
@@ -248,7 +248,7 @@ def nodes_add(
     file = out or Path(f"{name}.join")
     write_join_file(file, join)
     if as_json:
-        typer.echo(json.dumps({"node": name, "join_file": str(file), "expires": join.expires}))
+        typer.echo(strict.dumps({"node": name, "join_file": str(file), "expires": join.expires}))
         return
     typer.echo(f"{file} admits node {name} once, within {valid:g} hours; carry it there safely")
     typer.echo(f"the authority's fingerprint is {join.root_fingerprint}")
@@ -258,10 +258,11 @@ def nodes_add(
 def nodes_list(state: State, as_json: AsJson = False) -> None:
     """Show the nodes."""
     from umbel.server.link.service import read_status
+    from umbel.server.output import strict
 
     rows = read_status(state)["nodes"]
     if as_json:
-        typer.echo(json.dumps({"nodes": rows}, default=str))
+        typer.echo(strict.dumps({"nodes": rows}))
         return
     _table([(row["name"], row["state"], _ago(row["last_seen"])) for row in rows])
 

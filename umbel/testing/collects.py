@@ -1,4 +1,4 @@
-"""`check_collect`: the laws of `umbel.strategies.collect.Collect`, for one trip."""
+"""`check_collect`: the laws of `umbel.strategies.exchange.Exchange`, for one trip."""
 
 import copy
 import itertools
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from umbel.core.flower import Envelope
 from umbel.core.records import to_array
-from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE, Collect, Gathering, Seals, Sum
+from umbel.strategies.collect import (
+    EXAMPLES,
+    METRICS,
+    UPDATE,
+    Aggregate,
+    Exchange,
+    RoundSpec,
+    Seals,
+)
 from umbel.strategies.transform import Facts
 from umbel.testing.laws import attributes, hold, same
 
@@ -24,7 +32,7 @@ CLOSE = 1e-5
 Replies = dict[int, Message]
 
 
-def check_collect(collect: Collect, size: int = 6) -> None:
+def check_collect(collect: Exchange, size: int = 6) -> None:
     """Fail unless a way to collect replies keeps its laws.
 
     The order of arrival does not change the bits; equal updates have themselves as their mean; a
@@ -57,7 +65,7 @@ def check_collect(collect: Collect, size: int = 6) -> None:
         f"`check` made {facts.size} of {size}",
         "do that in a layer, which can undo it",
     )
-    round_ = Gathering(1, size, torch.float32, float(len(NODES)), facts)
+    round_ = RoundSpec(1, size, torch.float32, float(len(NODES)), facts)
     updates = torch.randn(len(NODES), size, generator=torch.Generator().manual_seed(0))
     whole = _order(collect, updates, round_)
     _mean(collect, updates, whole, round_)
@@ -71,7 +79,7 @@ def check_collect(collect: Collect, size: int = 6) -> None:
     )
 
 
-def _order(collect: Collect, updates: Tensor, round_: Gathering) -> Sum:
+def _order(collect: Exchange, updates: Tensor, round_: RoundSpec) -> Aggregate:
     """The sum of all replies, once it is known to be the same in any order of arrival."""
     whole = _gathered(collect, _replies(updates), round_)
     hold(
@@ -92,7 +100,7 @@ def _order(collect: Collect, updates: Tensor, round_: Gathering) -> Sum:
     return whole
 
 
-def _mean(collect: Collect, updates: Tensor, whole: Sum, round_: Gathering) -> None:
+def _mean(collect: Exchange, updates: Tensor, whole: Aggregate, round_: RoundSpec) -> None:
     name, facts = collect.name, round_.facts
     alike = _gathered(collect, _replies(updates[:1].expand_as(updates).clone()), round_)
     far = float((_average(alike) - updates[0]).abs().max())
@@ -147,7 +155,7 @@ def _mean(collect: Collect, updates: Tensor, whole: Sum, round_: Gathering) -> N
         )
 
 
-def _bad_replies(collect: Collect, updates: Tensor, round_: Gathering) -> None:
+def _bad_replies(collect: Exchange, updates: Tensor, round_: RoundSpec) -> None:
     bad, size = NODES[2], round_.size
     good = {n: m for n, m in _replies(updates).items() if n != bad}
     expected = _numbers(_gathered(collect, good, round_))
@@ -180,7 +188,7 @@ def _bad_replies(collect: Collect, updates: Tensor, round_: Gathering) -> None:
     _unasked(collect, updates, round_)
 
 
-def _unasked(collect: Collect, updates: Tensor, round_: Gathering) -> None:
+def _unasked(collect: Exchange, updates: Tensor, round_: RoundSpec) -> None:
     """A stranger's reply and a second one of a node count for nothing."""
     replies = _replies(updates)
     expected = _numbers(_gathered(collect, _replies(updates), round_))
@@ -193,7 +201,7 @@ def _unasked(collect: Collect, updates: Tensor, round_: Gathering) -> None:
         _only(law, who, found, expected, "take each node of the request off a list, once")
 
 
-def _only(law: str, who: int, found: Sum, expected: Mapping[str, Any], cure: str) -> None:
+def _only(law: str, who: int, found: Aggregate, expected: Mapping[str, Any], cure: str) -> None:
     hold(
         same(_numbers(found), expected),
         law,
@@ -208,7 +216,7 @@ def _only(law: str, who: int, found: Sum, expected: Mapping[str, Any], cure: str
     )
 
 
-def _empty(collect: Collect, round_: Gathering) -> None:
+def _empty(collect: Exchange, round_: RoundSpec) -> None:
     law = f"{collect.name}: a round without replies gives no update"
     cure = "return zeros with replies=0 and weight=0"
     try:
@@ -239,11 +247,11 @@ def _empty(collect: Collect, round_: Gathering) -> None:
     )
 
 
-def _gathered(collect: Collect, replies: Replies, round_: Gathering) -> Sum:
+def _gathered(collect: Exchange, replies: Replies, round_: RoundSpec) -> Aggregate:
     return _played(collect, list(replies.values()), round_)
 
 
-def _played(collect: Collect, replies: Sequence[Message], round_: Gathering) -> Sum:
+def _played(collect: Exchange, replies: Sequence[Message], round_: RoundSpec) -> Aggregate:
     """Drive one trip with these replies, in this order."""
     steps = collect.gather([_request(node) for node in NODES], round_)
     next(steps)
@@ -251,12 +259,12 @@ def _played(collect: Collect, replies: Sequence[Message], round_: Gathering) -> 
         steps.send(iter(replies))
     except StopIteration as end:
         hold(
-            isinstance(end.value, Sum),
-            f"{collect.name}: `gather` returns a Sum",
+            isinstance(end.value, Aggregate),
+            f"{collect.name}: `gather` returns an Aggregate",
             f"it returned {type(end.value).__name__}",
-            "return umbel.strategies.collect.Sum",
+            "return umbel.Aggregate",
         )
-        result: Sum = end.value
+        result: Aggregate = end.value
         return result
     raise AssertionError(
         f"{collect.name}: check_collect plays collects of one trip, but it made a second; test it "
@@ -288,7 +296,7 @@ def _with(update: Tensor, value: float) -> Tensor:
     return changed
 
 
-def _numbers(found: Sum) -> dict[str, Any]:
+def _numbers(found: Aggregate) -> dict[str, Any]:
     return {
         "total": found.total,
         "weight": found.weight,
@@ -298,11 +306,11 @@ def _numbers(found: Sum) -> dict[str, Any]:
     }
 
 
-def _average(found: Sum) -> Tensor:
+def _average(found: Aggregate) -> Tensor:
     return found.total / found.denominator
 
 
-def _named(found: Sum) -> list[int]:
+def _named(found: Aggregate) -> list[int]:
     return [one.node_id for one in found.rejected]
 
 

@@ -17,22 +17,26 @@ from umbel.privacy.bounds.clipping import clip_to_grid, is_within
 from umbel.privacy.noise.lattice import grid_step, on_grid
 from umbel.server.checkpoint import Position, load, save
 from umbel.strategies.collect import EXAMPLES, LENIENCE, PlainSum
+from umbel.strategies.contexts import Memory
+from umbel.strategies.objective import LocalObjective
 from umbel.strategies.order import keeps_sums
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import (
     Calibrated,
     Facts,
-    Round,
-    SeesMetrics,
+    NodeContext,
+    RoundContext,
     Transform,
     acts_on_sums,
     acts_on_updates,
     claims_privacy,
+    needs_of,
 )
 from umbel.testing.laws import attributes, hold, same
 
 COHORT = 8
 MEASURED = {EXAMPLES: 3.0, "loss": 0.5}
+STEPS, RATE = 5, 0.1
 UNITS = ("client", "example")
 AGAINST = ("model-user", "server", "other-clients")
 
@@ -117,15 +121,15 @@ class _Trial:
         self.state = layer.init(facts.size)
         self.after = self._checked()
         prefix = f"{self.name}."
-        told = Stack([layer], PlainSum(weighting="fixed")).publish((self.state,), facts)
-        self.config: Mapping[str, Any] = {
-            k.removeprefix(prefix): v for k, v in told.items() if k.startswith(prefix)
-        }
+        told = Stack([layer], PlainSum(weighting="fixed")).broadcast((self.state,), facts)
+        self.config = _without(prefix, told.scalars)
+        self.vectors = _without(prefix, told.vectors)
 
     def run(self) -> None:
         """Try all laws."""
         for what, update in self._updates().items():
             self._encode(what, update)
+        self._begin()
         self._two_runs()
         self._resume()
         self._claim()
@@ -159,9 +163,20 @@ class _Trial:
 
     def _sent(self, update: Tensor) -> Tensor:
         """What the node's half makes of an update."""
-        if isinstance(self.layer, SeesMetrics):
-            update = self.layer.attach(update, MEASURED, self.config)
-        return self.layer.encode(update, self.config, RecordDict())[0]
+        return self.layer.encode(update, self._context())
+
+    def _context(self) -> NodeContext:
+        """Of a node that takes part for the first time, after five steps."""
+        return NodeContext(
+            self.config,
+            self.vectors,
+            Memory(RecordDict(), self.name),
+            MEASURED if "metrics" in needs_of(self.layer) else {},
+            round=1,
+            steps=STEPS,
+            learning_rate=RATE,
+            start_loss=0.7,
+        )
 
     def _encode(self, what: str, update: Tensor) -> None:
         name, after = self.name, self.after
@@ -224,13 +239,41 @@ class _Trial:
             "undo in `decode` what `encode` and `check` did to the size",
         )
 
+    def _begin(self) -> None:
+        """A local objective says corrections of the model's size, and leaves the model alone."""
+        if not isinstance(self.layer, LocalObjective):
+            return
+        start = torch.randn(self.size, generator=torch.Generator().manual_seed(3))
+        before = start.clone()
+        found = self.layer.begin(start, self._context())
+        hold(
+            same(start, before),
+            f"{self.name}: `begin` leaves the model that was sent alone",
+            "it was changed",
+            "work on a copy",
+        )
+        for what, vector in (("offset", found.offset), ("anchor", found.anchor)):
+            hold(
+                vector is None or vector.shape == start.shape,
+                f"{self.name}: the {what} of a correction is a flat vector of the model's size",
+                f"it has the shape {None if vector is None else tuple(vector.shape)}, not "
+                f"({self.size},)",
+                "say a vector like `start`, or None",
+            )
+        hold(
+            math.isfinite(found.strength),
+            f"{self.name}: the strength of a correction is a finite number",
+            f"it is {found.strength}",
+            "look for divisions by zero",
+        )
+
     def _back(self, sent: Tensor, state: Any, number: int = 1) -> tuple[Tensor, Any]:
         """What the server's half makes of a sum of one update with weight 1."""
         bottom = PlainSum(weighting="fixed").check(self.after.replace(round=number))
         generator = torch.Generator().manual_seed(0)
-        rnd = Round(number, 1.0, 1, 1.0, bottom, generator, self.facts.replace(round=number), 1.0)
-        total, after, _ = self.layer.decode(sent.double(), {}, state, rnd)
-        return total, after
+        entering = self.facts.replace(round=number)
+        ctx = RoundContext(number, 1.0, 1, 1.0, bottom, generator, entering, 1.0, RATE)
+        return self.layer.decode(sent.double(), state, ctx)
 
     def _two_runs(self) -> None:
         update = self._updates()["a random update"]
@@ -342,6 +385,10 @@ class _Trial:
                 f"choose one that umbel.strategies.transform.Claim describes; units are "
                 f"{' and '.join(UNITS)}, and it is against {', '.join(AGAINST)}",
             )
+
+
+def _without(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
 def _as_written(state: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from umbel.clients.given import understood
 from umbel.clients.trainers.base import (
     ChecksOptions,
     CohortTrainer,
@@ -55,7 +56,7 @@ def check_trainer(
         AssertionError: a law is broken; the sentence names it, the value and what to do.
     """
     name = type(trainer).__name__
-    own = dict(getattr(trainer, "OPTIONS", {}))
+    own = dict(understood(trainer))
     known = {**RunOptions.defaults(), **own, **(options or {})}
     if isinstance(trainer, ChecksOptions):
         _options_are_checked(name, trainer, known, own)

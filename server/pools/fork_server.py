@@ -4,8 +4,8 @@ It has imported what every worker needs and has never run a tensor operation, so
 (milliseconds), safe (one thread) and share the memory of the libraries. Asked over a socket, it
 forks a worker and hands it the other end of a second socket.
 
-    engine -> nursery   one byte and a socket        a worker, please
-    nursery -> engine   its process id
+    engine -> here      one byte and a socket        a worker, please
+    here -> engine      its process id
     engine -> worker    the app, then groups of tasks
     worker -> engine    ready, then groups of results; none for a group that is better split
 """
@@ -56,7 +56,7 @@ def serve(control: socket.socket, preload: list[str]) -> None:
 
 def work(pipe: socket.socket) -> None:
     """A worker: load the app, then run groups of tasks until the engine hangs up."""
-    import torch  # here and not above: the nursery's preloading decides when this is imported
+    import torch  # here and not above: the preloading decides when this is imported
 
     from umbel.core.app_folder import open_app
     from umbel.core.streams import expendable

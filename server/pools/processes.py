@@ -1,4 +1,7 @@
-"""A pool of worker processes: started from a nursery, fed groups of tasks, replaced when dead."""
+"""The pool of worker processes of this machine: forked, fed groups of tasks, replaced when dead.
+
+Nothing here has a thread of its own: whoever waits for replies listens to the processes (`wait`).
+"""
 
 import os
 import selectors
@@ -7,20 +10,20 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Container, Iterable, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from umbel.core.errors import ConfigError, RunError
-from umbel.core.flower import CRASHED
-from umbel.server.embedded.executor import Done, Task
 from umbel.server.embedded.mapped import File, reuse_memory
 from umbel.server.embedded.packing import Packed, by_file, pack, receive, send, unpack
+from umbel.server.pools.base import Group, Pool, Results, Work, WorkerLostError
 
 PRELOAD = ("torch", "flwr.clientapp", "umbel.server.embedded.executor", "umbel.core.app_folder")
-"""What the nursery imports once for all workers."""
+"""What the fork server imports once for all workers."""
 
 MAX_STARTUP_FAILURES = 3
 """Processes in a row that may die while they load the app; one may be somebody's mistake."""
@@ -36,7 +39,7 @@ class ForkServer:
         )
         # is_available() must not initialise CUDA in a process that forks
         environment = os.environ | limits | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        module = ["-P", "-m", "umbel.server.embedded.fork_server"]
+        module = ["-P", "-m", "umbel.server.pools.fork_server"]
         command = [sys.executable, *module, str(theirs.fileno()), *PRELOAD, *preload]
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
@@ -48,7 +51,7 @@ class ForkServer:
         """A new worker: its process id and our end of its socket.
 
         Raises:
-            RunError: the nursery has died.
+            RunError: the fork server has died.
         """
         ours, theirs = socket.socketpair()
         try:
@@ -63,7 +66,7 @@ class ForkServer:
         return struct.unpack("<q", answer)[0], ours
 
     def close(self) -> None:
-        """End the nursery; its workers end when their sockets close."""
+        """End the process; its workers end when their sockets close."""
         self._control.close()
         try:
             self._process.wait(timeout=5)
@@ -77,7 +80,8 @@ class _Worker:
     pid: int
     pipe: socket.socket
     ready: bool = False
-    busy: Sequence[Task] = ()
+    busy: Group = ()
+    future: Future[Results] | None = None
     holds: frozenset[int] = frozenset()
     """Numbers of the contents that it has: those of its last group."""
 
@@ -97,81 +101,89 @@ class _Content:
     file: File | None
 
 
-class Workers:
+class Processes(Pool):
     """Runs groups of tasks on `count` processes, one group a process at a time.
 
     Args:
-        nursery: where the processes come from; closed with the pool.
         count: how many processes.
-        app: the app's folder.
-        run_config: the run's options.
-        nodes: how many virtual nodes there are.
-        threads: of a node's tensor operations.
-        log: where the app's own output goes.
-        mapped: large arrays of replies are mapped from the workers' files; else they are bytes,
-            as an app may expect that knows Flower alone.
+        fork_server: where they come from, started early to save time; made here if None. It is
+            closed with the pool.
+
+    Raises:
+        ConfigError: the count is below 1.
     """
 
-    def __init__(
-        self,
-        nursery: ForkServer,
-        count: int,
-        app: Path,
-        *,
-        run_config: Mapping[str, Any],
-        nodes: int,
-        threads: int = 1,
-        log: Path | None = None,
-        mapped: bool = False,
-    ) -> None:
-        self._mapped = mapped
+    maps_files = True
+
+    def __init__(self, count: int, fork_server: ForkServer | None = None) -> None:
+        if count < 1:
+            raise ConfigError(f"workers is {count}; use 0 to run the nodes in this process")
+        self._count = count
+        self._fork_server = fork_server
+        self._mapped = False
+        self._start = pack(None)
         self._contents: dict[int, _Content] = {}
         self._sent = 0
-        self._nursery = nursery
-        self._start = pack(
-            {
-                "path": app,
-                "run_config": dict(run_config),
-                "nodes": nodes,
-                "threads": threads,
-                "log": log,
-            }
-        )
-        self._stillborn = 0
-        reuse_memory()
+        self._startup_failures = 0
+        self._pending: deque[tuple[Group, Future[Results]]] = deque()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
-        self._workers = [self._spawn() for _ in range(count)]
+        self._workers: list[_Worker] = []
 
     @property
-    def idle(self) -> bool:
-        """Whether a process is waiting for work."""
-        return any(worker.ready and not worker.busy for worker in self._workers)
-
-    @property
-    def busy(self) -> bool:
-        """Whether any process is at work or still loading the app."""
-        return any(worker.busy or not worker.ready for worker in self._workers)
+    def workers(self) -> int:
+        return self._count
 
     @property
     def pids(self) -> list[int]:
-        """The processes."""
         return [worker.pid for worker in self._workers]
 
-    def give(self, tasks: Sequence[Task]) -> None:
-        """Send a group to an idle process.
+    def start(self, work: Work) -> None:
+        """Fork the processes, which load the app by themselves."""
+        if self._fork_server is None:
+            self._fork_server = ForkServer(work.threads)
+        self._mapped = work.mapped
+        self._count = min(self._count, work.nodes)
+        self._start = pack(
+            {
+                "path": work.app,
+                "run_config": dict(work.run_config),
+                "nodes": work.nodes,
+                "threads": work.threads,
+                "log": work.log,
+            }
+        )
+        reuse_memory()
+        self._workers = [self._spawn() for _ in range(self._count)]
+
+    def submit(self, group: Group) -> Future[Results]:
+        """Send a group to an idle process, or to the next that is."""
+        future: Future[Results] = Future()
+        self._pending.append((group, future))
+        self._feed()
+        return future
+
+    def _feed(self) -> None:
+        """Give what waits to the processes that are idle."""
+        for worker in self._workers:
+            if not self._pending:
+                return
+            if worker.ready and not worker.busy:
+                self._give(worker, *self._pending.popleft())
+
+    def _give(self, worker: _Worker, group: Group, future: Future[Results]) -> None:
+        """Send a group to a process.
 
         What many nodes get goes to a process once, and stays there until its next group.
         """
-        worker = next(w for w in self._workers if w.ready and not w.busy)
-        worker.busy = tasks
-        contents = {id(task.content): self._content(task.content) for task in tasks}
+        worker.busy, worker.future = group, future
+        contents = {id(task.content): self._content(task.content) for task in group}
         numbers = frozenset(content.number for content in contents.values())
         new = [each for each in contents.values() if each.number not in worker.holds]
         worker.holds = numbers
-        bare = [replace(task, content=contents[id(task.content)].number) for task in tasks]
+        bare = [replace(task, content=contents[id(task.content)].number) for task in group]
         try:
             send(worker.pipe, pack((bare, numbers, [content.number for content in new])))
             for content in new:
@@ -202,85 +214,82 @@ class Workers:
                 with suppress(OSError):
                     send(worker.pipe, pack(([], frozenset(), [])))
 
-    def wait(self, timeout: float | None) -> list[tuple[Task, Done | None]]:
-        """Wait until a process has something to say or `wake` is called; finished tasks.
-
-        None comes with tasks of a group that the app does not run as one.
+    def wait(self, news: threading.Event, timeout: float | None) -> None:  # noqa: ARG002
+        """Listen until a process has something to say, `wake` is called or the time is over.
 
         Raises:
             ConfigError: the app does not import in the workers.
         """
-        finished: list[tuple[Task, Done | None]] = []
         for key, _ in self._selector.select(timeout):
             if key.fileobj is self._wake_read:
                 self._wake_read.recv(4096)
                 continue
-            finished += self._hear(key.data)
-        return finished
+            self._hear(key.data)
 
     def wake(self) -> None:
-        """Make a `wait` in another thread return."""
-        self._wake_write.send(b"!")
+        with suppress(OSError):  # the pool has been closed meanwhile
+            self._wake_write.send(b"!")
 
-    def abandon(self, wanted: Container[str]) -> list[Task]:
-        """Kill the processes none of whose messages is wanted, and replace them; their tasks."""
-        tasks: list[Task] = []
+    def abandon(self, future: Future[Results]) -> None:
+        """Kill the process that is busy with this group, and replace it."""
+        future.cancel()
+        self._pending = deque(waiting for waiting in self._pending if waiting[1] is not future)
         for worker in list(self._workers):
-            ids = [task.envelope.message_id for task in worker.busy]
-            if ids and not any(message_id in wanted for message_id in ids):
-                tasks += self._replace(worker)
-        return tasks
+            if worker.future is future:
+                self._replace(worker)
 
     def close(self) -> None:
         """Kill all processes. What they were doing is lost."""
         for worker in self._workers:
             self._terminate(worker)
         self._workers = []
+        self._pending.clear()
         self._let_go(self._contents)
         self._selector.close()
         self._wake_read.close()
         self._wake_write.close()
-        self._nursery.close()
+        if self._fork_server is not None:
+            self._fork_server.close()
 
-    def _hear(self, worker: _Worker) -> Sequence[tuple[Task, Done | None]]:
+    def _hear(self, worker: _Worker) -> None:
         try:
             said = unpack(receive(worker.pipe, mapped=self._mapped))
         except (EOFError, OSError):
-            return self._on_exit(worker)
+            self._on_exit(worker)
+            return
         if not worker.ready:
             if said["error"] is not None:
                 raise ConfigError(said["error"])
             worker.ready = True
-            self._stillborn = 0
-            return []
-        tasks, worker.busy = worker.busy, ()
-        return list(zip(tasks, said or [None] * len(tasks), strict=True))
+            self._startup_failures = 0
+        else:
+            future, worker.busy, worker.future = worker.future, (), None
+            if future is not None:
+                future.set_result(said)
+        self._feed()
 
-    def _on_exit(self, worker: _Worker) -> list[tuple[Task, Done | None]]:
-        """Replace a dead process; its task becomes an error reply, the node's state stays.
-
-        Of a group, nobody knows which node it was: each is to be tried by itself.
-        """
+    def _on_exit(self, worker: _Worker) -> None:
+        """Replace a dead process, and say so to whoever waits for its group."""
         if not worker.ready:
-            self._stillborn += 1
-            if self._stillborn > MAX_STARTUP_FAILURES:
+            self._startup_failures += 1
+            if self._startup_failures > MAX_STARTUP_FAILURES:
                 raise RunError(
                     f"worker process {worker.pid} died before it had loaded the app, as "
                     f"{MAX_STARTUP_FAILURES} had before; see the run's log.txt, or try --workers 0"
                 )
-        tasks = self._replace(worker)
-        if len(tasks) > 1:
-            return [(task, None) for task in tasks]
-        reason = f"its worker process {worker.pid} died; another has taken its place"
-        return [(task, Done(task.envelope.error(CRASHED, reason), task.state)) for task in tasks]
+        future = worker.future
+        self._replace(worker)
+        if future is not None:
+            reason = f"its worker process {worker.pid} died; another has taken its place"
+            future.set_exception(WorkerLostError(reason))
 
-    def _replace(self, worker: _Worker) -> Sequence[Task]:
+    def _replace(self, worker: _Worker) -> None:
         self._terminate(worker)
         self._workers[self._workers.index(worker)] = self._spawn()
-        return worker.busy
 
     def _spawn(self) -> _Worker:
-        pid, pipe = self._nursery.fork()
+        assert self._fork_server is not None
+        pid, pipe = self._fork_server.fork()
         worker = _Worker(pid, pipe)
         self._selector.register(pipe, selectors.EVENT_READ, worker)
         send(pipe, self._start)

@@ -1,0 +1,1 @@
+"""Where the work of virtual nodes runs: this process, processes, threads, clusters."""

@@ -1,0 +1,1 @@
+"""Rules that make one result of a round's contributions, a file each."""

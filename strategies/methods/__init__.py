@@ -1,0 +1,1 @@
+"""Methods: algorithms of federated optimisation, one file each, with both halves."""
