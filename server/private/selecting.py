@@ -5,10 +5,13 @@ The search is one release, the best of a random number of alike runs
 begins, and nothing of the other trials is kept.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
 from umbel.core.errors import ConfigError
 from umbel.privacy.budget.accounting import spent
@@ -40,7 +43,7 @@ class Trials:
 
     Attributes:
         noise_multiplier: of every one.
-        event: what the search costs as a whole.
+        charge: what the search costs as a whole.
         epsilon: of that, at `delta`, with all that was charged before where the budget is one of
             the population.
         delta: as asked for.
@@ -48,7 +51,7 @@ class Trials:
     """
 
     noise_multiplier: float
-    event: SelectionDpEvent
+    charge: Charge
     epsilon: float
     delta: float
     run_epsilon: float
@@ -89,27 +92,33 @@ def plan_trials(
         noisy = stack.with_noise(multiplier) if stack.waiting else stack
         return charges_of(noisy, sampler, nodes, facts, options.rounds)
 
-    def event(multiplier: float) -> SelectionDpEvent:
-        run = tuple((charge.event, times) for charge, times in one(multiplier).items())
-        return SelectionDpEvent(run, mean, distribution)
+    def whole(multiplier: float) -> Charge:
+        """The search: what noise misses of its exact law, each of `mean` trials may miss."""
+        run = one(multiplier)
+        event = SelectionDpEvent(
+            tuple((charge.event, times) for charge, times in run.items()), mean, distribution
+        )
+        missed = math.fsum(charge.slack * times for charge, times in run.items())
+        return Charge(event, slack=mean * missed)
 
     fixed = stack.noise_multiplier if not stack.waiting else privacy.noise_multiplier
     for charge in one(fixed or 1.0):
-        if charge.relation is not ADD_OR_REMOVE or charge.slack:
+        known = isinstance(charge.event, GaussianDpEvent | PoissonSampledDpEvent)
+        if charge.relation is not ADD_OR_REMOVE or not known:
             raise ConfigError(
                 "a private search is accounted for Poisson cohorts with Gaussian noise alone; use "
                 "sampling=poisson and mechanism=gaussian, or tune on public data: --public FILE"
             )
     try:
         multiplier = fixed or calibrate(
-            lambda m: {Charge(event(m)): 1}, privacy.epsilon, privacy.delta, before=before
+            lambda m: {whole(m): 1}, privacy.epsilon, privacy.delta, before=before
         )
-        whole = Counter(before or {}) + Counter({Charge(event(multiplier)): 1})
-        epsilon = spent(whole, privacy.delta).epsilon
+        charge = whole(multiplier)
+        epsilon = spent(Counter(before or {}) + Counter({charge: 1}), privacy.delta).epsilon
         alone = spent(one(multiplier), privacy.delta).epsilon
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Trials(float(multiplier), event(multiplier), epsilon, privacy.delta, alone)
+    return Trials(float(multiplier), charge, epsilon, privacy.delta, alone)
 
 
 def charge_search(
@@ -155,7 +164,7 @@ def charge_search(
             before=before,
         )
         ledger.admit(name, place.labels(names))
-        charge = Charge(trials.event)
+        charge = trials.charge
 
         def fits() -> bool:
             now = ledger.spent("model-user") if place.scope == "population" else Counter[Charge]()

@@ -201,7 +201,7 @@ def test_a_private_search_is_charged_and_costs_what_the_formulas_say(tmp_path: P
     )
     theirs = RdpAccountant(ORDERS).compose(RepeatAndSelectDpEvent(run, 3.0, math.inf))
     again = theirs.get_epsilon(1e-5)
-    assert found["epsilon"] == pytest.approx(again, rel=1e-6) and found["epsilon"] <= 8.0
+    assert found["epsilon"] == pytest.approx(again, rel=1e-4) and found["epsilon"] <= 8.0
     assert found["epsilon_of_one_trial"] < found["epsilon"]
     # It is in the population's ledger, whatever came out, and a run after it knows.
     place = Path(os.environ["XDG_DATA_HOME"]) / "umbel/populations/patients.sqlite"
