@@ -11,7 +11,6 @@ https://arxiv.org/abs/1308.3432). A weight that is out can therefore come back. 
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -99,9 +98,20 @@ def compact(
 
 
 def settled(module: nn.Module) -> nn.Module:
-    """The same module, its weights those that it computes with; it is changed in place."""
-    with torch.no_grad():
-        for layer in list(module.modules()):
-            if parametrize.is_parametrized(layer, "weight"):
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    """The same module, its weights those that it computes with; it is changed in place.
+
+    Copies of a module share the class that torch makes for parametrised layers, and torch's own
+    removal takes the weight out of that class, and so from all copies. Here each layer goes back
+    to its first class by itself.
+    """
+    for layer in list(module.modules()):
+        if not parametrize.is_parametrized(layer, "weight"):
+            continue
+        if set(layer.parametrizations) != {"weight"}:  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            continue
+        weight = layer.weight.detach().clone()  # type: ignore[operator, union-attr]
+        del layer.parametrizations
+        layer.__class__ = type(layer).__bases__[0]
+        layer.weight = nn.Parameter(weight)
     return module

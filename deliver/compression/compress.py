@@ -301,7 +301,7 @@ class Workshop:
                 )
                 details = {"examples": len(self.data.x), "epochs": self._epochs}
                 steps.append(Step(what, self.data.kind, details))
-        return settled(copy.deepcopy(module)).eval(), tuple(steps)
+        return settled(module).eval(), tuple(steps)
 
     def _student(self, changes: Mapping[str, Any]) -> nn.Module:
         unknown = [name for name in changes if name not in self.model.options]
