@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ROOMS  := core privacy strategies transport clients server deliver benchmarks
 
-.PHONY: help demo federation test test-slow check fmt links proto wheel bench docs sbom clean
+.PHONY: help demo federation test test-slow test-clusters test-frameworks check fmt links proto wheel bench docs sbom clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,20 @@ test: $(READY) ## the test suite (without the tests marked slow)
 
 test-slow: $(READY) ## the tests marked slow
 	$(BIN)/pytest -m slow
+
+$(VENV)/.clusters: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[dask]'
+	@touch $@
+
+test-clusters: $(VENV)/.clusters ## the tests on real clusters, which they start on this machine
+	$(BIN)/pytest -m clusters
+
+$(VENV)/.frameworks: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[tensorflow,jax]'
+	@touch $@
+
+test-frameworks: $(VENV)/.frameworks ## the tests that need Keras, TensorFlow, JAX or Flax
+	$(BIN)/pytest -m frameworks
 
 check: $(READY) links ## ruff and mypy
 	$(BIN)/ruff check .

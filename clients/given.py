@@ -12,6 +12,13 @@ from umbel.core.registry import is_function
 
 METHODS = ("initial", "train", "evaluate")
 
+FOREIGN = {
+    "keras.src.models.model.Model": "KerasTrainer(lambda: {}(...))",
+    "flax.nnx.module.Module": "JaxTrainer(lambda rngs: {}(...))",
+    "flax.linen.module.Module": "JaxTrainer({}(...), inputs=...)",
+}
+"""Models of frameworks that need not be installed, and the trainers for them."""
+
 
 @runtime_checkable
 class HasOptions(Protocol):
@@ -66,6 +73,13 @@ def check_trainer(trainer: Any) -> None:
     if is_function(trainer):
         return  # of the options; what it gives is looked at when they are known
     name = getattr(trainer, "__name__", type(trainer).__name__)
+    kind = trainer if inspect.isclass(trainer) else type(trainer)
+    for base in kind.__mro__:
+        made = FOREIGN.get(f"{base.__module__}.{base.__name__}")
+        if made is not None:
+            raise ConfigError(
+                f"trainer is the model {name}; give it to a trainer: trainer={made.format(name)}"
+            )
     if isinstance(trainer, nn.Module) or (
         inspect.isclass(trainer) and issubclass(trainer, nn.Module)
     ):
@@ -85,7 +99,8 @@ def check_trainer(trainer: Any) -> None:
     if missing:
         raise ConfigError(
             f"trainer is a {name} without the method {missing[0]}; give TorchTrainer, "
-            "SklearnTrainer, FunctionTrainer, or an object with initial, train and evaluate"
+            "KerasTrainer, JaxTrainer, SklearnTrainer, FunctionTrainer, or an object with initial, "
+            "train and evaluate"
         )
 
 

@@ -1,6 +1,6 @@
 """The node's half of a round: a Flower `ClientApp` around a trainer and a node's own data.
 
-    server -> node   train      model (flat), what the layers publish, the learning rate
+    server -> node   train      model (flat), the round, what the layers publish
     node -> server   update     trained minus received, through the stack's layers; metrics
     server -> node   evaluate   model
     node -> server   metrics    on the node's own test examples; nothing where updates are protected
@@ -32,6 +32,7 @@ from umbel.clients.ledger.charging import (
     answered,
     charging_layers,
     leaves,
+    promise_of,
     releases_of,
 )
 from umbel.clients.pooling import (
@@ -92,8 +93,11 @@ from umbel.strategies.layout import (
     local_buffers,
 )
 from umbel.strategies.protection import Outlook, hides, quiet
+from umbel.strategies.release import Promise
+from umbel.strategies.run_options import RunOptions
+from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.wire import action_of
-from umbel.strategies.stack import Stack
+from umbel.strategies.stack import Stack, own_context
 
 LOCAL = "umbel.buffers"
 """The node's own record of the buffers that stay on it."""
@@ -134,7 +138,9 @@ class ClientHandler:
         if refused is not None:
             return Message(refused, reply_to=message)
         task = self._begin(plan, plan.receive(message, context, self._split(plan, context)))
-        return plan.reply(task, plan.trainer.train(task.weights, task.split.train, task.job))
+        trained = plan.trainer.train(task.weights, task.split.train, task.job)
+        self._train_again(plan, task)
+        return plan.reply(task, trained)
 
     def train_many(
         self, messages: Sequence[Message], contexts: Sequence[Context]
@@ -146,16 +152,18 @@ class ClientHandler:
         plan = self.plan(contexts[0])
         if isinstance(plan.trainer, CohortTrainer) and len(messages) > 1:
             tasks: list[_Received] = []
+            before = None
             for message, context in zip(messages, contexts, strict=True):
-                before = tasks[-1] if tasks else None
-                split = self._split(plan, context)
-                tasks.append(self._begin(plan, plan.receive(message, context, split, before)))
+                before = plan.receive(message, context, self._split(plan, context), before)
+                tasks.append(self._begin(plan, before))
             trained = plan.trainer.train_cohort(
                 [task.weights for task in tasks],
                 [task.split.train for task in tasks],
                 [task.job for task in tasks],
             )
             if trained is not None:
+                for task in tasks:
+                    self._train_again(plan, task)
                 return [plan.reply(*pair) for pair in zip(tasks, trained, strict=True)]
         return None
 
@@ -173,7 +181,7 @@ class ClientHandler:
         counted: dict[str, int] = {}
         examples = 0
         if split.test is not None and len(split.test) > 0:
-            task = plan.receive(message, context, split)
+            task = plan.with_own_model(plan.receive(message, context, split))
             result = plan.trainer.evaluate(task.weights, split.test, plan.options)
             metrics, examples, counted = result.metrics, result.examples, result.counted
         content = RecordDict({METRICS: MetricRecord({**metrics, EXAMPLES: examples})})
@@ -260,6 +268,16 @@ class ClientHandler:
             found = plan.trainer.evaluate(task.weights, task.split.train, plan.options)
             task = replace(task, start_loss=found.metrics.get("loss"))
         return plan.begin(task)
+
+    def _train_again(self, plan: "Plan", task: "_Received") -> None:
+        """Train the models that stay on the node, for layers that have such."""
+        for layer in plan.stack.twice:
+            ctx = own_context(plan.told(task), layer.name, task.context.state)
+            start, correction = layer.second(task.vector, ctx)
+            weights = Weights(plan.manifest.unflatten(start), task.weights.buffers)
+            job = replace(task.job, seed=task.job.seed ^ 1, correction=correction)
+            trained = plan.trainer.train(weights, task.split.train, job)
+            layer.keep(plan.manifest.flatten(trained.weights.parameters), ctx)
 
     def _split(self, plan: "Plan", context: Context) -> Split:
         key, node = (context.node_id, _options_key(context)), node_of(context)
@@ -373,6 +391,19 @@ class Plan:
         return Manifest.of(self.first.parameters)
 
     @functools.cached_property
+    def _promise(self) -> Promise:
+        return promise_of(self.options)
+
+    @functools.cached_property
+    def _run(self) -> RunOptions:
+        return RunOptions.read(self.options)
+
+    @functools.cached_property
+    def _rate(self) -> float | None:
+        """The learning rate before the schedule; None where the trainer has none."""
+        return checked_rate(self.options)
+
+    @functools.cached_property
     def charging(self) -> tuple[Any, ...]:
         """The layers that the node's ledger is charged for."""
         return charging_layers(self.stack)
@@ -404,13 +435,12 @@ class Plan:
             buffers |= self.synced_buffers.unflatten(from_array(model[BUFFERS]))
         buffers |= public_of(message)
         number = int(config["round"])  # type: ignore[arg-type]
-        rate = config.get("learning-rate")
         account = Charging(message, context, self.options)
         job = Job(
             round=number,
             seed=job_seed(int(self.options["seed"]), number, node_of(context).partition),
             options=self.options,
-            learning_rate=None if rate is None else float(rate),  # type: ignore[arg-type]
+            learning_rate=self._run.rate_in(number, self._rate),
             node=context.node_config,
             memory=context.state,
             ledger=account,
@@ -419,15 +449,30 @@ class Plan:
         return _Received(message, context, split, weights, vector, job, account, sent)
 
     def begin(self, task: _Received) -> _Received:
-        """The task with what the stack's objectives add to its gradients."""
-        if not self.stack.objectives:
+        """The task as the layers want it: where training begins, what is added to gradients."""
+        if not (self.stack.objectives or self.stack.personal):
             return task
-        told = self._told(task.message, task.job.round, task.job.learning_rate)
-        correction = self.stack.begin(task.vector, told, task.context.state)
+        told, state = self.told(task), task.context.state
+        task = self._with_model(task, self.stack.starts(task.vector, told, state))
+        correction = self.stack.begin(task.vector, told, state)
         return replace(task, job=replace(task.job, correction=correction))
 
-    def _told(self, message: Message, number: int, rate: float | None) -> NodeContext:
+    def with_own_model(self, task: _Received) -> _Received:
+        """The task with the model that this node uses."""
+        if not self.stack.personal:
+            return task
+        own = self.stack.own(task.vector, self.told(task), task.context.state)
+        return self._with_model(task, own)
+
+    def _with_model(self, task: _Received, vector: Tensor) -> _Received:
+        if vector is task.vector:
+            return task
+        weights = Weights(self.manifest.unflatten(vector), task.weights.buffers)
+        return replace(task, vector=vector, weights=weights)
+
+    def told(self, task: _Received) -> NodeContext:
         """What the layers are told of a round, before training."""
+        message, number, rate = task.message, task.job.round, task.job.learning_rate
         model = take_record(message.content, MODEL, ArrayRecord)
         sent = {
             name.removeprefix(SENT): from_array(array)
@@ -442,8 +487,7 @@ class Plan:
         config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
         measured = {**trained.metrics, EXAMPLES: trained.examples}
         buffers, examples = trained.weights.buffers, trained.examples
-        told = self._told(task.message, task.job.round, task.job.learning_rate)
-        told = replace(told, steps=trained.steps, start_loss=task.start_loss)
+        told = replace(self.told(task), steps=trained.steps, start_loss=task.start_loss)
         del trained  # a model; from here on only its difference is needed
         encoded, said = self.stack.encode(update, config, task.context.state, measured, told)
         del update
@@ -460,7 +504,11 @@ class Plan:
         if self._seals is not None:
             mine = self._sealing(task.message)
             content = self._seals.seal(content, task.message, task.context, mine)
-        releases = releases_of(self.stack, self.charging, config, size, self.options)
+        releases = (
+            releases_of(self.stack, self.charging, config, size, self._promise)
+            if self.charging
+            else []
+        )
         content = task.account.finish(content, releases, sealed=self._seals is not None)
         return Message(content, reply_to=task.message)
 

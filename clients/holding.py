@@ -13,9 +13,10 @@ others than before, the node says so and does not train.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
@@ -33,6 +34,19 @@ SEEN = "umbel.data"
 """The node's own record of which examples it had."""
 LOOKED_AT = 16
 """Rows of an array that its digest is of."""
+
+
+@runtime_checkable
+class SaysFixed(Protocol):
+    """A `data` function that says whether a node's examples can change during a run."""
+
+    FIXED: bool
+    """They cannot: the same options give the same examples, whoever asks and when."""
+
+
+def is_fixed(data: object) -> bool:
+    """Whether a node's examples stay as they are, by what their function says of itself."""
+    return isinstance(data, SaysFixed) and data.FIXED
 
 
 class Holder:
@@ -76,7 +90,7 @@ class Holder:
         with seeded(seed()):
             found = self.data(node, options)
         split = found if isinstance(found, Split) else Split(found)
-        if split.test is not None and not getattr(self.data, "FIXED", False):
+        if split.test is not None and not is_fixed(self.data):
             _compare(split, node, state)
         self._keep(key, split)
         return split
@@ -114,14 +128,24 @@ def digest_of(examples: Any) -> bytes:
         rows = np.unique(np.linspace(0, max(0, len(array) - 1), LOOKED_AT, dtype=np.int64))
         for row in rows if len(array) else ():
             value = array[int(row)]
-            value = value.detach().cpu() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):  # some of its types NumPy does not have
+                value = value.detach().cpu().to_dense().resolve_conj().reshape(-1)
+                value = value.view(torch.uint8).numpy()
             total.update(np.ascontiguousarray(value).tobytes())
     return total.digest()
 
 
 def bytes_of(examples: Any) -> int:
     """Memory that examples take; what is mapped from a file takes none of its own."""
-    return sum(0 if isinstance(array, np.memmap) else array.nbytes for array in _arrays(examples))
+    return sum(map(_size, _arrays(examples)))
+
+
+def _size(array: Any) -> int:
+    if isinstance(array, np.memmap):
+        return 0
+    if isinstance(array, Tensor) and array.layout is not torch.strided:
+        return array._nnz() * (array.element_size() + 8 * array.dim())  # values, and where each is
+    return int(array.nbytes)
 
 
 def _arrays(examples: Any) -> list[Any]:

@@ -13,17 +13,27 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from umbel.core.errors import ConfigError, described
 from umbel.core.options import Value, flatten, read_toml
 
+if TYPE_CHECKING:  # it takes a second, and a folder that is no app is refused before
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+
 T = TypeVar("T")
 
 _OURS = ("umbel", "flwr")
+
+
+@runtime_checkable
+class Installed(Protocol):
+    """An app that wants to know where it comes from."""
+
+    def installed(self, digest: str, options: Mapping[str, Value]) -> None:
+        """The SHA-256 of its files in hex, and the options in them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,19 +58,22 @@ class AppFolder:
     nodes: int | None
     pool: str | None = None
 
-    def server_app(self) -> ServerApp:
+    def server_app(self) -> "ServerApp":
         """Import the server's app; ConfigError says what went wrong."""
+        from flwr.serverapp import ServerApp
+
         return self._installed(load(self.path, self.server, ServerApp))
 
-    def client_app(self) -> ClientApp:
+    def client_app(self) -> "ClientApp":
         """Import the nodes' app; ConfigError says what went wrong."""
+        from flwr.clientapp import ClientApp
+
         return self._installed(load(self.path, self.client, ClientApp))
 
     def _installed(self, app: T) -> T:
         """Tell a federation's app where it comes from; others have no use for it."""
-        installed = getattr(app, "installed", None)
-        if installed is not None:
-            installed(self.digest(), self.options)
+        if isinstance(app, Installed):
+            app.installed(self.digest(), self.options)
         return app
 
     def digest(self) -> str:

@@ -9,6 +9,15 @@ UmbelError
 
 import sysconfig
 import traceback
+from pathlib import Path
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal; it can go on from its directory `run`, where there is one."""
+
+    def __init__(self, run: Path | None) -> None:
+        super().__init__("" if run is None else str(run))
+        self.run = run
 
 
 def place(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import Self
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -40,7 +41,7 @@ class Mailbox(ABC):
     def cancel(self) -> None:
         """Replies that have not come are not waited for any longer; their nodes are told so."""
 
-    def __enter__(self) -> "Mailbox":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""The messages of a round: the model, what layers tell the nodes, and the learning rate."""
+"""The messages of a round: the model, and what layers tell the nodes."""
 
 from collections.abc import Sequence
 
@@ -64,8 +64,7 @@ class Requests:
 
     def learning_rate(self, number: int) -> float | None:
         """The nodes' in round `number`, after the schedule; None leaves it to them."""
-        rate = self._job.learning_rate
-        return None if rate is None else rate * self._job.options.learning_rate_factor(number)
+        return self._job.options.rate_in(number, self._job.learning_rate)
 
     def share(self, vector: Tensor) -> Tensor:
         """The vector over the bytes that are sent of it, so that they do not take room twice."""
@@ -86,11 +85,7 @@ class Requests:
         return len(requests) * (size + self._synced_buffers.size * 4 + sent)
 
     def _config(self, number: int) -> ConfigRecord:
-        config = ConfigRecord({"round": number, "manifest": self._manifest.digest})
-        rate = self.learning_rate(number)
-        if rate is not None:
-            config["learning-rate"] = rate
-        return config
+        return ConfigRecord({"round": number, "manifest": self._manifest.digest})
 
     def _model(self, position: Position, vector: Tensor) -> dict[str, Array]:
         model = {PARAMETERS: self._pack(vector)} | public_arrays(position.public)

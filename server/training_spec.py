@@ -11,8 +11,10 @@ from torch import Tensor
 from umbel.core.errors import ConfigError
 from umbel.core.records import Tree
 from umbel.server.privacy_gate import NoGuard, PrivacyGate
+from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.contract import Contract
 from umbel.strategies.optimizers import ServerOptimizer
+from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.samplers import Sampler
 from umbel.strategies.stack import Stack
@@ -32,12 +34,14 @@ class TrainingSpec:
         parameters: the first model.
         buffers: the first model's buffers.
         options: of the run.
+        privacy: what is asked of noise.
         stack: the layers and the collect.
         evaluate: central evaluation, where there is held-out data.
         learning_rate: of the nodes, before the schedule; None leaves it to the trainer.
         guard: the budget of a private run.
         questions: private means that are asked before, between and after rounds.
         statistics: names of the buffers that nodes show for the delivered model.
+        asynchronous: whether and how rounds go on without the slow.
         pooled: virtual nodes that share a process may answer as one.
         quiet: why nodes are not asked what they measure; empty where they are.
         sampler: who takes part in a round; None is the one that the options name.
@@ -51,6 +55,7 @@ class TrainingSpec:
     parameters: Tree
     buffers: Tree
     options: RunOptions
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     stack: Stack = field(default_factory=Stack)
     evaluate: Evaluate | None = None
     learning_rate: float | None = None
@@ -58,6 +63,7 @@ class TrainingSpec:
     questions: tuple[PrivateMean, ...] = ()
     statistics: tuple[str, ...] = ()
     pooled: bool = False
+    asynchronous: AsyncOptions = field(default_factory=AsyncOptions)
     quiet: str = ""
     sampler: Sampler | None = None
     optimizer: ServerOptimizer | None = None

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from flwr.app import Message
 from torch import Tensor
 
 from umbel.core.names import EXAMPLES
@@ -83,6 +84,7 @@ class RoundSpec:
         buffers: coordinates of the nodes' buffers; 0 where they stay local.
         run_id: of Flower's run.
         contract: what nodes act on, as the server reckons it; None takes their word.
+        request: one of the messages that nodes were sent, for a rule that answers it itself.
     """
 
     number: int
@@ -93,6 +95,7 @@ class RoundSpec:
     buffers: int = 0
     run_id: int = 0
     contract: "Contract | None" = None
+    request: Message | None = None
 
 
 @dataclass(frozen=True)

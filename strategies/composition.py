@@ -45,6 +45,7 @@ class Asked:
     run: RunOptions
     privacy: PrivacyOptions
     secure: SecureOptions
+    proximal: float = 0.0
 
     @classmethod
     def read(cls, options: Options) -> "Asked":
@@ -54,7 +55,10 @@ class Asked:
             ConfigError: a value that cannot be used.
         """
         return cls(
-            RunOptions.read(options), PrivacyOptions.read(options), SecureOptions.read(options)
+            RunOptions.read(options),
+            PrivacyOptions.read(options),
+            SecureOptions.read(options),
+            float(options.get(PROXIMAL, 0.0)),
         )
 
     @property
@@ -63,22 +67,22 @@ class Asked:
         return self.secure.secure or self.privacy.on
 
 
-def compose(stack: Stack, options: Options, size: Callable[[], int]) -> Stack:
+def compose(stack: Stack, options: Options | Asked, size: Callable[[], int]) -> Stack:
     """The stack that an app and the options make together, known to hold what is asked.
 
     Args:
         stack: the app's own.
-        options: complete ones.
+        options: complete ones, or what has been read of them.
         size: coordinates of an update, asked for where an app's own layer takes no other.
 
     Raises:
         ConfigError: what the options ask for is not in the stack, or they contradict each other.
         StackError: layers that do not fit together.
     """
-    asked = Asked.read(options)
-    stack = with_proximal(stack, float(options.get(PROXIMAL, 0.0)))
+    asked = options if isinstance(options, Asked) else Asked.read(options)
+    stack = with_proximal(stack, asked.proximal)
     try:
-        return _composed(stack, asked, SIZE)
+        return _composed(stack, asked, stack.model_size or SIZE)
     except Exception:
         if all(type(layer).__module__.startswith("umbel.") for layer in stack.layers):
             raise
@@ -276,7 +280,7 @@ def check_rounds(stack: Stack, facts: Facts, rounds: int = 2) -> None:
     """
     stack.check(facts.replace(round=1), stack.init(facts.size))
     try:
-        _play(stack, facts.replace(size=SIZE), rounds)
+        _play(stack, facts.replace(size=stack.model_size or SIZE), rounds)
     except StackError:
         raise
     except Exception:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -110,6 +110,16 @@ def settings_digest(purpose: str, settings: Mapping[str, Any]) -> bytes:
     return keys.digest(purpose, *parts)
 
 
+@runtime_checkable
+class Named(Protocol):
+    """A layer or a collect, as every one of them is called."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+        ...
+
+
 def described(layer: object) -> str:
     """A layer or a collect as a text that is the same in every process.
 
@@ -119,7 +129,7 @@ def described(layer: object) -> str:
     kind = type(layer)
     held = {f.name: getattr(layer, f.name) for f in fields(layer)} if is_dataclass(layer) else {}
     settings = ", ".join(f"{name}={_plain(value)}" for name, value in sorted(held.items()))
-    name = getattr(layer, "name", "")
+    name = layer.name if isinstance(layer, Named) else ""
     return f"{kind.__module__}.{kind.__qualname__}({settings}) as {name}"
 
 

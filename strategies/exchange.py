@@ -204,7 +204,7 @@ class ReadsReplies:
 
     def gather(self, requests: Sequence[Message], round_: RoundSpec) -> Gather:
         rule = self.aggregator
-        acc = rule.empty(round_)
+        acc = rule.empty(replace(round_, request=requests[0] if requests else None))
         nodes = [message.metadata.dst_node_id for message in requests]
         position = {node: i for i, node in enumerate(nodes)}
         pools = _pools(requests)

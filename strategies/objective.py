@@ -88,3 +88,44 @@ def combined(corrections: Iterable[Correction], start: Tensor) -> Correction | N
         start * strength,
     )
     return Correction(rest if offset is None else offset + rest, None, strength)
+
+
+@runtime_checkable
+class Personal(Protocol):
+    """A layer under which every node has a model of its own, which never leaves it."""
+
+    def starts(self, model: Tensor, ctx: NodeContext) -> Tensor:
+        """Node, before training: where it begins, from the model that was sent, (size,)."""
+        ...
+
+    def own(self, model: Tensor, ctx: NodeContext) -> Tensor:
+        """Node: the model that it uses, and that is judged on its own test examples, (size,)."""
+        ...
+
+
+@runtime_checkable
+class TrainsTwice(Protocol):
+    """A layer for which a node trains a second model in every round, which stays on it."""
+
+    def second(self, model: Tensor, ctx: NodeContext) -> tuple[Tensor, Correction]:
+        """Node: where the second training begins, (size,), and what corrects its gradients."""
+        ...
+
+    def keep(self, trained: Tensor, ctx: NodeContext) -> None:
+        """Node: what the second training made, (size,), to remember it."""
+        ...
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A layer that is made for one model."""
+
+    @property
+    def model_size(self) -> int:
+        """Coordinates of its update."""
+        ...
+
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether parts of the model stay on the nodes, so that the server has no whole one."""
+        ...

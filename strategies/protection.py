@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from umbel.core.errors import StackError
 from umbel.strategies.collect import Seals
@@ -56,6 +56,16 @@ class Protection:
     def hides(self) -> bool:
         """Whether the server is not to see this node's own update."""
         return self.sealed or self.noise > 0
+
+
+@runtime_checkable
+class MakesOwnNoise(Protocol):
+    """A layer whose noise is of each node's own, and known before any round."""
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of the noise over the bound of an update."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -135,8 +145,8 @@ class Outlook:
             StackError: a layer of noise is told another bound than the layers before it give.
         """
         noise, shares, layer = 0.0, 0, self._noisy
-        if layer is not None and _is(layer, _LOCAL):
-            noise = float(getattr(layer, "noise_multiplier", 0.0))
+        if isinstance(layer, MakesOwnNoise) and _is(layer, _LOCAL):
+            noise = float(layer.noise_multiplier)
         elif layer is not None:
             self._check_bound(layer, told)
             noise = _number(told.get(f"{layer.name}.noise-multiplier")) or 0.0

@@ -16,7 +16,14 @@ from umbel.strategies.aggregator import Aggregate, Aggregator
 from umbel.strategies.collect import PlainSum
 from umbel.strategies.contexts import Memory
 from umbel.strategies.exchange import LENIENCE, Exchange, Seals, exchange_of, is_own, takes_sums
-from umbel.strategies.objective import Correction, LocalObjective, combined
+from umbel.strategies.objective import (
+    Correction,
+    LocalObjective,
+    Personal,
+    Sized,
+    TrainsTwice,
+    combined,
+)
 from umbel.strategies.order import check_order, keeps_sums
 from umbel.strategies.transform import (
     Broadcast,
@@ -197,7 +204,7 @@ class Stack:
         """
         if not self.objectives:
             return None
-        found = [one.begin(start, _own(told, one.name, state)) for one in self.objectives]
+        found = [one.begin(start, own_context(told, one.name, state)) for one in self.objectives]
         return combined(found, start)
 
     @cached_property
@@ -249,6 +256,39 @@ class Stack:
         ]
         return replace(self, layers=tuple(layers))
 
+    @cached_property
+    def personal(self) -> tuple[Any, ...]:
+        """The layers under which every node has a model of its own."""
+        return tuple(layer for layer in self.layers if isinstance(layer, Personal))
+
+    @cached_property
+    def twice(self) -> tuple[Any, ...]:
+        """The layers for which a node trains a second model."""
+        return tuple(layer for layer in self.layers if isinstance(layer, TrainsTwice))
+
+    @cached_property
+    def model_size(self) -> int:
+        """Coordinates of the one model that a layer is made for; 0 where any model will do."""
+        found = (layer.model_size for layer in self.layers if isinstance(layer, Sized))
+        return next(found, 0)
+
+    @cached_property
+    def keeps_parts(self) -> bool:
+        """Whether parts of the model stay on the nodes, so that the server has no whole one."""
+        return any(isinstance(layer, Sized) and layer.keeps_parts for layer in self.layers)
+
+    def starts(self, model: Tensor, told: NodeContext, state: RecordDict) -> Tensor:
+        """Node: where training begins; `model` itself where no layer is personal."""
+        for layer in self.personal:
+            model = layer.starts(model, own_context(told, layer.name, state))
+        return model
+
+    def own(self, model: Tensor, told: NodeContext, state: RecordDict) -> Tensor:
+        """Node: the model that it uses; `model` itself where no layer is personal."""
+        for layer in self.personal:
+            model = layer.own(model, own_context(told, layer.name, state))
+        return model
+
     def encode(
         self,
         update: Tensor,
@@ -269,7 +309,7 @@ class Stack:
         metrics: dict[str, float] = {}
         told = replace(told or NodeContext(), config=config, metrics=measured or {})
         for layer, sees in zip(self.layers, self._sees, strict=True):
-            ctx = _own(told, layer.name, memory, sees=sees)
+            ctx = own_context(told, layer.name, memory, sees=sees)
             update = layer.encode(update, ctx)
             metrics |= {f"{layer.name}.{name}": value for name, value in ctx.reports.items()}
         bound = config.get(f"{self.collect.name}.bound")
@@ -350,7 +390,9 @@ class Stack:
         return claims
 
 
-def _own(told: NodeContext, name: str, state: RecordDict, *, sees: bool = False) -> NodeContext:
+def own_context(
+    told: NodeContext, name: str, state: RecordDict, *, sees: bool = False
+) -> NodeContext:
     """One layer's part of what a node was told."""
     prefix = f"{name}."
     return replace(

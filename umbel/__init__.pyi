@@ -27,11 +27,14 @@ from umbel.clients.trainers.base import Trained as Trained
 from umbel.clients.trainers.base import Trainer as Trainer
 from umbel.clients.trainers.base import Weights as Weights
 from umbel.clients.trainers.function import FunctionTrainer as FunctionTrainer
+from umbel.clients.trainers.jax import JaxTrainer as JaxTrainer
+from umbel.clients.trainers.keras import KerasTrainer as KerasTrainer
 from umbel.clients.trainers.private_sgd import PrivateSgd as PrivateSgd
 from umbel.clients.trainers.sklearn import SklearnTrainer as SklearnTrainer
 from umbel.clients.trainers.softmax import SoftmaxTrainer as SoftmaxTrainer
 from umbel.core.errors import CheckError as CheckError
 from umbel.core.errors import ConfigError as ConfigError
+from umbel.core.errors import Interrupted as Interrupted
 from umbel.core.errors import RunError as RunError
 from umbel.core.errors import StackError as StackError
 from umbel.core.errors import UmbelError as UmbelError
@@ -40,7 +43,6 @@ from umbel.federation import Federation as Federation
 from umbel.former import ChosenTrainer as ChosenTrainer
 from umbel.loading import load as load
 from umbel.result import Result as Result
-from umbel.running import Interrupted as Interrupted
 from umbel.running import run as run
 from umbel.server.private.verify import verify as verify
 from umbel.strategies.aggregator import Aggregate as Aggregate
@@ -53,7 +55,15 @@ from umbel.strategies.contexts import NodeContext as NodeContext
 from umbel.strategies.contexts import RoundContext as RoundContext
 from umbel.strategies.exchange import Exchange as Exchange
 from umbel.strategies.exchange import PlainExchange as PlainExchange
+from umbel.strategies.facts import Claim as Claim
+from umbel.strategies.facts import Facts as Facts
+from umbel.strategies.methods.ditto import Ditto as Ditto
+from umbel.strategies.methods.feddyn import FedDyn as FedDyn
+from umbel.strategies.methods.fedexp import FedExP as FedExP
+from umbel.strategies.methods.fednova import FedNova as FedNova
 from umbel.strategies.methods.fedprox import FedProx as FedProx
+from umbel.strategies.methods.personal_parts import PersonalParts as PersonalParts
+from umbel.strategies.methods.qfedavg import QFedAvg as QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold as Scaffold
 from umbel.strategies.objective import Correction as Correction
 from umbel.strategies.objective import LocalObjective as LocalObjective
@@ -88,8 +98,6 @@ from umbel.strategies.secure.rotate import Rotate as Rotate
 from umbel.strategies.secure.secure_sum import SecureSum as SecureSum
 from umbel.strategies.secure.weigh import Weigh as Weigh
 from umbel.strategies.stack import Stack as Stack
-from umbel.strategies.transform import Claim as Claim
-from umbel.strategies.transform import Facts as Facts
 from umbel.strategies.transform import Round as Round
 from umbel.strategies.transform import Stateless as Stateless
 from umbel.strategies.transform import Transform as Transform

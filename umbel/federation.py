@@ -23,9 +23,17 @@ from umbel.clients.given import check_functions, check_trainer, trainer_of, unde
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_honours, promising
+from umbel.clients.trainers.base import (
+    ChecksOptions,
+    Trainer,
+    Weights,
+    check_honours,
+    promising,
+)
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.options import Options, Value, checked, override, renamed
+from umbel.core.records import Tree
+from umbel.server.buffered import BufferedRounds
 from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
@@ -34,10 +42,12 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
-from umbel.strategies.composition import compose
+from umbel.strategies.async_options import AsyncOptions
+from umbel.strategies.composition import Asked, compose
 from umbel.strategies.contract import Contract
 from umbel.strategies.exchange import Advises
 from umbel.strategies.layout import shows_statistics
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
@@ -74,8 +84,9 @@ class Federation:
     """A federated task: who trains what on which data, under which stack.
 
     Attributes:
-        trainer: knows the model; see `umbel.TorchTrainer`, `SklearnTrainer`, `FunctionTrainer`. Or
-            a function of the options that gives one of several.
+        trainer: knows the model; see `umbel.TorchTrainer`, `KerasTrainer`, `JaxTrainer`,
+            `SklearnTrainer`, `FunctionTrainer`. Or a function of the options that gives one of
+            several.
         data: a node's own examples; see `umbel.Partitioned`.
         test: held-out examples for central evaluation; left out, `data.central_test` is used
             where it exists.
@@ -151,8 +162,10 @@ class Federation:
         own = renamed(self.options)
         known = {
             **RunOptions.defaults(),
+            **AsyncOptions.defaults(),
             **PrivacyOptions.defaults(),
             **SecureOptions.defaults(),
+            **MethodOptions.defaults(),
             **default_names(self._parts),
         }
         trainer = self.trainer_for({**known, **own, **renamed(given or {})})
@@ -224,18 +237,23 @@ class Federation:
                 cannot be used.
             StackError: layers that do not fit together.
         """
-        RunOptions.read(options)
-        PrivacyOptions.read(options)
-        SecureOptions.read(options)
+        asked = Asked.read(options)
         trainer = self.trainer_for(options)
         if isinstance(trainer, ChecksOptions):
             trainer.check_options(options)
+        MethodOptions.read(options).check_for(str(options["method"]))
         required_part("optimizer", self.optimizer, options)
         required_part("sampler", self.sampler, options)
-        self.stack_for(options)
+        stack = self.stack_for(options, asked)
+        promised = promising(trainer, options) is not None
+        AsyncOptions.read(options).check(asked.run, stack, promised)
 
-    def stack_for(self, options: Options) -> Stack:
+    def stack_for(self, options: Options, asked: Asked | None = None) -> Stack:
         """The stack of these options (complete ones), which holds what they ask for.
+
+        Args:
+            options: complete ones.
+            asked: what has been read of them already.
 
         Raises:
             ConfigError: they ask for what this app's stack or trainer does not do.
@@ -250,19 +268,23 @@ class Federation:
                 )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
         aggregator = part_for("aggregator", self.aggregator, options)
-        objective = part_for("objective", self.objective, options)
+        objective = part_for("objective", self.objective, options, lambda: self._first(options))
         if aggregator is not None:
             stack = replace(stack, collect=aggregator)
         if objective is not None:
             stack = replace(stack, layers=(objective, *stack.layers))
-        stack = compose(stack, options, lambda: self._size(options))
+        stack = compose(stack, asked or options, lambda: self._size(options))
         check_honours(self.trainer_for(options), stack)
         return stack
 
+    def _first(self, options: Options) -> tuple[Tree, Tree]:
+        """Parameters and buffers of the first model."""
+        first = self.trainer_for(options).initial(options, int(options["seed"]))
+        return first.parameters, first.buffers
+
     def _size(self, options: Options) -> int:
         """Coordinates of an update before any layer."""
-        first = self.trainer_for(options).initial(options, RunOptions.read(options).seed)
-        return sum(tensor.numel() for tensor in first.parameters.values())
+        return sum(tensor.numel() for tensor in self._first(options)[0].values())
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
@@ -282,24 +304,28 @@ class Federation:
 
     def job(self, options: Options, nodes: int = 0) -> TrainingSpec:
         """What the coordinator trains under these options (complete ones) with so many nodes."""
-        stack = self.stack_for(options)
-        run_options = RunOptions.read(options)
+        asked = Asked.read(options)
+        stack = self.stack_for(options, asked)
         trainer = self.trainer_for(options)
-        first = trainer.initial(options, run_options.seed)
-        questions = self._questions(options)
+        first = trainer.initial(options, asked.run.seed)
+        questions = self._questions(options, asked.privacy.seed)
         if questions and (hides(stack) or promising(trainer, options) is not None):
             raise ConfigError(
                 f"the private mean {questions[0].name!r} takes its noise at the coordinator, which "
                 f"would see every node's exact answer; under {stack} nodes give none, so leave "
                 "the private means out, or train with central privacy (epsilon alone)"
             )
-        pooled = can_pool(trainer, self.data, nodes, stack, options, questions)
+        how = AsyncOptions.read(options)
+        how.check(asked.run, stack, promising(trainer, options) is not None)
+        pooled = not how.on and can_pool(trainer, self.data, nodes, stack, options, questions)
         return TrainingSpec(
+            asynchronous=how,
             parameters=first.parameters,
             buffers=first.buffers,
-            options=run_options,
+            options=asked.run,
+            privacy=asked.privacy,
             stack=stack,
-            evaluate=self._central_evaluation(trainer, options),
+            evaluate=None if stack.keeps_parts else self._central_evaluation(trainer, options),
             learning_rate=checked_rate(options),
             questions=questions,
             statistics=statistics_of(trainer, stack, options),
@@ -318,9 +344,8 @@ class Federation:
             return "updates are hidden from the coordinator"
         return "the run is private" if quiet(stack) else ""
 
-    def _questions(self, options: Options) -> tuple["PrivateMean", ...]:
+    def _questions(self, options: Options, seed: int | None) -> tuple["PrivateMean", ...]:
         found = questions_of(self.questions, options)
-        seed = PrivacyOptions.read(options).seed
         return found if seed is None else tuple(replace(q, insecure_seed=seed) for q in found)
 
     def _central_evaluation(self, trainer: Trainer, options: Options) -> Evaluate | None:
@@ -368,7 +393,7 @@ class FederationServerApp(ServerApp):
         contract = Contract.of(options, job.stack, job.parameters, job.buffers, self.app_digest)
         job = replace(job, contract=contract)
         start = record_start(session.run, job)
-        privacy = PrivacyOptions.read(options)
+        privacy, asked = job.privacy, job.options
         private = None
         if job.stack.private:
             from umbel.server.private.run import PrivateRun
@@ -380,7 +405,8 @@ class FederationServerApp(ServerApp):
             from umbel.server.private.unprotected import unprotected
 
             job = unprotected(job, privacy, nodes, session, federation.data, start)
-        rounds = Rounds(job, grid, nodes, session.run, session.progress)
+        loop = BufferedRounds if job.asynchronous.on else Rounds
+        rounds = loop(job, grid, nodes, session.run, session.progress)
         job = rounds.job  # without the first model, which only the rounds need from here on
         if private is not None:
             private.job = job
@@ -393,7 +419,7 @@ class FederationServerApp(ServerApp):
             len(nodes),
         )
         self._advise(job, rounds, session)
-        self._say_what_is_not_asked(job, RunOptions.read(options), session)
+        self._say_what_is_not_asked(job, asked, session)
         outcome = rounds.fit()
         missed = Shortfall.of(session.run.rounds()).sentences()
         if missed:

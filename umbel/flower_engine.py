@@ -32,7 +32,7 @@ from umbel.core.errors import ConfigError, RunError
 from umbel.core.options import Options
 from umbel.flower_node import toml
 from umbel.flower_process import FlowerProcess, environment, program
-from umbel.serve import resolve
+from umbel.runner import Subject, prepare
 from umbel.server.link.grid import StoppedError
 from umbel.server.link.service import ServerSettings, Service, WatchedProgress
 from umbel.server.output import progress as showing
@@ -66,8 +66,7 @@ def serve_with_flower(
     if settings.own_certificate is not None:
         raise ConfigError("--engine flower needs the built-in authority; leave out --certificate")
     folder = open_app(path)
-    known, options = resolve(folder, folder.server_app(), changes)
-    changed = {k: v for k, v in options.items() if known.get(k) != v}
+    prepared = prepare(Subject.of(folder), changes)
     home = settings.state.absolute() / "flower"
     shown = showing.choose(sys.stderr)
     service = Service(settings, version=version, app_digest=folder.digest())
@@ -75,6 +74,8 @@ def serve_with_flower(
     try:
         with _signals():
             service.start()
+            for note in prepared.notes:
+                shown.note(note)
             shown.note(
                 f"nodes enrol on port {service.listener.port}; Flower's SuperLink is being "
                 f"started on port {service.listener.port + 1}"
@@ -83,7 +84,7 @@ def serve_with_flower(
                 superlink = _SuperLink(home, service, process, shown)
                 superlink.wait_until_up()
                 superlink.wait_for_nodes(nodes)
-                result = superlink.run(folder, changed)
+                result = superlink.run(folder, prepared.changes)
                 ended = True
                 return result
     finally:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import signal
 import socket
 import threading
@@ -102,7 +103,11 @@ def _command(membership: Membership, settings: NodeSettings) -> list[str]:
 
 def toml(value: Any) -> str:
     """A plain value as TOML, for Flower's `K=V` options."""
-    return json.dumps(value) if not isinstance(value, bool) else str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # inf, -inf and nan are words of TOML
+    return (
+        json.dumps(value, ensure_ascii=False) if not isinstance(value, bool) else str(value).lower()
+    )
 
 
 def _free_port() -> int:

@@ -32,7 +32,8 @@ def load(run: Path | str, app: Path | str | Federation | None = None) -> Any:
 
     Returns:
         What the trainer makes of the weights. `TorchTrainer` and those around it: the module, in
-        eval mode on the CPU. `SklearnTrainer`: the fitted estimator, with its classes.
+        eval mode on the CPU. `KerasTrainer`: the model. `JaxTrainer`: a module of Flax, or a
+        function of inputs. `SklearnTrainer`: the fitted estimator, with its classes.
         `SoftmaxTrainer`: an object with `predict` and `predict_proba` of features.
         `FunctionTrainer`: the arrays by name. A trainer without a method `ready`: `Weights`.
 

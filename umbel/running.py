@@ -10,46 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-
-from umbel.clients.trainers.base import SizesGroups
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
-from umbel.core.options import Options, override
-from umbel.federation import Federation, FederationServerApp
+from umbel.core.errors import Interrupted as Interrupted
+from umbel.core.options import Options, renamed
+from umbel.federation import Federation
 from umbel.notebook import notebook_progress
 from umbel.result import Result
+from umbel.runner import Prepared, Subject, execute, log_to, prepare
 from umbel.server.embedded.grid import EmbeddedGrid, ObservedGrid
-from umbel.server.kept_model import watching_strategies
-from umbel.server.link.grid import ObservedLinkGrid
 from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
-from umbel.server.output.rundir import RunDirectory, machine, versions
-from umbel.server.output.session import session
+from umbel.server.output.rundir import RunDirectory
 from umbel.server.pools.base import Pool
 from umbel.server.pools.choose import DEFAULT, PoolLike, make_pool
 from umbel.server.pools.processes import ForkServer
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
 
-CANNOT_GO_ON = (
-    "this app keeps its own rounds, so a run of it cannot go on later: started again, it begins "
-    "at round 1 (apps made with Federation go on where they were)"
-)
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
 EXAMPLES = Path(__file__).parent / "examples"
-Observed = ObservedGrid | ObservedLinkGrid
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal; it can go on from its directory `run`, where there is one."""
-
-    def __init__(self, run: Path | None) -> None:
-        super().__init__("" if run is None else str(run))
-        self.run = run
 
 
 def run(
@@ -102,22 +84,24 @@ def run(
     nursery = ForkServer(preload=["umbel.federation"]) if early else None
     try:
         shown = progress or notebook_progress() or showing.choose(sys.stderr)
-        plan = _plan(app, options or {}, nodes, resume, pool)
+        planned = _planned(app, options or {}, nodes, resume, pool)
+        for note in planned.prepared.notes:
+            shown.note(note)
         place = make_pool(
-            plan.pool,
-            plan.options,
+            planned.pool,
+            planned.prepared.options,
             workers=workers,
             processors=_processors(),
             fork_server=nursery,
         )
         try:
-            directory = _directory(plan, place, out, resume, shown)
+            directory = _directory(planned, place, out, resume, shown)
         except BaseException:
             place.close()
             raise
         if unprotected:
             directory.write_config({**directory.config(), "unprotected": True})
-        found = _execute(plan, place, directory, shown)
+        found = _executed(planned, place, directory, shown)
         return Result(found, app if isinstance(app, Federation) else None)
     finally:
         if nursery is not None:
@@ -125,83 +109,22 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A run that has been checked and can start."""
+class _Planned:
+    """A run that has been checked, how many nodes it has, and where they run."""
 
-    subject: "_Subject"
-    options: dict[str, Any]
+    prepared: Prepared
     nodes: int
     pool: PoolLike
 
-    @property
-    def federation(self) -> Federation | None:
-        return self.subject.federation
 
-    @property
-    def group_size(self) -> int:
-        """How many nodes the app would train as one computation."""
-        if self.federation is None:
-            return 1
-        trainer = self.federation.trainer_for(self.options)
-        return trainer.group_size(self.options) if isinstance(trainer, SizesGroups) else 1
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is run: an app's folder, or a `Federation` object of this process.
-
-    Attributes:
-        name: as it is shown.
-        path: of the folder; None is an object.
-        digest: of the folder's files; None is an object.
-        options: of the app's pyproject.
-        nodes: how many virtual nodes the app asks for, or None.
-        pool: where the app says that its nodes run, or None.
-        server_app: the coordinator's half.
-        client: the nodes' half, or where it is imported from.
-    """
-
-    name: str
-    path: Path | None
-    digest: str | None
-    options: Mapping[str, Any]
-    nodes: int | None
-    pool: str | None
-    server_app: ServerApp
-    client: ClientApp | Path
-
-    @property
-    def federation(self) -> Federation | None:
-        app = self.server_app
-        return app.federation if isinstance(app, FederationServerApp) else None
-
-
-def _subject(app: Federation | Path | str | None) -> _Subject:
-    if isinstance(app, Federation):
-        name = app.name or "federation"
-        return _Subject(name, None, None, {}, None, None, app.server_app(), app.client_app())
-    folder = open_app(Path(app) if app is not None else example())
-    server = folder.server_app()
-    return _Subject(
-        folder.name,
-        folder.path,
-        folder.digest(),
-        folder.options,
-        folder.nodes,
-        folder.pool,
-        server,
-        folder.path,
-    )
-
-
-def _plan(
+def _planned(
     app: Federation | Path | str | None,
     changes: Options,
     nodes: int | None,
     resume: Path | str | None,
     pool: PoolLike | None,
-) -> _Plan:
-    began: Mapping[str, Any] = {}
+) -> _Planned:
+    began: Options | None = None
     if resume is not None:
         before = _before(Path(resume))
         nodes, began = before["nodes"], before["options"]
@@ -213,26 +136,20 @@ def _plan(
                     f"{resume} is a run of a Federation object; continue it where that object is: "
                     "umbel.run(federation, resume=...)"
                 )
+        check_promise_stays(began, changes)
+        check_method_stays(began, changes)
         changes = {**before["changes"], **changes}
-    subject = _subject(app)
-    federation = subject.federation
-    known: Mapping[str, Any] = subject.options
-    if federation is not None:
-        # a run goes on with what it began with, whatever the app's own defaults are by now
-        known = {**federation.complete(subject.options), **began}
-    elif resume is not None:
+    if isinstance(app, Federation):
+        subject = Subject.of(app)
+    else:
+        subject = Subject.of(open_app(Path(app) if app is not None else example()))
+    if resume is not None and subject.federation is None:
         raise ConfigError(
             f"{subject.name} keeps its own rounds, so Umbel cannot continue it; only apps made "
             "with Federation can be resumed"
         )
-    PrivacyOptions.check_given(changes)
-    if resume is not None:
-        check_promise_stays(began, changes)
-    options = (federation.override if federation else override)(known, changes)
-    if federation is not None:
-        federation.check_options(options)
-    pool = pool or subject.pool or DEFAULT
-    return _Plan(subject, options, nodes or subject.nodes or NODES, pool)
+    prepared = prepare(subject, changes, began)
+    return _Planned(prepared, nodes or subject.nodes or NODES, pool or subject.pool or DEFAULT)
 
 
 def _before(resume: Path) -> dict[str, Any]:
@@ -252,6 +169,21 @@ def example(name: str = "fashion") -> Path:
     if (EXAMPLES / name).is_dir():
         return EXAMPLES / name
     return Path(__file__).resolve().parent.parent / "examples" / name
+
+
+def check_method_stays(began: Options, changes: Options) -> None:
+    """Refuse to go on with another method than the one whose states and memories there are.
+
+    Raises:
+        ConfigError: which option, and what it was.
+    """
+    for name in ("method", "proximal-mu", *MethodOptions.defaults()):
+        before = began.get(name, changes.get(name))
+        if name in changes and changes[name] != before:
+            raise ConfigError(
+                f"a run that goes on keeps its method, so {name}={changes[name]} (it was {before}) "
+                "cannot change; leave it out, or begin a new run"
+            )
 
 
 def check_promise_stays(began: Options, changes: Options) -> None:
@@ -280,123 +212,82 @@ def check_promise_stays(began: Options, changes: Options) -> None:
 
 
 def _directory(
-    plan: _Plan, pool: Pool, out: Path | str | None, resume: Path | str | None, progress: Progress
+    planned: _Planned,
+    pool: Pool,
+    out: Path | str | None,
+    resume: Path | str | None,
+    progress: Progress,
 ) -> RunDirectory:
-    subject = plan.subject
-    known: Mapping[str, Any] = subject.options
-    if plan.federation is not None:
-        known = plan.federation.complete(subject.options)
-    changes = {k: v for k, v in plan.options.items() if known.get(k) != v}
-    if resume is not None:
-        directory = RunDirectory.open(Path(resume))
-        before = directory.config()
-        differs = _differences(before, plan)
-        for name, (was, now) in differs.items():
-            progress.note(f"{name} changed from {was} to {now}; the run's config.json keeps both")
-        if differs:
-            told = [
-                *before.get("changed", []),
-                *({"what": name, "from": was, "to": now} for name, (was, now) in differs.items()),
-            ]
-            more = {"options": plan.options, "changes": changes, "app_hash": subject.digest}
-            directory.write_config({**before, **more, "changed": told})
-        return directory
-    config = {
-        "app": subject.name,
-        "app_path": None if subject.path is None else str(subject.path),
-        "app_hash": subject.digest,
-        "options": plan.options,
-        "changes": changes,
-        "nodes": plan.nodes,
-        "engine": "embedded",
-        "run_id": secrets.randbits(62) + 1,
-        "workers": 0 if pool.in_process else pool.workers,
-        "pool": plan.pool if isinstance(plan.pool, str) else None,
-        "versions": versions(),
-        "machine": machine(),
-        "command": sys.argv,
-    }
-    return RunDirectory.create(None, subject.name, config, out=Path(out) if out else None)
+    prepared = planned.prepared
+    if resume is None:
+        config = prepared.config(
+            "embedded",
+            nodes=planned.nodes,
+            run_id=secrets.randbits(62) + 1,
+            workers=0 if pool.in_process else pool.workers,
+            pool=planned.pool if isinstance(planned.pool, str) else None,
+        )
+        name = prepared.subject.name
+        return RunDirectory.create(None, name, config, out=Path(out) if out else None)
+    directory = RunDirectory.open(Path(resume))
+    before = directory.config()
+    differs = _differences(before, prepared)
+    for name, (was, now) in differs.items():
+        progress.note(f"{name} changed from {was} to {now}; the run's config.json keeps both")
+    if differs:
+        told = [
+            *before.get("changed", []),
+            *({"what": name, "from": was, "to": now} for name, (was, now) in differs.items()),
+        ]
+        more = {
+            "options": prepared.options,
+            "changes": prepared.changes,
+            "app_hash": prepared.subject.digest,
+        }
+        directory.write_config({**before, **more, "changed": told})
+    return directory
 
 
-def _differences(before: Mapping[str, Any], plan: _Plan) -> dict[str, tuple[Any, Any]]:
+def _differences(before: Mapping[str, Any], prepared: Prepared) -> dict[str, tuple[Any, Any]]:
     """What is no longer as a run began: options by name, and the app's files."""
-    began = before["options"]
+    began = renamed(before["options"])
     found = {
-        name: (began.get(name), plan.options.get(name))
-        for name in sorted({*began, *plan.options})
-        if began.get(name) != plan.options.get(name)
+        name: (began.get(name), prepared.options.get(name))
+        for name in sorted({*began, *prepared.options})
+        if began.get(name, prepared.options.get(name)) != prepared.options.get(name)
     }
-    was, now = before.get("app_hash"), plan.subject.digest
+    was, now = before.get("app_hash"), prepared.subject.digest
     if was is None or now is None or was == now:
         return found
     return found | {"the app": (was[:12], now[:12])}
 
 
-def _execute(
-    plan: _Plan, pool: Pool, directory: RunDirectory, progress: Progress
+def _executed(
+    planned: _Planned, pool: Pool, directory: RunDirectory, progress: Progress
 ) -> dict[str, Any]:
-    log_to(directory.log_path, quiet=plan.federation is not None)
+    prepared = planned.prepared
+    whole = prepared.federation is not None
+    log_to(directory.log_path, quiet=whole)
     show_fetching(progress)
-    kind = EmbeddedGrid if plan.federation is not None else ObservedGrid
+    kind = EmbeddedGrid if whole else ObservedGrid
     grid = kind(
-        plan.subject.client,
-        plan.nodes,
+        prepared.subject.client,
+        planned.nodes,
         pool=pool,
-        run_config=plan.options,
+        run_config=prepared.options,
         run_id=directory.config().get("run_id", 1),  # runs of earlier releases had no other
-        group_size=plan.group_size,
+        group_size=prepared.group_size,
         log=directory.log_path,
-        mapped=plan.federation is not None,
+        mapped=whole,
     )
-    server = plan.subject.server_app
-    context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(plan.options))
     try:
-        with grid, session(directory, progress) as current:
-            if isinstance(grid, ObservedGrid):
-                current.result |= own_rounds(server, grid, context, directory, progress)
-            else:
-                server(grid, context)
+        with grid:
+            opened = execute(prepared, grid, directory, progress, progress)
     except KeyboardInterrupt:
-        raise Interrupted(directory.path if plan.federation is not None else None) from None
+        raise Interrupted(directory.path if whole else None) from None
     finally:
         progress.finish("")
-    return current.finish()
-
-
-def own_rounds(
-    app: ServerApp, grid: Observed, context: Context, directory: RunDirectory, progress: Progress
-) -> dict[str, Any]:
-    """Run an app that keeps its own rounds; what its result says of them.
-
-    What was seen of a run that is stopped or fails is written down all the same.
-    """
-    try:
-        with watching_strategies(grid.model):
-            app(grid, context)
-    except BaseException as problem:
-        seen = grid.finish(directory)
-        if isinstance(problem, KeyboardInterrupt):
-            progress.note(f"stopped after {seen['rounds']} rounds; {CANNOT_GO_ON}")
-        progress.note(seen["model"])
-        raise
-    result = grid.finish(directory)
-    progress.note(result["model"])
-    grid.check_trained()
-    return result
-
-
-def log_to(path: Path, *, quiet: bool) -> None:
-    """Flower's log goes to the run's log.txt; for apps that speak through it, to stderr too."""
-    logger = logging.getLogger("flwr")
-    for handler in list(logger.handlers):
-        if quiet or isinstance(handler, logging.FileHandler):
-            logger.removeHandler(handler)
-            handler.close()
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.propagate = False
+    return opened.finish()
 
 
 class _Notes(logging.Handler):

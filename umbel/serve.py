@@ -11,22 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, RecordDict
-from flwr.serverapp import ServerApp
-
-from umbel.core.app_folder import AppFolder, open_app
+from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
-from umbel.core.options import Options, override
-from umbel.federation import FederationServerApp
-from umbel.running import CANNOT_GO_ON, log_to, own_rounds
+from umbel.core.options import Options
+from umbel.runner import CANNOT_GO_ON, Prepared, Subject, execute, log_to, prepare
 from umbel.server.link.grid import LinkGrid, ObservedLinkGrid, StoppedError
 from umbel.server.link.room import MARGIN
 from umbel.server.link.service import ServerSettings, Service, WatchedProgress
 from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
-from umbel.server.output.rundir import RunDirectory, machine, versions
-from umbel.server.output.session import session
-from umbel.strategies.private.options import PrivacyOptions
+from umbel.server.output.rundir import RunDirectory
+from umbel.server.round_recorder import RoundRecorder
 
 log = logging.getLogger("umbel.server")
 _FIRST_MODEL = 1 << 30
@@ -79,7 +74,7 @@ def serve(
         StoppedError: by a signal; started again on the same state, the run goes on.
     """
     folder = open_app(run.app)
-    server_app = folder.server_app()
+    subject = Subject.of(folder)
     shown = progress or showing.choose(sys.stderr)
     service = Service(settings, version=version, app_digest=folder.digest())
     ended = False
@@ -92,7 +87,10 @@ def serve(
             while True:
                 result = None if fresh else _ended_before(service, shown)
                 if result is None:
-                    plan = _plan(service, folder, server_app, run, waiting or {}, fresh=fresh)
+                    prepared = prepare(subject, waiting or {})
+                    for note in prepared.notes:
+                        shown.note(note)
+                    plan = _plan(service, prepared, run, waiting or {}, fresh=fresh)
                     result = _execute(service, plan, run, shown, current)
                 on_result(result)
                 if not run.stay:
@@ -121,28 +119,9 @@ def submit(state: Path, changes: Options) -> None:
         enrolment.close()
 
 
-def resolve(
-    folder: AppFolder, app: ServerApp, changes: Options
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An app's options before and after these changes.
-
-    Raises:
-        ConfigError: an unknown option, or a value of the wrong type.
-    """
-    PrivacyOptions.check_given(changes)
-    if not isinstance(app, FederationServerApp):
-        return dict(folder.options), override(folder.options, changes)
-    known = app.federation.complete(folder.options)
-    options = app.federation.override(known, changes)
-    app.federation.check_options(options)
-    return known, options
-
-
 @dataclass(frozen=True)
 class _Plan:
-    folder: AppFolder
-    app: ServerApp
-    options: dict[str, Any]
+    prepared: Prepared
     directory: RunDirectory
     run_id: int
     again: bool = False
@@ -184,18 +163,17 @@ def _ended_before(service: Service, shown: Progress) -> dict[str, Any] | None:
 
 def _plan(
     service: Service,
-    folder: AppFolder,
-    app: ServerApp,
+    prepared: Prepared,
     run: RunSettings,
     changes: Mapping[str, Any],
     *,
     fresh: bool,
 ) -> _Plan:
     """The unfinished run of this state, or a new one."""
-    known, options = resolve(folder, app, changes)
+    digest = prepared.subject.digest
     before = None if fresh else service.enrolment.fact("run")
     if before is not None and not before["done"]:
-        if before["changes"] != dict(changes) or before["app_digest"] != folder.digest():
+        if before["changes"] != dict(changes) or before["app_digest"] != digest:
             raise ConfigError(
                 f"{before['path']} is unfinished, and was started with another app or other "
                 "options; use those again, or begin anew with --fresh"
@@ -204,43 +182,36 @@ def _plan(
         if run.unprotected:
             directory.write_config({**directory.config(), "unprotected": True})
         run_id = before["run_id"]
-        if not isinstance(app, FederationServerApp):  # its nodes shall begin anew with it
+        if prepared.federation is None:  # its nodes shall begin anew with it
             run_id = secrets.randbits(62) + 1
             service.enrolment.keep("run", {**before, "run_id": run_id})
-        return _Plan(folder, app, override(known, changes), directory, run_id, again=True)
+        return _Plan(prepared, directory, run_id, again=True)
     run_id = secrets.randbits(62) + 1
-    config = {
-        "app": folder.name,
-        "app_path": str(folder.path),
-        "app_hash": folder.digest(),
-        "options": options,
-        "changes": {k: v for k, v in options.items() if known.get(k) != v},
-        "nodes": run.nodes or None,
-        "engine": "link",
-        "populations": str((service.settings.state / "populations").absolute()),
-        "enough": run.enough,
+    config = prepared.config(
+        "link",
+        nodes=run.nodes or None,
+        populations=str((service.settings.state / "populations").absolute()),
+        enough=run.enough,
         **({"unprotected": True} if run.unprotected else {}),
-        "versions": versions(),
-        "machine": machine(),
-        "command": sys.argv,
-    }
+    )
     out = run.out if not fresh or run.fresh else None
-    directory = RunDirectory.create(service.settings.state / "runs", folder.name, config, out=out)
+    name = prepared.subject.name
+    directory = RunDirectory.create(service.settings.state / "runs", name, config, out=out)
     position = {
         "path": str(directory.path.absolute()),
         "run_id": run_id,
         "changes": dict(changes),
-        "app_digest": folder.digest(),
+        "app_digest": digest,
         "done": False,
     }
     service.enrolment.keep("run", position)
-    return _Plan(folder, app, options, directory, run_id)
+    return _Plan(prepared, directory, run_id)
 
 
 def _execute(
     service: Service, plan: _Plan, run: RunSettings, shown: Progress, current: _Current
 ) -> dict[str, Any]:
-    keeps_rounds = not isinstance(plan.app, FederationServerApp)
+    keeps_rounds = plan.prepared.federation is None
     log_to(plan.directory.log_path, quiet=not keeps_rounds)
     if plan.again and keeps_rounds:
         shown.note(f"{plan.directory.path} was stopped before its end; {CANNOT_GO_ON}")
@@ -253,23 +224,19 @@ def _execute(
     grid = kind(
         service.hub,
         run_id=plan.run_id,
-        run_config=plan.options,
+        run_config=plan.prepared.options,
         enough=run.enough,
         largest=run.largest_reply,
         margin=_FIRST_MODEL if keeps_rounds else MARGIN,
     )
-    if isinstance(grid, ObservedLinkGrid):
+    if isinstance(grid, RoundRecorder):
         grid.on_note = service.stand
     current.grid = grid
     current.check()
-    context = Context(plan.run_id, 1, {}, RecordDict(), dict(plan.options))
     service.position["phase"] = "training"
     try:
-        with session(plan.directory, WatchedProgress(shown, service)) as opened:
-            if isinstance(grid, ObservedLinkGrid):
-                opened.result |= own_rounds(plan.app, grid, context, plan.directory, shown)
-            else:
-                plan.app(grid, context)
+        watched = WatchedProgress(shown, service)
+        opened = execute(plan.prepared, grid, plan.directory, watched, shown)
     except BaseException as problem:
         stopped = isinstance(problem, KeyboardInterrupt)
         again = "" if keeps_rounds else "stopped; started again, the run goes on"
@@ -324,4 +291,4 @@ def _signals(service: Service) -> Iterator[_Current]:
             signal.signal(each, handler)
 
 
-__all__ = ["RunSettings", "ServerSettings", "resolve", "serve", "submit"]
+__all__ = ["RunSettings", "ServerSettings", "serve", "submit"]

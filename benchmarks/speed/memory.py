@@ -20,6 +20,9 @@ NODES = 4
 ROUNDS = 4
 MODELS = {0: 6.0, 2: 8.0}
 """The most models above base, by worker processes."""
+HUGE = (100_000_000, 300_000_000)
+HUGE_ROUND_S = 30.0
+"""Seconds for a round of the largest model."""
 
 _TASK = """\
 import numpy as np
@@ -50,8 +53,26 @@ def measure(*, quick: bool = False, size: int = LARGE) -> list[Figure]:
         quick: a tenth of the size: a check that it works, not a measurement.
         size: float32 parameters of the model.
     """
-    size = size // 10 if quick else size
+    return [figure for figure, _ in _measured(size // 10 if quick else size)]
+
+
+def measure_large(*, quick: bool = False) -> list[Figure]:
+    """The same of models of 100 and 300 million parameters, and the seconds of their rounds.
+
+    Args:
+        quick: a hundredth of the sizes: a check that it works, not a measurement.
+    """
     figures = []
+    for size in (size // 100 if quick else size for size in HUGE):
+        for figure, seen in _measured(size):
+            bar = HUGE_ROUND_S if size == HUGE[-1] else None
+            pace = Figure("memory", f"{figure.what}: a round", seen.round_s, "s", bar)
+            figures += [figure, pace]
+    return figures
+
+
+def _measured(size: int) -> list[tuple[Figure, Watched]]:
+    found = []
     with tempfile.TemporaryDirectory() as where:
         app = write_federation(Path(where) / "app", _TASK, name="memory", config="")
         for workers, most in MODELS.items():
@@ -59,17 +80,16 @@ def measure(*, quick: bool = False, size: int = LARGE) -> list[Figure]:
             seen = run(app, size, workers)
             models = (seen.peak_bytes - base.peak_bytes) / (4 * size)
             where_ = f"{workers} workers" if workers else "in process"
-            figures.append(
-                Figure(
-                    "memory",
-                    f"{size / 1e6:g} M float32, {NODES} nodes, {where_}",
-                    models,
-                    "models",
-                    most,
-                    {"seconds a round": seen.round_s, "base in MB": base.peak_bytes / 1e6},
-                )
+            figure = Figure(
+                "memory",
+                f"{size / 1e6:g} M float32, {NODES} nodes, {where_}",
+                models,
+                "models",
+                most,
+                {"seconds a round": seen.round_s, "base in MB": base.peak_bytes / 1e6},
             )
-    return figures
+            found.append((figure, seen))
+    return found
 
 
 def run(app: Path, size: int, workers: int) -> Watched:

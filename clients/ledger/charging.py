@@ -239,9 +239,15 @@ def charging_layers(stack: Stack) -> tuple[Any, ...]:
     return tuple(
         layer
         for layer in stack.layers
-        if isinstance(layer, ChargesNode)
-        or (not _is_ours(layer) and getattr(type(layer), "claim", None) is not Stateless.claim)
+        if isinstance(layer, ChargesNode) or (not _is_ours(layer) and _claims(layer))
     )
+
+
+def promise_of(options: Mapping[str, Any]) -> Promise:
+    """What a run promises by its options, complete ones."""
+    privacy = PrivacyOptions.read(options)
+    budget = privacy.epsilon if math.isfinite(privacy.epsilon) else None
+    return Promise(budget, privacy.delta, int(options["rounds"]))
 
 
 def releases_of(
@@ -249,14 +255,9 @@ def releases_of(
     layers: Sequence[Any],
     config: Mapping[str, Any],
     size: int,
-    options: Mapping[str, Any],
+    promise: Promise,
 ) -> list[Release]:
     """What `layers` of a stack charge the node for an encoded vector of `size` coordinates."""
-    if not layers:
-        return []
-    privacy = PrivacyOptions.read(options)
-    budget = privacy.epsilon if math.isfinite(privacy.epsilon) else None
-    promise = Promise(budget, privacy.delta, int(options["rounds"]))
     found = []
     for layer in layers:
         if not isinstance(layer, ChargesNode):
@@ -266,6 +267,12 @@ def releases_of(
         own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
         found.append(layer.released(own, size, promise))
     return found
+
+
+def _claims(layer: object) -> bool:
+    """Whether a layer has a claim of its own, whatever that says."""
+    kind: Any = type(layer)
+    return kind.claim is not Stateless.claim
 
 
 def _is_ours(layer: object) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from umbel.clients.data.arrays import plain_array
 from umbel.clients.data.examples import ArrayLike, Examples
+from umbel.clients.local_settings import LocalSettings
 from umbel.clients.pytorch.rows import PAIR, RowReader, is_hugging_face
-from umbel.clients.pytorch.settings import TorchSettings
 from umbel.core.errors import ConfigError
 
 SHUFFLE = 0x5DEECE66D
@@ -28,7 +28,7 @@ RESIDENT_BYTES = 1 << 28
 
 
 def plan(
-    size: int, settings: TorchSettings, seed: int, *, least: int = 1
+    size: int, settings: LocalSettings, seed: int, *, least: int = 1
 ) -> Iterator[Tensor | None]:
     """The rows of each step, in order; None is all rows (a full batch needs no shuffle).
 

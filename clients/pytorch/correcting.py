@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from umbel.clients.pytorch.settings import TorchSettings
+from umbel.clients.local_settings import LocalSettings
 from umbel.core.records import Manifest, Tree
 from umbel.strategies.objective import Correction
 
@@ -63,7 +63,7 @@ class Correcting:
                 parameter.grad.add_(self.offset[place])
 
 
-def proximal(settings: TorchSettings) -> Correction | None:
+def proximal(settings: LocalSettings) -> Correction | None:
     """The pull of FedProx, for who trains outside of a federation; there it is in the stack."""
     return Correction(strength=settings.proximal_mu) if settings.proximal_mu else None
 

@@ -72,12 +72,12 @@ def objective(loss: str | Loss) -> Objective:
     """
     if not isinstance(loss, str):
         return Objective(getattr(loss, "__name__", type(loss).__name__), _scalar(loss), "any")
-    if loss not in _BUILT_IN:
+    if loss not in NAMED:
         raise ConfigError(
-            f"loss is {loss!r}; choose one of {', '.join(_BUILT_IN)}, or give a function of "
+            f"loss is {loss!r}; choose one of {', '.join(NAMED)}, or give a function of "
             "outputs and targets"
         )
-    return _BUILT_IN[loss]
+    return NAMED[loss]
 
 
 def outputs_of(value: Any) -> Any:
@@ -170,7 +170,7 @@ def _built_in(name: str, loss: Callable[..., Tensor], targets: Any) -> Objective
     return Objective(name, loss, targets, partial(loss, reduction="none"))
 
 
-_BUILT_IN: Mapping[str, Objective] = {
+NAMED: Mapping[str, Objective] = {
     "cross-entropy": _built_in("cross-entropy", cross_entropy, "class"),
     "binary-cross-entropy": _built_in("binary-cross-entropy", binary_cross_entropy, "real"),
     "mse": _built_in("mse", mean_squared_error, "real"),

@@ -4,28 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
+from umbel.clients.local_settings import LocalSettings
 from umbel.core.errors import ConfigError
-from umbel.core.limits import at_least, check_limits, one_of, option
+from umbel.core.limits import at_least, one_of, option
 
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
 BATCHED = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchSettings:
-    """How a node trains. Option names are the same in kebab-case.
+class TorchSettings(LocalSettings):
+    """How a node trains with PyTorch: `LocalSettings`, and what only PyTorch has.
 
     Attributes:
-        learning_rate: learning rate of the local optimiser; a round's own rate
-            (`Job.learning_rate`) wins.
-        batch_size: examples a step; 0 is all of them.
-        local_epochs: passes over the node's examples.
-        local_steps: steps of the optimiser; above 0 it takes the place of `local_epochs`.
-        momentum: momentum of SGD.
-        weight_decay: weight decay of SGD.
-        proximal_mu: strength of FedProx: mu/2 times the squared distance to the model that was sent
-            is added to the loss (Li et al. 2020, https://arxiv.org/abs/1812.06127, eq. 2).
-        clip_gradient: largest l2 norm of a step's gradient; 0 is no limit.
         accumulate: in how many parts a batch is worked through, to save memory.
         precision: number format of training: "float32", "bf16" or "fp16" (mixed, on CUDA only);
             "auto" is bf16 on CUDA devices that have it and float32 elsewhere.
@@ -37,14 +28,6 @@ class TorchSettings:
             is faster, "on" wherever it is possible, "off".
     """
 
-    learning_rate: float = option(0.05, at_least(0))
-    batch_size: int = option(32, at_least(0))
-    local_epochs: int = option(1, at_least(0))
-    local_steps: int = option(0, at_least(0))
-    momentum: float = option(0.0, at_least(0))
-    weight_decay: float = option(0.0, at_least(0))
-    proximal_mu: float = option(0.0, at_least(0))
-    clip_gradient: float = option(0.0, at_least(0))
     accumulate: int = option(1, at_least(1))
     precision: str = option("auto", one_of(*PRECISIONS))
     device: str = "auto"
@@ -66,14 +49,6 @@ class TorchSettings:
         if self.gpus > max(found, 1) and self.device != "cpu":
             raise ConfigError(f"gpus is {self.gpus}, but this node has {found}; use gpus=0 (all)")
         return (self.gpus or found) if self.on_gpus() else self.local_processes
-
-    def validate(self) -> None:
-        """Raises:
-        ConfigError: a value is out of its range.
-        """
-        check_limits(self)
-        if self.local_epochs == 0 and self.local_steps == 0:
-            raise ConfigError("local-epochs and local-steps are both 0; set one of them above 0")
 
 
 def choose_device(name: str) -> torch.device:

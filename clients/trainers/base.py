@@ -153,16 +153,21 @@ def check_honours(trainer: Trainer, stack: "Stack") -> None:
             f"{stack} looks at the exact loss of a node's records, which {type(trainer).__name__} "
             "promises to hide; take a method without it, or privacy of whole nodes (epsilon)"
         )
+    if stack.twice and isinstance(trainer, RecordPrivate):
+        raise ConfigError(
+            f"{stack.twice[0].name} trains a second model a round, which {type(trainer).__name__} "
+            "would charge a node's records for once more; take a method that trains one"
+        )
     if "steps" in stack.needs and CORRECTION not in honours:
         raise ConfigError(
             f"{stack} counts the nodes' local steps, and {type(trainer).__name__} does not say "
-            "them; take TorchTrainer"
+            "them; take TorchTrainer, KerasTrainer or JaxTrainer"
         )
     if stack.objectives and CORRECTION not in honours:
         raise ConfigError(
             f"{stack.objectives[0].name} changes the gradients that nodes train with, and "
-            f"{type(trainer).__name__} does not apply that; take TorchTrainer, or leave "
-            f"{stack.objectives[0].name} out"
+            f"{type(trainer).__name__} does not apply that; take TorchTrainer, KerasTrainer or "
+            f"JaxTrainer, or leave {stack.objectives[0].name} out"
         )
 
 

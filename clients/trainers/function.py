@@ -7,12 +7,17 @@
     trainer = FunctionTrainer(initial=lambda options: {"slope": np.zeros(3)}, train=train)
 
 NumPy in, NumPy out. Global random generators are seeded from the job around each call and put
-back afterwards. Arrays of real or complex numbers are parameters; others are buffers.
+back afterwards. Arrays of real or complex numbers are parameters, which are averaged; others are
+carried state, and so are those that `state` names: moving averages of batch normalisation, a
+step counter. State follows the option `buffers`; it is never clipped, noised or part of a norm.
+
+    FunctionTrainer(initial, train, state=("*moving_mean", "*moving_variance"))
 """
 
 import cmath
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -49,6 +54,7 @@ class FunctionTrainer:
         options: options of the functions' own, with defaults; `job.options` has them all.
         honours: what `train` does beyond plain training: `{"correction"}` where it adds
             `job.correction` (see `umbel.Correction`) to every gradient and returns its steps.
+        state: names of arrays that are carried and not trained, or patterns of such names.
     """
 
     def __init__(
@@ -58,10 +64,17 @@ class FunctionTrainer:
         evaluate: Evaluate | None = None,
         options: Options | None = None,
         honours: Iterable[str] = (),
+        state: Sequence[str] = (),
     ) -> None:
         self.honours = frozenset(honours)
         self._initial, self._train, self._evaluate = initial, train, evaluate
         check_functions(self, "_initial", "_train", "_evaluate")
+        if isinstance(state, str) or not all(isinstance(name, str) for name in state):
+            raise ConfigError(
+                f"state is {state!r}, and it has to be a list of names, as in "
+                "state=['moving_mean', 'moving_variance']"
+            )
+        self._state = tuple(state)
         self.OPTIONS: dict[str, bool | int | float | str] = dict(options or {})
 
     def initial(self, options: Options, seed: int) -> Weights:
@@ -72,7 +85,24 @@ class FunctionTrainer:
             raise ConfigError(
                 f"the function `initial` returned {arrays!r}; return a dict of names to arrays"
             )
-        return _split({name: _tensor(name, value) for name, value in arrays.items()})
+        tensors = {name: _tensor(name, value) for name, value in arrays.items()}
+        for pattern in self._state:
+            if not any(fnmatchcase(name, pattern) for name in tensors):
+                raise ConfigError(
+                    f"state names {pattern!r}, but the model has the arrays {', '.join(tensors)}; "
+                    "name one of them, or leave it out"
+                )
+        return _split(tensors, self._is_state)
+
+    def statistics(self, options: Options) -> tuple[str, ...]:
+        """The carried arrays of real numbers, which training gathers from examples."""
+        if not self._state:
+            return ()
+        buffers = self.initial(options, 0).buffers
+        return tuple(name for name, value in buffers.items() if value.dtype.is_floating_point)
+
+    def _is_state(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._state)
 
     USE = "model"
 
@@ -144,16 +174,16 @@ def _viewed(name: str, value: Any) -> Tensor:
     return _tensor(name, value)
 
 
-def _split(tensors: dict[str, Tensor]) -> Weights:
+def _split(tensors: dict[str, Tensor], is_state: Callable[[str], bool]) -> Weights:
     real = {
         n: value
         for n, value in tensors.items()
-        if value.dtype.is_floating_point or value.is_complex()
+        if (value.dtype.is_floating_point or value.is_complex()) and not is_state(n)
     }
     if not real:
         raise ConfigError(
             f"none of the arrays {', '.join(tensors)} holds real or complex numbers, so there is "
-            "nothing to train; make the parameters float"
+            "nothing to train; make the parameters float, and leave them out of `state`"
         )
     return Weights(real, {name: value for name, value in tensors.items() if name not in real})
 

@@ -1,4 +1,4 @@
-"""A trainer for scikit-learn's linear models and multi-layer perceptrons.
+"""A trainer for the estimators of scikit-learn that can be averaged.
 
     trainer = SklearnTrainer(LogisticRegression(C=0.1), features=30, classes=2)
 
@@ -8,9 +8,13 @@ How an estimator goes on from the model it was sent depends on what it offers:
     warm_start    `fit` with `local-iterations` iterations (LogisticRegression, Lasso, ...)
     neither       a whole `fit` on the node's examples (LinearRegression, Ridge, ...); averaging
                   their solutions is the federation, and one round is all there is to it
+    sums          naive Bayes, PCA, StandardScaler and k-means are made of means of sufficient
+                  statistics (`umbel.clients.trainers.sums`); one round is the pooled fit, a round
+                  of k-means is one step of Lloyd's algorithm
 
-A pipeline is the estimator at its end, behind steps that are fitted already: every node scales
-alike, by numbers that are public (or agreed upon by private means), and the trained model has them.
+A pipeline is the estimator at its end, behind steps that are fitted already or are fitted by the
+federation: every node scales alike. A step that the federation fits takes a round, before which
+nothing behind it is trained; in the rounds after it goes on being measured.
 
 A node may lack some classes: `fit` is shown one example of each with next to no weight.
 """
@@ -18,7 +22,7 @@ A node may lack some classes: `fit` is shown one example of each with next to no
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +31,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, clone, is_classifier
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import hinge_loss, log_loss
 from sklearn.pipeline import Pipeline
@@ -38,6 +44,16 @@ from umbel.clients.data.examples import Examples
 from umbel.clients.seeding import seeded
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
 from umbel.clients.trainers.exported import Exported
+from umbel.clients.trainers.sums import (
+    KNOWN,
+    SHARE,
+    Sums,
+    is_known,
+    is_sums,
+    nearest,
+    refusal,
+    sums_of,
+)
 from umbel.core.errors import ConfigError
 from umbel.core.options import checked
 
@@ -58,9 +74,11 @@ class SklearnTrainer:
     Attributes:
         estimator: with `coef_` and `intercept_` (linear), or an MLP with solver sgd or adam. Its
             own settings hold, but for what the options say. A fitted one is where training
-            starts, and knows its features and classes. Or a pipeline of fitted steps with such
-            an estimator at its end.
-        features: number of inputs of the estimator, behind the steps before it.
+            starts, and knows its features and classes. Or naive Bayes, KMeans, PCA or
+            StandardScaler. Or a pipeline with such an estimator at its end, and before it steps
+            that are fitted, StandardScaler or PCA.
+        features: number of inputs of the first step that is not fitted: of the estimator, behind
+            the fitted steps before it, or of a StandardScaler or PCA.
         classes: number of classes, labelled from 0; 0 is regression.
         local_epochs: passes over the node's examples, with `partial_fit`.
         local_iterations: of the solver, with `warm_start`; 0 is the estimator's own `max_iter`.
@@ -77,7 +95,7 @@ class SklearnTrainer:
     local_iterations: int = 5
     USE: ClassVar[str] = "model.predict(x)"
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
-    steps: Any = field(init=False, repr=False, compare=False, default=None)
+    steps: tuple["_Step", ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         kind = getattr(self.estimator, "__name__", type(self.estimator).__name__)
@@ -89,8 +107,9 @@ class SklearnTrainer:
             raise ConfigError(
                 f"SklearnTrainer was given a {kind}, which is no estimator of scikit-learn"
             )
+        before: list[tuple[str, Any]] = []
         if isinstance(self.estimator, Pipeline):
-            object.__setattr__(self, "steps", _fitted(self.estimator[:-1]))
+            before = self.estimator.steps[:-1]
             object.__setattr__(self, "estimator", self.estimator[-1])
         options: dict[str, Any] = {
             "local-epochs": self.local_epochs,
@@ -99,15 +118,32 @@ class SklearnTrainer:
         rate = self._rate
         if rate is not None:
             options["learning-rate"] = float(getattr(self.estimator, rate)) or 0.01
+        if is_sums(self.estimator):
+            options = {}
         object.__setattr__(self, "OPTIONS", options)
-        features = getattr(self.estimator, "n_features_in_", 0)
-        object.__setattr__(self, "features", self.features or features)
+        if self.features < 1 and not (before and any(not _is_fitted(step) for _, step in before)):
+            features = getattr(self.estimator, "n_features_in_", 0)
+            object.__setattr__(self, "features", features)
         known = getattr(self.estimator, "classes_", ())
         object.__setattr__(self, "classes", self.classes or len(known))
+        self._check_shape()
+        object.__setattr__(self, "steps", _steps(before, self.features))
         self._check()
 
     def initial(self, options: Options, seed: int) -> Weights:  # noqa: ARG002
-        """The first model: zeros for a linear one, small random layers for a perceptron."""
+        """The first model: zeros for a linear one, small random layers for a perceptron.
+
+        Statistics are zero as well, but for where k-means starts.
+        """
+        first = self._first(seed)
+        parameters: dict[str, Tensor] = {}
+        for step in self.steps:
+            parameters |= step.first(seed)
+        return Weights({**parameters, **first.parameters}, first.buffers)
+
+    def _first(self, seed: int) -> Weights:
+        if self._end is not None:
+            return Weights(self._end.first(seed))
         if hasattr(self.estimator, "coef_") or hasattr(self.estimator, "coefs_"):
             return _weights(self.estimator)
         weights = _weights(self._template)
@@ -123,33 +159,57 @@ class SklearnTrainer:
         Raises:
             ConfigError: the examples or the options do not fit the estimator.
         """
+        x, y = self._arrays(examples)
+        parameters = {name: value.clone() for name, value in weights.parameters.items()}
+        buffers = {name: value.clone() for name, value in weights.buffers.items()}
+        share = 1 / (len(x) * max(1, int(job.node.get("num-partitions", 1))))
+        ready = True
+        for step in self.steps:
+            ready = ready and step.measure(weights.parameters, parameters, x, y, share)
+            x = step.transform(weights.parameters, x)
+        if ready and self._end is not None:
+            self._end.measure(weights.parameters, parameters, x, y, share)
+            loss = self._metrics(self._end.fitted(parameters), x, y)
+        elif ready:
+            estimator = self._trained(weights, x, y, job)
+            loss = self._metrics(estimator, x, y)
+            after = _weights(estimator)
+            parameters |= after.parameters
+            buffers |= after.buffers
+        else:  # the steps before it are not known yet
+            loss = self._metrics(self._loaded(weights), x, y)
+        if not all(bool(torch.isfinite(value).all()) for value in parameters.values()):
+            raise ConfigError(
+                "training gave weights that are not finite; lower the learning rate, or scale the "
+                "inputs"
+            )
+        shown = {name: value for name, value in loss.items() if name == "loss"}
+        return Trained(Weights(parameters, buffers), len(x), shown)
+
+    def _trained(self, weights: Weights, x: Array, y: Array, job: Job) -> Any:
+        """The estimator after a node's own training."""
         estimator = self._loaded(weights)
         options = {n: checked(n, job.options.get(n, d), d) for n, d in self.OPTIONS.items()}
         rate = job.learning_rate or job.options.get("learning-rate")
         if self._rate is not None and rate is not None:
             estimator.set_params(**{self._rate: float(rate)})
-        x, y = self._arrays(examples)
         with seeded(job.seed), _quiet():
             if hasattr(estimator, "partial_fit"):
                 self._pass_over(estimator, x, y, int(options["local-epochs"]), job.seed)
             else:
                 self._fit(estimator, x, y, int(options["local-iterations"]), job.seed)
-            loss = self._metrics(estimator, x, y)["loss"]
-        trained = _weights(estimator)
-        if not all(bool(torch.isfinite(value).all()) for value in trained.parameters.values()):
-            raise ConfigError(
-                "training gave weights that are not finite; lower the learning rate, or scale the "
-                "inputs"
-            )
-        return Trained(trained, len(x), {"loss": loss})
+        return estimator
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:  # noqa: ARG002
         """Loss and accuracy, or for a regression loss (squared error), rmse and r2.
 
         The loss of a classifier is the log loss, or the hinge loss where there are no
-        probabilities.
+        probabilities; of k-means and PCA the mean squared distance to the nearest centre, or to
+        what the components can say. A scaler alone has none.
         """
         x, y = self._arrays(examples)
+        for step in self.steps:
+            x = step.transform(weights.parameters, x)
         return Evaluated(len(x), self._metrics(self._loaded(weights), x, y))
 
     def ready(self, weights: Weights, options: Options) -> Any:  # noqa: ARG002
@@ -158,9 +218,21 @@ class SklearnTrainer:
         known = getattr(self.estimator, "classes_", None)
         if known is not None:
             estimator.classes_ = np.array(known)
-        if self.steps is None:
+        if not self.steps:
             return estimator
-        return Pipeline([*copy.deepcopy(self.steps).steps, ("model", estimator)])
+        made = [(step.name, step.fitted(weights.parameters)) for step in self.steps]
+        return Pipeline([*copy.deepcopy(made), ("model", estimator)])
+
+    @cached_property
+    def _inputs(self) -> int:
+        """Number of inputs of the estimator at the end."""
+        return self.steps[-1].outputs if self.steps else self.features
+
+    @cached_property
+    def _end(self) -> "_Step | None":
+        """The estimator at the end where it is made of sums."""
+        sums = sums_of(self.estimator, self._inputs, self.classes)
+        return None if sums is None else _Step("", sums=sums, outputs=sums.outputs)
 
     def exported(self, weights: Weights, options: Options) -> Exported:
         """The estimator of `ready` as a chain of matrices.
@@ -184,7 +256,7 @@ class SklearnTrainer:
         estimator = clone(self.estimator)
         rng = np.random.default_rng(0)
         rows = max(12, 2 * self.classes)
-        x = rng.normal(size=(rows, self.features))
+        x = rng.normal(size=(rows, self._inputs))
         y = np.arange(rows) % self.classes if self.classes else x[:, 0]
         with seeded(0), _quiet():
             if not hasattr(estimator, "partial_fit"):
@@ -199,7 +271,7 @@ class SklearnTrainer:
         estimator.__dict__.pop("_optimizer", None)
         return estimator
 
-    def _check(self) -> None:
+    def _check_shape(self) -> None:
         name = type(self.estimator).__name__
         if self.features < 1:
             raise ConfigError(
@@ -212,7 +284,23 @@ class SklearnTrainer:
                 "SklearnTrainer(..., classes=N), at least 2"
             )
         if not is_classifier(self.estimator) and self.classes:
-            raise ConfigError(f"{name} is a regression; leave out classes={self.classes}")
+            raise ConfigError(
+                f"{name} is no classifier, so there are no classes; leave out "
+                f"classes={self.classes}"
+            )
+
+    def _check(self) -> None:
+        name = type(self.estimator).__name__
+        if self._end is not None:
+            return
+        why = refusal(self.estimator)
+        made_of_models = ".ensemble." in type(self.estimator).__module__
+        if (
+            made_of_models
+            or hasattr(self.estimator, "transform")
+            or (not hasattr(self.estimator, "predict") and not hasattr(self.estimator, "coef_"))
+        ):
+            raise ConfigError(why)
         if getattr(self.estimator, "average", False):
             raise ConfigError(f"{name} averages its own weights; set average=False")
         if getattr(self.estimator, "early_stopping", False):
@@ -223,13 +311,16 @@ class SklearnTrainer:
             raise ConfigError(
                 f"{name} cannot go on from given weights with lbfgs; use solver='adam'"
             )
-        if not _has_weights(self._template):
-            raise ConfigError(
-                f"{name} has no coefficients to average; use a linear model or an MLP of "
-                "scikit-learn, or FunctionTrainer"
-            )
+        try:
+            made = _has_weights(self._template)
+        except Exception:  # one that does not even fit a few rows
+            made = False
+        if not made:
+            raise ConfigError(why)
 
     def _loaded(self, weights: Weights) -> Any:
+        if self._end is not None:
+            return self._end.fitted(weights.parameters)
         estimator = copy.deepcopy(self._template)
         expected = _weights(estimator)
         for name, own in expected.parameters.items():
@@ -289,15 +380,18 @@ class SklearnTrainer:
             )
         y = y.reshape(len(x))
         x = x.reshape(len(x), -1).astype(np.float64) / (255 if x.dtype == np.uint8 else 1)
-        if self.steps is not None:
-            x = np.asarray(self.steps.transform(x), np.float64)
         if not (np.isfinite(x).all() and np.isfinite(y).all()):
             raise ConfigError(
                 f"{not_a_number(Examples(x, y))}; fill it or leave those examples out"
             )
-        if x.shape[1] != self.features:
+        seen = x
+        for step in self.steps:  # what is fitted comes first, and is the same for everybody
+            if step.sums is not None:
+                break
+            seen = step.transform({}, seen)
+        if seen.shape[1] != self.features:
             raise ConfigError(
-                f"an example has {x.shape[1]} inputs, but the trainer was made for features="
+                f"an example has {seen.shape[1]} inputs, but the trainer was made for features="
                 f"{self.features}; make the two agree"
             )
         if not self.classes:
@@ -311,6 +405,15 @@ class SklearnTrainer:
         return x, labels
 
     def _metrics(self, estimator: Any, x: Array, y: Array) -> dict[str, float]:
+        if isinstance(estimator, KMeans | MiniBatchKMeans):
+            centres = estimator.cluster_centers_
+            off = np.square(x - centres[nearest(x, centres)]).sum(1)
+            return {"loss": float(off.mean())}
+        if isinstance(estimator, PCA):
+            back = estimator.inverse_transform(estimator.transform(x))
+            return {"loss": float(np.square(x - back).sum(1).mean())}
+        if not hasattr(estimator, "predict"):
+            return {}
         predicted = estimator.predict(x)
         if not self.classes:
             error, spread = float(((predicted - y) ** 2).mean()), float(y.var())
@@ -324,21 +427,110 @@ class SklearnTrainer:
         return {"loss": float(loss), "accuracy": float((predicted == y).mean())}
 
 
-def _fitted(steps: Pipeline) -> Pipeline | None:
-    """The steps before the estimator; None where there are none.
+@dataclass(frozen=True)
+class _Step:
+    """A step before the estimator, or the estimator itself: fitted already, or made of sums.
+
+    Attributes:
+        name: in the pipeline; what its statistics' names begin with.
+        step: a fitted one.
+        sums: how it is made.
+        outputs: number of columns behind it.
+    """
+
+    name: str
+    step: Any = None
+    sums: Sums | None = None
+    outputs: int = 0
+
+    def _key(self, name: str) -> str:
+        return f"{self.name}.{name}" if self.name else name
+
+    def _means(self, tree: Mapping[str, Tensor]) -> dict[str, Array]:
+        assert self.sums is not None
+        names = [KNOWN, SHARE, *self.sums.shapes()]
+        found: dict[str, Array] = {}
+        for name in names:
+            value = tree.get(self._key(name))
+            if value is None or tuple(value.shape) != self.sums.shapes().get(name, ()):
+                raise ConfigError(
+                    f"the weights do not belong to this model: there is no {self._key(name)} of "
+                    "its shape; use the same estimator, features and classes"
+                )
+            found[name] = value.double().numpy()
+        return found
+
+    def first(self, seed: int) -> dict[str, Tensor]:
+        """The statistics before anything is known."""
+        if self.sums is None:
+            return {}
+        shapes = {KNOWN: (), SHARE: (), **self.sums.shapes()}
+        values = {name: np.zeros(shape) for name, shape in shapes.items()}
+        values |= self.sums.first(seed)
+        return {self._key(name): _tensor(value) for name, value in values.items()}
+
+    def measure(
+        self,
+        before: Mapping[str, Tensor],
+        after: dict[str, Tensor],
+        x: Array,
+        y: Array,
+        share: float,
+    ) -> bool:
+        """Put a node's statistics into `after`; whether they were known before."""
+        if self.sums is None:
+            return True
+        means = self._means(before)
+        found = {KNOWN: np.float64(1), SHARE: np.float64(share), **self.sums.measured(means, x, y)}
+        after.update({self._key(name): _tensor(value) for name, value in found.items()})
+        return is_known(means)
+
+    def fitted(self, tree: Mapping[str, Tensor]) -> Any:
+        """The step with these statistics; a neutral one where they are not known."""
+        return self.step if self.sums is None else self.sums.fitted(self._means(tree))
+
+    def transform(self, tree: Mapping[str, Tensor], x: Array) -> Array:
+        """What is behind the step."""
+        return np.asarray(self.fitted(tree).transform(x), np.float64)
+
+
+def _is_fitted(step: Any) -> bool:
+    if step in (None, "passthrough"):
+        return True
+    try:
+        check_is_fitted(step)
+    except NotFittedError:
+        return False
+    return True
+
+
+def _steps(steps: list[tuple[str, Any]], features: int) -> tuple[_Step, ...]:
+    """The steps before the estimator.
 
     Raises:
-        ConfigError: one of them is not fitted.
+        ConfigError: one of them is neither fitted nor made of sums.
     """
-    for name, step in steps.steps:
-        try:
-            check_is_fitted(step)
-        except NotFittedError:
+    found: list[_Step] = []
+    width, federated = features, False
+    for name, step in steps:
+        if step in (None, "passthrough"):
+            continue
+        if _is_fitted(step):
+            if federated:  # its width is known; before, `features` is what is behind all of them
+                width = int(step.transform(np.zeros((1, width))).shape[1])
+            found.append(_Step(name, step=step, outputs=width))
+            continue
+        if not hasattr(step, "transform") or not is_sums(step):
             raise ConfigError(
                 f"the step {name!r} ({type(step).__name__}) of the pipeline is not fitted, and "
-                "nodes that fit it by themselves would not scale alike; fit it on public examples"
-            ) from None
-    return steps if len(steps.steps) else None
+                "nodes that fit it by themselves would not scale alike; fit it on public examples, "
+                "or take StandardScaler or PCA, which the federation fits"
+            )
+        sums = sums_of(step, width, 0)
+        assert sums is not None
+        width, federated = sums.outputs, True
+        found.append(_Step(name, sums=sums, outputs=width))
+    return tuple(found)
 
 
 def _numpy(values: Any, what: str) -> Array:

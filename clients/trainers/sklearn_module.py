@@ -110,6 +110,11 @@ def _chain(estimator: Any) -> tuple[list[nn.Module], Output]:
         if kind == "identity":
             return layers, "number"
         return (layers, "logits") if kind == "softmax" else ([*layers, _TwoClasses()], "logits")
+    if not hasattr(estimator, "coef_"):
+        raise ConfigError(
+            f"{type(estimator).__name__} has no coefficients, so no graph can be made of it; "
+            "export it with --to safetensors"
+        )
     coefficients = np.atleast_2d(estimator.coef_)
     line = _linear(coefficients, np.atleast_1d(estimator.intercept_))
     if not is_classifier(estimator):

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from concurrent.futures import Future
 
 from umbel.core.errors import RunError, UmbelError, described
@@ -74,7 +74,8 @@ class Dispatcher:
             raise error
         if error is not None:
             raise RunError(f"the pool {self._name} failed: {described(error)}; {GO_ON}") from error
-        return list(zip(group, future.result() or [None] * len(group), strict=True))
+        results: Sequence[Done | None] = future.result() or [None] * len(group)
+        return list(zip(group, results, strict=True))
 
     @property
     def _name(self) -> str:

@@ -41,7 +41,10 @@ from umbel.server.output import strict
 
 LOCK = ".lock"
 """In a run's directory: who is at work on it holds this file locked."""
-_PACKAGES = ("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio")
+_PACKAGES = (
+    *("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio"),
+    *("keras", "tensorflow", "jax", "flax", "optax"),  # where they are installed
+)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
     processes           worker processes of this machine (0 workers: none, in this process)
     threads             threads of this process
     dask://HOST:PORT    a Dask cluster
-    ray, ray://...      a Ray cluster: the one that runs here, or by its address
-    spark://HOST:PORT   a Spark cluster; also local[N], local-cluster[N,CORES,MIB]
     NAME                registered in the app's task.py: register("pool", NAME, pool)
 
 A package that is not installed is missed only by whoever asks for its pool.
@@ -25,13 +23,7 @@ from umbel.server.pools.processes import ForkServer, Processes
 PoolLike: TypeAlias = Pool | concurrent.futures.Executor | str
 
 DEFAULT = "processes"
-CLUSTERS = {
-    "dask": "dask",
-    "ray": "ray",
-    "spark": "spark",
-    "local": "spark",
-    "local-cluster": "spark",
-}
+CLUSTERS = {"dask": "dask"}
 """Names of pools that are clusters, and the modules that know how to talk to them."""
 
 

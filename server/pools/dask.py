@@ -9,6 +9,7 @@ Dask runs the groups of a worker that dies elsewhere. A worker is a process: of 
 works at a time, because random generators belong to a process. Workers may come and go.
 """
 
+import logging
 import threading
 import time
 import weakref
@@ -47,6 +48,7 @@ def from_options(options: Mapping[str, Any]) -> Pool:
     """
     import dask
 
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters becomes a sentence
     _, _, address = str(options["pool"]).partition("://")
     if not address:
         raise ConfigError(
@@ -140,7 +142,13 @@ class DaskPool(Pool):
         """
         self._shipment = shipped(work)
         try:
-            self._client.run(probe, self._shipment)
+            self._sent_shipment = self._scattered(self._shipment)
+            self._client.gather(
+                [
+                    self._client.submit(probe, self._sent_shipment, workers=[worker], pure=False)
+                    for worker in self._client.nthreads()
+                ]
+            )
         except UmbelError:
             raise
         except ModuleNotFoundError as error:
@@ -152,7 +160,6 @@ class DaskPool(Pool):
             raise ConfigError(
                 f"the workers of {self._where} cannot load the app: {described(error)}"
             ) from error
-        self._sent_shipment = self._scattered(self._shipment)
 
     def _scattered(self, thing: Any) -> Any:
         return self._client.scatter(thing, broadcast=True, hash=False, direct=False)

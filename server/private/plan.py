@@ -78,7 +78,14 @@ class PrivacyPlan:
     _claims: dict[int, list[Claim]] = field(default_factory=dict, repr=False, compare=False)
 
     def claims(self, number: int) -> list[Claim]:
-        """What round `number` costs, before sampling; worked out once."""
+        """What round `number` costs, before sampling; worked out once.
+
+        Rounds cost alike, unless they share noise: see `charges_of`.
+        """
+        if 1 not in self._claims:
+            self._claims[1] = claims_of(self.stack, self.facts, 1)
+        if all(claim.repeat_event is None for claim in self._claims[1]):
+            return self._claims[1]
         if number not in self._claims:
             self._claims[number] = claims_of(self.stack, self.facts, number)
         return self._claims[number]

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from umbel.core.errors import CheckError, ConfigError
 from umbel.server.output.rundir import RunDirectory
@@ -125,22 +125,36 @@ def name_of(app: str, data: object) -> str:
     return f"{readable or 'data'}-{digest[:8]}"
 
 
+@runtime_checkable
+class HasSource(Protocol):
+    """Data that are made of other data."""
+
+    source: Any
+    """What they are made of."""
+
+
+@runtime_checkable
+class Named(Protocol):
+    """Data that have a name, such as a data set."""
+
+    name: Any
+    """The name."""
+
+
 def declaration(data: object) -> str:
     """What an app says of where its data come from.
 
     An object with a `source` says it itself (`umbel.Partitioned`, `umbel.PrecomputedFeatures`); a
     data set is its name, a function its own, an object its class.
     """
-    source = getattr(data, "source", None)
-    if source is not None:
-        return declaration(source)
+    if isinstance(data, HasSource) and data.source is not None:
+        return declaration(data.source)
     if isinstance(data, str):
         return data
     if isinstance(data, functools.partial):
         return declaration(data.func)
-    name = getattr(data, "name", None)
-    if isinstance(name, str) and name:
-        return name
+    if isinstance(data, Named) and isinstance(data.name, str) and data.name:
+        return data.name
     kind = data if hasattr(data, "__qualname__") else type(data)
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
 

@@ -5,7 +5,7 @@ node moves the mean as far as an update may be long, so a bound on updates is al
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -99,6 +99,7 @@ class WeightedMean(Aggregator[Sums]):
         )
 
     def empty(self, spec: RoundSpec) -> Sums:
+        spec = replace(spec, request=None)  # with it goes the model that was sent
         if self.weighting == "examples":
             dtype = torch.float64 if spec.facts.wide else spec.dtype
             patience = Patience.of(self.max_examples, spec.size * dtype.itemsize, self.hold_bytes)

@@ -1,5 +1,7 @@
 """The benchmark of secure sums measures what it says, on a small cohort."""
 
+import pytest
+
 from umbel.benchmarks.speed import secure
 
 
@@ -11,6 +13,21 @@ def test_every_figure_is_there_and_the_primitives_beat_flower() -> None:
     assert found["wire_bytes"] > 20_000 * 20 / 8
     assert found["shamir_split_s"] < found["flower_shamir_split_s"]
     assert set(found["reached"]) == set(secure.TARGETS)
+
+
+def test_a_secure_round_of_the_link_is_held_against_a_plain_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seconds say how fast a machine is; the ratio says what five trips cost."""
+    small = secure.measure(nodes=7, size=10_000, repeats=2, losses=1)
+    times = {"link_round_s": 0.09, "link_plain_round_s": 0.01, "link_bare_round_s": 0.005}
+    link = {**times, "link_over_plain": 9.0, "link_nodes": 10}
+    monkeypatch.setattr(secure, "measure", lambda: dict(small))
+    monkeypatch.setattr(secure, "measure_link", lambda: link)
+    made = {figure.what: figure for figure in secure.figures()}
+    ratio = made["link: secure over plain round"]
+    assert (ratio.value, ratio.target, ratio.met) == (9.0, 8.0, False)
+    assert made["link: round of 10 nodes"].target is None
 
 
 def test_quick_figures_have_no_targets_to_miss() -> None:

@@ -11,6 +11,7 @@ from umbel.clients.trainers import function as function_trainer
 from umbel.clients.trainers.base import Job, Options
 from umbel.clients.trainers.function import FunctionTrainer
 from umbel.core.errors import ConfigError
+from umbel.testing import check_trainer
 
 EXAMPLES = Examples(np.arange(4.0), np.array([1.0, 3.0, 5.0, 7.0]))
 
@@ -96,3 +97,33 @@ def test_whether_all_are_finite_is_told_also_where_their_sum_is_not() -> None:
     assert not any(function_trainer._finite(torch.tensor([1.0, value])) for value in bad)
     assert not function_trainer._finite(torch.tensor([np.inf, -np.inf]))
     assert not function_trainer._finite(torch.tensor([complex(0.0, np.nan), 1.0]))
+
+
+def _carrying(arrays: Any, examples: Any, job: Job) -> Any:  # noqa: ARG001
+    return {"w": arrays["w"] + 1, "bn/moving_mean": arrays["bn/moving_mean"] + 2}, 5, {}
+
+
+def _first(_: Any) -> Any:
+    return {"w": np.zeros(2), "bn/moving_mean": np.zeros(3)}
+
+
+def test_carried_state_is_no_parameter() -> None:
+    trainer = FunctionTrainer(_first, _carrying, state=["*moving_mean"])
+    first = trainer.initial({}, 0)
+    assert list(first.parameters) == ["w"]
+    assert list(first.buffers) == ["bn/moving_mean"]
+    trained = trainer.train(first, range(5), Job(1, 1, {})).weights
+    assert trained.parameters["w"].tolist() == [1, 1]
+    assert trained.buffers["bn/moving_mean"].tolist() == [2, 2, 2]
+    assert trainer.statistics({}) == ("bn/moving_mean",)
+    assert FunctionTrainer(_first, _carrying).statistics({}) == ()
+    check_trainer(trainer, range(5))
+
+
+def test_state_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"state names 'moving_var'.*w, bn/moving_mean"):
+        FunctionTrainer(_first, _carrying, state=["moving_var"]).initial({}, 0)
+    with pytest.raises(ConfigError, match="a list of names"):
+        FunctionTrainer(_first, _carrying, state="w")
+    with pytest.raises(ConfigError, match="nothing to train"):
+        FunctionTrainer(_first, _carrying, state=["*"]).initial({}, 0)

@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import MinMaxScaler
 from torch import Tensor, nn
 
 from tests.clients.tasks import classes, close, job, linear
@@ -303,7 +303,7 @@ def test_nan_in_the_data_is_called_that(trainer: Any) -> None:
     [
         (lambda: SklearnTrainer(LogisticRegression, 6, 3), "give it an object: Logistic"),
         (
-            lambda: SklearnTrainer(make_pipeline(StandardScaler(), LogisticRegression()), 6, 3),
+            lambda: SklearnTrainer(make_pipeline(MinMaxScaler(), LogisticRegression()), 6, 3),
             "is not fitted, and nodes",
         ),
         (lambda: TorchTrainer(linear, loss=nn.CrossEntropyLoss), r"give an object: loss=Cross"),

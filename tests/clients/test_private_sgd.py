@@ -1,6 +1,7 @@
 """DP-SGD inside a node: the noise is what was promised, the ledger is charged, the budget holds."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from umbel.core.errors import ConfigError, RunError
 from umbel.privacy.budget.accounting import epsilon as epsilon_of
 from umbel.privacy.budget.accounting import poisson
 from umbel.privacy.budget.events import Charge
+from umbel.strategies.objective import Correction
 
 
 def linear() -> nn.Module:
@@ -203,7 +205,6 @@ def test_frozen_statistics_are_no_mixing() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"proximal-mu": 0.1},
         {"clip-gradient": 1.0},
         {"accumulate": 2},
         {"local-processes": 2},
@@ -218,6 +219,23 @@ def test_options_that_would_be_ignored_are_refused(changes: dict[str, Any]) -> N
         trainer.initial(_options(trainer, **changes), 0)
     with pytest.raises(ConfigError, match=next(iter(changes))):  # a node, whoever told it
         trainer.train(start, _examples(), _job(_options(trainer, **changes)))
+
+
+def test_corrections_are_added_to_noised_gradients() -> None:
+    """With hardly any noise and no clipping, DP-SGD is SGD, also with a pull and an offset."""
+    trainer = PrivateSgd(trainer=TorchTrainer(linear), example_noise=1e-6, example_norm=1e3)
+    options = _options(trainer, **{"batch-size": 0, "local-steps": 3})
+    start = trainer.initial(options, 1)
+    size = len(_flat(start))
+    offset = torch.linspace(-1, 1, size)
+    correction = Correction(offset, torch.ones(size), 0.5)
+    job = replace(_job(options), correction=correction)
+    private = trainer.train(start, _examples(), job)
+    plain = trainer.trainer.train(start, _examples(), job)
+    assert private.steps == plain.steps == 3
+    assert torch.allclose(_flat(private.weights), _flat(plain.weights), atol=1e-4)
+    free = trainer.trainer.train(start, _examples(), _job(options)).weights
+    assert not torch.allclose(_flat(free), _flat(plain.weights), atol=1e-2)
 
 
 class Averaging(nn.Linear):

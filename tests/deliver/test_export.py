@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LinearRegression, LogisticRegression, SGDClassifier
+from sklearn.naive_bayes import GaussianNB
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import KBinsDiscretizer, MinMaxScaler, StandardScaler
@@ -127,6 +128,8 @@ def test_estimators_become_matrices(estimator: object) -> None:
 
 
 def test_a_step_that_is_no_matrix_is_named() -> None:
+    with pytest.raises(ConfigError, match="GaussianNB has no coefficients"):
+        module_of(GaussianNB().fit(ROWS, THREE), 5)
     model = make_pipeline(KBinsDiscretizer(3, encode="ordinal"), LinearRegression())
     with pytest.raises(ConfigError, match=r"the step KBinsDiscretizer .* has no form as a matrix"):
         module_of(model.fit(ROWS, ROWS[:, 0]), 5)

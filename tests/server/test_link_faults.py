@@ -130,7 +130,7 @@ def test_the_same_federation_moves_to_flowers_engine_and_back(federation: Any) -
     start_nodes(federation, "n1", "n2")
     for engine in ("link", "flower", "link"):
         federation.server(
-            "-c", "rounds=2 min-replies=2", "--engine", engine
+            "-c", "rounds=2 min-replies=2 round-timeout=1200", "--engine", engine
         )  # one is not the app's
         assert federation.wait("server", seconds=1500) == 0, federation.log("server")
         result = federation.result()

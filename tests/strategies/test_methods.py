@@ -1,9 +1,11 @@
 """Methods against their mathematics: quadratics in float64, to 1e-8."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import RecordDict
 from torch import Tensor
 
 from tests.strategies.quadratics import (
@@ -13,46 +15,51 @@ from tests.strategies.quadratics import (
     TRAINER,
     Run,
     curvature,
+    descended,
+    near,
     nodes,
     optimum,
     slope,
 )
+from umbel.clients.trainers.base import Job, Weights
 from umbel.core.errors import StackError
+from umbel.strategies.contexts import Memory, NodeContext
+from umbel.strategies.facts import Facts
 from umbel.strategies.methods.feddyn import FedDyn
 from umbel.strategies.methods.fedexp import FedExP
 from umbel.strategies.methods.fednova import FedNova
 from umbel.strategies.methods.fedprox import FedProx
 from umbel.strategies.methods.qfedavg import QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold
+from umbel.strategies.objective import Correction
 from umbel.strategies.stack import Stack
 from umbel.testing import check_layer
 
 TEN = [10] * NODES
 UNEQUAL = [1, 3, 5, 12, 20]
-CLOSE = 1e-8
 
 
 def run(*layers: Any, steps: Any = TEN, **more: Any) -> Run:
     return Run(Stack(layers), nodes(), steps, **more)
 
 
-def near(found: Tensor, wanted: Tensor, within: float = CLOSE) -> bool:
-    return float((found - wanted).abs().max()) < within
-
-
-def drifted(steps: Any, normalised: bool = False) -> Tensor:
+def drifted(steps: Any, *, normalised: bool = False, rate: float = RATE, mu: float = 0.0) -> Tensor:
     """Where averaging after local steps stops: the zero of the mean update.
 
-    Node i's update from w is (I - (I - rate H_i)^K) (w_i - w), w_i its own optimum.
+    Node i's update from w is P_i (H_i w_i - H_i w), P_i = (I - (I - rate B_i)^K) B_i^-1, where B_i
+    is H_i + mu I and w_i the node's own optimum.
     """
-    moved = []
+    eye = torch.eye(SIZE, dtype=torch.float64)
+    left, right = (
+        torch.zeros(SIZE, SIZE, dtype=torch.float64),
+        torch.zeros(SIZE, dtype=torch.float64),
+    )
     for part, count in zip(nodes(), steps, strict=True):
-        hessian = curvature(part)
-        step = torch.eye(SIZE, dtype=torch.float64) - RATE * hessian
-        pull = torch.eye(SIZE, dtype=torch.float64) - torch.linalg.matrix_power(step, count)
-        pull = pull / count if normalised else pull
-        moved.append((pull, pull @ torch.linalg.solve(hessian, slope(part))))
-    return torch.linalg.solve(sum(p for p, _ in moved), sum(r for _, r in moved))  # type: ignore[call-overload, no-any-return]
+        bent = curvature(part) + mu * eye
+        pull = (eye - torch.linalg.matrix_power(eye - rate * bent, count)) @ torch.linalg.inv(bent)
+        pull = pull / (count * rate) if normalised else pull / rate
+        left, right = left + pull @ curvature(part), right + pull @ slope(part)
+    return torch.linalg.solve(left, right)
 
 
 @pytest.mark.parametrize(
@@ -62,33 +69,30 @@ def drifted(steps: Any, normalised: bool = False) -> Tensor:
 )
 def test_methods_keep_the_laws_of_layers(layer: Any) -> None:
     check_layer(layer)
-    bounded = Stack((layer,))
     if not isinstance(layer, FedProx):
         with pytest.raises(StackError, match=f"put {layer.name} first"):
-            layer.check(run().stack.check(_facts(), ()).replace(l2_bound=1.0), layer.init(SIZE))
-    assert bounded.objectives == ((layer,) if hasattr(layer, "begin") else ())
+            layer.check(_facts().replace(l2_bound=1.0), layer.init(SIZE))
+    assert Stack((layer,)).objectives == ((layer,) if hasattr(layer, "begin") else ())
 
 
-def _facts() -> Any:
-    from umbel.strategies.facts import Facts
-
+def _facts() -> Facts:
     return Facts(SIZE, round=1, expected_replies=5.0, max_replies=5, kind="sum")
 
 
 def test_averaging_after_ten_steps_stops_beside_the_optimum() -> None:
-    found = run().rounds(400)
+    found = run().rounds(150)
     assert near(found, drifted(TEN))
     assert not near(found, optimum(nodes()), 1e-2)
 
 
 @pytest.mark.parametrize("layer", [Scaffold(), FedDyn(2.0)], ids=lambda m: m.name)
 def test_drift_corrections_reach_the_optimum(layer: Any) -> None:
-    assert near(run(layer).rounds(600), optimum(nodes()))
+    assert near(run(layer).rounds(250), optimum(nodes()))
 
 
 def test_scaffold_reaches_it_when_few_take_part() -> None:
     """Two of five nodes a round, in turn; weights that are the same for all."""
-    found = run(Scaffold()).rounds(2000, sampled=[(0, 1), (2, 3), (4, 0), (1, 2), (3, 4)])
+    found = run(Scaffold()).rounds(500, sampled=[(0, 1), (2, 3), (4, 0), (1, 2), (3, 4)])
     assert near(found, optimum(nodes()))
 
 
@@ -104,45 +108,27 @@ def test_scaffold_of_one_step_with_everybody_is_gradient_descent() -> None:
 def test_the_servers_control_is_the_mean_of_the_nodes() -> None:
     trial = run(Scaffold())
     trial.rounds(7)
-    own = [Stack((Scaffold(),)) and _own(trial, node) for node in range(NODES)]
-    assert near(trial.states[0]["control"], torch.stack(own).mean(0), 1e-12)
+    own = [_own(trial, node) for node in range(NODES)]
+    assert near(trial.states[0]["control"], torch.stack(own).mean(0), 1e-11)
     alone = run(Scaffold())
     alone.rounds(3, sampled=[(0, 1), (2, 3)])
     kept = [_own(alone, node) for node in range(NODES)]
-    assert near(alone.states[0]["control"], torch.stack(kept).mean(0), 1e-12)
+    assert near(alone.states[0]["control"], torch.stack(kept).mean(0), 1e-11)
 
 
 def _own(trial: Run, node: int) -> Tensor:
-    from umbel.strategies.contexts import Memory
-
     memory = Memory(trial.memories[node], "scaffold")
     return memory["own"] if "own" in memory else torch.zeros(SIZE, dtype=torch.float64)
 
 
 def test_unequal_steps_move_the_optimum_and_fednova_puts_it_back() -> None:
-    """One small step a unit: what is left of the drift itself goes with the rate."""
-    small = 1e-4
-    options: dict[str, Any] = {"steps": UNEQUAL, "options": {"learning-rate": small}, "rate": small}
-    plain = Run(Stack(), nodes(), UNEQUAL, rate=small)
-    nova = Run(Stack((FedNova(),)), nodes(), UNEQUAL, rate=small)
-    del options
-    wrong = optimum(nodes(), [float(n) for n in UNEQUAL])
-    right = optimum(nodes())
-    assert near(nova.rounds(8000), _fixed(small, normalised=True))
-    assert near(plain.rounds(8000), _fixed(small, normalised=False))
-    assert near(nova.model, right, 1e-2) and near(plain.model, wrong, 1e-2)
-    assert not near(plain.model, right, 0.05)
-
-
-def _fixed(rate: float, *, normalised: bool) -> Tensor:
-    moved = []
-    for part, count in zip(nodes(), UNEQUAL, strict=True):
-        eye = torch.eye(SIZE, dtype=torch.float64)
-        pull = eye - torch.linalg.matrix_power(eye - rate * curvature(part), count)
-        pull = pull / count if normalised else pull
-        moved.append((pull, pull @ torch.linalg.solve(curvature(part), slope(part))))
-    left = torch.stack([p for p, _ in moved]).sum(0)
-    return torch.linalg.solve(left, torch.stack([r for _, r in moved]).sum(0))
+    """Both stop where their closed forms say, at small rates at the wrong and the right optimum."""
+    wrong, right = optimum(nodes(), [float(n) for n in UNEQUAL]), optimum(nodes())
+    assert near(run(FedNova(), steps=UNEQUAL).rounds(150), drifted(UNEQUAL, normalised=True))
+    assert near(run(steps=UNEQUAL).rounds(150), drifted(UNEQUAL))
+    assert near(drifted(UNEQUAL, normalised=True, rate=1e-7), right, 1e-4)
+    assert near(drifted(UNEQUAL, rate=1e-7), wrong, 1e-4)
+    assert not near(wrong, right, 0.1)
 
 
 def test_fednova_with_equal_steps_is_averaging() -> None:
@@ -154,22 +140,25 @@ def test_fednova_counts_what_momentum_adds() -> None:
     assert FedNova(0.5)._effective(3) == pytest.approx(1.75 + 1.5 + 1.0, abs=1e-12)
 
 
-def test_fedprox_is_the_option_and_stops_where_it_should() -> None:
-    """The local problem with the pull has the closed form of a step with H_i + mu."""
+def test_fedprox_stops_where_it_should() -> None:
     mu = 3.0
-    layer = run(FedProx(mu))
-    option = run(options={"proximal-mu": mu})
-    assert torch.equal(layer.rounds(5), option.rounds(5))
-    moved = []
-    for part in nodes():
-        eye = torch.eye(SIZE, dtype=torch.float64)
-        bent = curvature(part) + mu * eye
-        pull = (eye - torch.linalg.matrix_power(eye - RATE * bent, 10)) @ torch.linalg.inv(bent)
-        moved.append((pull @ curvature(part), pull @ slope(part)))
-    fixed = torch.linalg.solve(
-        torch.stack([p for p, _ in moved]).sum(0), torch.stack([r for _, r in moved]).sum(0)
+    assert near(run(FedProx(mu)).rounds(150), drifted(TEN, mu=mu))
+
+
+def test_the_option_of_fedprox_is_the_layer() -> None:
+    options = {**TRAINER.OPTIONS, "proximal-mu": 0.7, "local-steps": 6}
+    start = torch.linspace(-1, 1, SIZE, dtype=torch.float64)
+    weights = Weights({"weight": start.view(1, SIZE)})
+    alone = TRAINER.train(weights, nodes()[1], Job(1, 0, options, RATE))
+    correction = Stack((FedProx(0.7),)).begin(start, NodeContext(), RecordDict())
+    job = Job(1, 0, options, RATE, correction=correction)
+    layer = TRAINER.train(weights, nodes()[1], job)
+    assert torch.equal(*(t.weights.parameters["weight"] for t in (alone, layer)))
+    assert near(
+        layer.weights.parameters["weight"][0],
+        descended(nodes()[1], start, 6, RATE, correction),
+        1e-5,
     )
-    assert near(layer.rounds(500), fixed)
 
 
 def test_qfedavg_of_zero_is_averaging_and_more_is_fairer() -> None:
@@ -177,7 +166,7 @@ def test_qfedavg_of_zero_is_averaging_and_more_is_fairer() -> None:
     spreads = []
     for q in (0.0, 2.0):
         trial = run(QFedAvg(q), steps=[2] * NODES)
-        model = trial.rounds(1500)
+        model = trial.rounds(300)
         losses = torch.stack([((p.x @ model - p.y[:, 0]) ** 2).mean() for p in nodes()])
         spreads.append(float(losses.var()))
     assert spreads[1] < 0.8 * spreads[0]
@@ -215,16 +204,11 @@ def test_objectives_of_one_stack_add_up() -> None:
     """Two pulls are the pull of their sum; a pull and a control act together."""
     two = run(FedProx(1.0), FedProx(2.0, name="other")).rounds(3)
     assert near(two, run(FedProx(3.0)).rounds(3), 1e-12)
-    assert near(run(FedProx(0.5), Scaffold()).rounds(800), optimum(nodes()))
+    assert near(run(FedProx(0.5), Scaffold()).rounds(250), optimum(nodes()))
 
 
 def test_batched_training_is_training_one_by_one() -> None:
     """Offsets and anchors of their own, another number of steps each."""
-    from dataclasses import replace
-
-    from umbel.clients.trainers.base import Job, Weights
-    from umbel.strategies.objective import Correction
-
     generator = torch.Generator().manual_seed(1)
     options = {**TRAINER.OPTIONS, "batched": "on", "local-epochs": 3, "momentum": 0.5}
     start = Weights({"weight": torch.randn(1, SIZE, generator=generator, dtype=torch.float64)})
@@ -250,4 +234,4 @@ def test_batched_training_is_training_one_by_one() -> None:
         for found, part, job in zip(together, parts, jobs, strict=True):
             alone = TRAINER.train(start, part, job)
             one, other = (t.weights.parameters["weight"] for t in (found, alone))
-            assert near(one, other, 1e-12) and found.steps == alone.steps > 0
+            assert near(one, other, 1e-5) and found.steps == alone.steps > 0

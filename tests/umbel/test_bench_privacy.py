@@ -133,6 +133,7 @@ def test_plans_have_every_kind_of_defence() -> None:
     assert {5, 20, 50} <= cohorts
 
 
+@pytest.mark.slow
 def test_accuracy_against_epsilon_of_whole_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -1,7 +1,10 @@
 """The command line as scripts and people meet it: status, one sentence, one JSON object."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +152,21 @@ def test_help_and_version_and_nothing(umbel: WarmCommand, tmp_path: Path) -> Non
     for name in ("run", "new", "report", "data"):
         assert re.search(rf"^ *{name} ", said.out, re.MULTILINE), name
     assert umbel.command("rum", cwd=tmp_path).status == 2
+
+
+def test_help_has_a_short_name_and_reads_as_it_was_written(
+    umbel: WarmCommand, tmp_path: Path
+) -> None:
+    for words in ((), ("run",), ("runs",), ("nodes", "add"), ("privacy", "noise")):
+        short = umbel.command(*words, "-h", cwd=tmp_path)
+        assert short.status == 0 and short.out.startswith("Usage: umbel"), words
+        assert short.out == umbel.command(*words, "--help", cwd=tmp_path).out
+        assert "\\" not in short.out, "brackets are not escaped"
+
+
+def test_a_shell_completes_commands_of_every_group() -> None:
+    shell = {"_UMBEL_COMPLETE": "complete_bash", "COMP_WORDS": "umbel privacy ", "COMP_CWORD": "2"}
+    code = "import sys; sys.argv = ['umbel']; from umbel.commands.cli import main; main()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | shell, capture_output=True, text=True)
+    assert {"epsilon", "noise"} <= set(done.stdout.split()), done.stderr

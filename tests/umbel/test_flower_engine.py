@@ -1,5 +1,6 @@
 """Around Flower's own programs: what is left behind is ended, what does not fit is refused."""
 
+import math
 import subprocess
 import sys
 import tomllib
@@ -15,8 +16,9 @@ from umbel.commands.server import client, server
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
 from umbel.flower_engine import _SuperLink
+from umbel.flower_node import toml
 from umbel.flower_process import FlowerProcess, end_earlier, environment, program
-from umbel.serve import resolve
+from umbel.runner import Subject, prepare
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
 
@@ -67,8 +69,8 @@ def test_flowers_programs_call_nobody_and_have_a_home_of_their_own(tmp_path: Pat
 def test_the_app_that_flower_gets_names_every_option_that_was_changed(tmp_path: Path) -> None:
     """Flower refuses a change of an option that an app's own file does not name."""
     folder = open_app(APPS / "slope")
-    known, options = resolve(folder, folder.server_app(), {"secure": True, "rounds": 2})
-    changed = {k: v for k, v in options.items() if known[k] != v}
+    prepared = prepare(Subject.of(folder), {"secure": True, "rounds": 2})
+    changed = prepared.changes
     assert changed["secure"] is True and "secure" not in folder.options
     fake: Any = SimpleNamespace(_home=tmp_path)
     copy = _SuperLink._with_options(fake, folder, changed)
@@ -78,6 +80,11 @@ def test_the_app_that_flower_gets_names_every_option_that_was_changed(tmp_path: 
         folder.options
     )
     assert (copy / "task.py").read_bytes() == (folder.path / "task.py").read_bytes()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 0.5, 3, True, 'a "b" \\ c', "ü 😀"])
+def test_every_value_of_an_option_reaches_flower_as_it_is(value: object) -> None:
+    assert tomllib.loads(f"v = {toml(value)}")["v"] == value
 
 
 def test_options_of_the_other_engine_are_refused(tmp_path: Path) -> None:

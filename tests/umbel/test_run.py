@@ -144,7 +144,7 @@ def test_another_seed_is_another_run(umbel: WarmCommand, whole: Path, tmp_path: 
     assert not same(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("workers", [2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_cleanly_and_the_run_goes_on(
     workers: int, umbel: WarmCommand, whole: Path, tmp_path: Path
 ) -> None:

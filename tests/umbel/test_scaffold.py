@@ -6,7 +6,7 @@ import pytest
 
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
-from umbel.scaffold import TEMPLATE, new_app
+from umbel.scaffold import OPTIONS, TEMPLATE, new_app
 
 
 @pytest.mark.parametrize("name", ["my-app", "a", "Clinic_7", "x.y"])
@@ -30,6 +30,21 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 def test_a_name_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no name for an app; use letters"):
         new_app(tmp_path / name)
+
+
+@pytest.mark.parametrize("framework", sorted(OPTIONS))
+def test_each_framework_has_a_template(framework: str, tmp_path: Path) -> None:
+    app = open_app(new_app(tmp_path / "app", framework))
+    assert app.options["learning-rate"] > 0
+    task = (tmp_path / "app" / "task.py").read_text()
+    compile(task, "task.py", "exec")
+    trainer = {"numpy": "Function"}.get(framework, framework.title())
+    assert f"trainer={trainer}Trainer(" in task
+
+
+def test_another_framework_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no template .* .mxnet.; choose one of torch, keras"):
+        new_app(tmp_path / "app", "mxnet")
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_node_that_kills_its_process_costs_none_of_its_group(
         assert [failure["node"] for failure in line["failed"]] == ["2"]
 
 
+@pytest.mark.slow
 def test_nodes_that_hung_together_are_tried_one_by_one(umbel: WarmCommand, tmp_path: Path) -> None:
     app = make(tmp_path / "app", HANGING)
     options = "round-timeout=4.0 rounds=3 client-eval-every=-1"

@@ -102,15 +102,20 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Train an app on this machine and write a report."""
+    from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
     from umbel.core.options import parse
-    from umbel.running import Interrupted, run
-    from umbel.server.output import strict
-    from umbel.server.output.report import write_report
 
     if resume is not None and (path is not None or out is not None):
         raise ConfigError("--resume names the run to continue; leave out APP and --out")
     options = parse(config or [])
+    if path is not None:
+        open_app(path)  # what is no app is refused before anything heavy is imported
+
+    from umbel.running import Interrupted, run
+    from umbel.server.output import strict
+    from umbel.server.output.report import write_report
+
     try:
         result = run(
             path,
@@ -167,11 +172,15 @@ def options_command(
 @app.command("new")
 def new_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to make.")],
+    framework: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="torch, keras, jax, sklearn or numpy."),
+    ] = "torch",
 ) -> None:
     """Make an app that runs at once."""
     from umbel.scaffold import new_app
 
-    folder = new_app(Path(name))
+    folder = new_app(Path(name), framework)
     typer.echo(f"made {folder}; run it with: umbel run {name}")
 
 
@@ -244,7 +253,9 @@ def _forget_our_handler() -> None:
 
 def _stopped(stop: BaseException | None) -> int:
     """Say how to go on after a signal; the exit status."""
-    run = getattr(stop, "run", None)
+    from umbel.core.errors import Interrupted
+
+    run = stop.run if isinstance(stop, Interrupted) else None
     _say("stopped" if run is None else f"stopped; continue with: umbel run --resume {run}")
     return INTERRUPTED
 

@@ -11,19 +11,24 @@ from typing import Any
 
 import torch
 
+from umbel.clients.given import HasOptions
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
+from umbel.strategies.async_options import AsyncOptions
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 
 GROUPS: Mapping[str, type[Any]] = {
     "every run": RunOptions,
+    "asynchronous rounds": AsyncOptions,
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
+    "method": MethodOptions,
 }
 """Who reads an option, and the group that holds it."""
 
@@ -136,9 +141,9 @@ def _with_parts(trainer: Any) -> Iterator[Any]:
     for value in vars(trainer).values():
         inner = value.values() if isinstance(value, Mapping) else [value]
         for part in inner:
-            if hasattr(part, "OPTIONS"):
+            if isinstance(part, HasOptions):
                 yield from _with_parts(part)
-    if hasattr(trainer, "OPTIONS"):
+    if isinstance(trainer, HasOptions):
         yield trainer
 
 

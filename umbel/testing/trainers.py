@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from umbel.clients.given import understood
 from umbel.clients.trainers.base import (
     ChecksOptions,
     CohortTrainer,
+    Honours,
     Job,
     RecordPrivate,
     Trained,
@@ -18,7 +20,9 @@ from umbel.clients.trainers.base import (
     Weights,
 )
 from umbel.core.errors import ConfigError
+from umbel.core.records import Manifest
 from umbel.core.streams import seeded
+from umbel.strategies.objective import CORRECTION, Correction
 from umbel.strategies.run_options import RunOptions
 from umbel.testing.laws import hold, same
 
@@ -39,11 +43,13 @@ def check_trainer(
     The same options and seed give the same bits, whatever was trained or drawn before; weights and
     examples are left alone; names, shapes, types and order stay; training gives finite weights
     and metrics; unknown options change nothing or are refused; a trainer with `check_options`
-    refuses wrong types; `train_cohort`, where there is one, gives what `train` gives.
+    refuses wrong types; `train_cohort`, where there is one, gives what `train` gives; a trainer
+    that honours corrections follows them and says its steps.
 
         check_trainer(TorchTrainer(Net), Examples(x, y), {"local-epochs": 2})
 
-    It trains about eight times, so a few examples and a small model are enough.
+    It trains about eight times, with corrections about twelve, so a few examples and a small model
+    are enough.
 
     Args:
         trainer: the one to try.
@@ -67,8 +73,14 @@ def check_trainer(
         _numbers(f"{name}: metrics of training are finite numbers", trained.metrics, nan=False)
     _judged(name, trainer, trained.weights, examples, known)
     _unknown_options(name, trainer, first, examples, known, trained if repeatable else None)
+    honours = isinstance(trainer, Honours) and CORRECTION in trainer.honours
+    if honours and repeatable:
+        _corrected(name, trainer, first, examples, known, trained)
     if isinstance(trainer, CohortTrainer):
         _cohort(name, trainer, first, examples, known)
+        if honours:
+            offset = _direction(first, 1e-2)
+            _cohort(name, trainer, first, examples, known, Correction(offset, None, 0.1))
 
 
 def _job(options: Mapping[str, Any], seed: int = 7) -> Job:
@@ -246,6 +258,66 @@ def _unknown_options(
         )
 
 
+def _direction(first: Weights, length: float) -> torch.Tensor:
+    """A flat vector of the model's size, in no direction of note."""
+    size = Manifest.of(first.parameters).size
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(5))
+    return vector * (length / float(vector.norm()))
+
+
+def _corrected(
+    name: str,
+    trainer: Trainer,
+    first: Weights,
+    examples: Any,
+    options: Mapping[str, Any],
+    plain: Trained,
+) -> None:
+    """gradient <- gradient + offset + strength (w - anchor), at every step."""
+    cure = "add `job.correction` to the gradient before the optimiser, or honour nothing"
+    steps = plain.steps
+    hold(
+        isinstance(steps, int) and steps > 0,
+        f"{name}: a trainer that honours corrections says how many steps it made",
+        f"`steps` is {steps!r}",
+        "count the optimiser's steps in Trained(..., steps=...)",
+    )
+    layout = Manifest.of(first.parameters)
+    start = layout.flatten(first.parameters)
+
+    def moved(correction: Correction) -> torch.Tensor:
+        """How the corrected model differs from the plain one."""
+        job = replace(_job(options), correction=correction)
+        after = trainer.train(first, examples, job).weights
+        return layout.flatten(after.parameters) - layout.flatten(plain.weights.parameters)
+
+    nothing = moved(Correction(torch.zeros_like(start), start.clone(), 0.0))
+    way = float((layout.flatten(plain.weights.parameters) - start).norm())
+    # Not to the bit: optimisers that divide by the gradient's size enlarge its rounding errors.
+    hold(
+        float(nothing.norm()) <= 0.1 * way + 1e-6 * (1 + float(start.norm())),
+        f"{name}: a correction of zero changes nothing",
+        f"it moved the model by {float(nothing.norm()):.3g}",
+        cure,
+    )
+    offset = _direction(first, 1.0)
+    along = float(moved(Correction(offset)) @ offset)
+    hold(
+        along < 0,
+        f"{name}: an offset of the gradient moves the model against it",
+        f"the model moved by {along:.3g} along an offset of length 1",
+        cure,
+    )
+    far = _direction(first, 10.0)
+    along = float(moved(Correction(None, start + far, 0.5)) @ far)
+    hold(
+        along > 0,
+        f"{name}: a correction pulls the model towards its anchor",
+        f"the model moved by {along:.3g} along the way there",
+        cure,
+    )
+
+
 def _options_are_checked(
     name: str, trainer: ChecksOptions, known: Mapping[str, Any], own: Mapping[str, Any]
 ) -> None:
@@ -272,17 +344,22 @@ def _options_are_checked(
 
 
 def _cohort(
-    name: str, trainer: Any, first: Weights, examples: Any, options: Mapping[str, Any]
+    name: str,
+    trainer: Any,
+    first: Weights,
+    examples: Any,
+    options: Mapping[str, Any],
+    correction: Correction | None = None,
 ) -> None:
-    jobs = [_job(options, seed) for seed in (7, 8)]
+    jobs = [replace(_job(options, seed), correction=correction) for seed in (7, 8)]
     together = trainer.train_cohort([first, first], [examples, examples], jobs)
     if together is None:  # it says that it does not apply
         return
     law = f"{name}: `train_cohort` gives what `train` gives for each node, to float tolerance"
     cure = "give each node's own seed, examples and weights to its part, or return None"
     hold(len(together) == 2, law, f"2 nodes got {len(together)} results", cure)
-    for seed, got in zip((7, 8), together, strict=True):
-        alone = trainer.train(first, examples, _job(options, seed))
+    for job, got in zip(jobs, together, strict=True):
+        seed, alone = job.seed, trainer.train(first, examples, job)
         _layout(name, first, got)
         hold(got.examples == alone.examples, law, f"it counts {got.examples} examples in place of "
              f"{alone.examples}", cure)  # fmt: skip

@@ -1,0 +1,1 @@
+"""The same task, digits, in each framework: one file each."""
