@@ -45,7 +45,7 @@ class Held:
             near = np.abs(self.values - turned) <= np.asarray(self.step) * 0.501
             if zeros:
                 near |= self.values == 0
-            if near.all():
+            if bool(near.all()):
                 return True
         return False
 
@@ -97,7 +97,7 @@ def _of_graph(found: Mapping[str, Array]) -> Iterator[Held]:
 
 
 def _real(value: Array) -> bool:
-    return value.dtype.kind == "f"
+    return bool(value.dtype.kind == "f")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ https://arxiv.org/abs/1308.3432). A weight that is out can therefore come back. 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -57,7 +58,8 @@ class OnGrid(nn.Module):
         fixed = weight.detach()
         step = fixed.abs().flatten(1).amax(1).clamp_min(1e-12) / self.levels
         step = step.reshape(-1, *[1] * (weight.ndim - 1))
-        return weight + ((fixed / step).round() * step - fixed)
+        moved: Tensor = (fixed / step).round() * step - fixed
+        return weight + moved
 
 
 def compact(
@@ -107,10 +109,12 @@ def settled(module: nn.Module) -> nn.Module:
     for layer in list(module.modules()):
         if not parametrize.is_parametrized(layer, "weight"):
             continue
-        if set(layer.parametrizations) != {"weight"}:  # type: ignore[arg-type]
+        parts: Any = layer.parametrizations
+        if set(parts) != {"weight"}:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             continue
-        weight = layer.weight.detach().clone()  # type: ignore[operator, union-attr]
+        computed: Any = layer.weight
+        weight = computed.detach().clone()
         del layer.parametrizations
         layer.__class__ = type(layer).__bases__[0]
         layer.weight = nn.Parameter(weight)

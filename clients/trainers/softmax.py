@@ -167,7 +167,9 @@ class _Softmax(torch.nn.Module):
             buffers = {name: getattr(self, held) for name, held in self.names.items()}
             ready = self.prepare(ready, buffers)
         rows = torch.cat([ready, torch.ones_like(ready[:, :1])], 1)
-        return (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)) @ self.weight.T
+        unit: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        logits: Tensor = unit @ self.weight.T
+        return logits
 
 
 @dataclass(frozen=True)

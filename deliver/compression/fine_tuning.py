@@ -53,13 +53,13 @@ def fine_tune(
     student.train()
     with seeded(seed):
         for _ in range(epochs):
-            for rows in torch.randperm(len(x)).split(BATCH):
+            for rows in torch.split(torch.randperm(len(x)), BATCH):
                 optimizer.zero_grad()
                 found = student(inputs[rows])
                 loss = _distance(found, taught[rows], output)
                 if targets is not None:
                     loss = (loss + _loss(found, targets[rows], output)) / 2
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
     return student.eval()

@@ -59,9 +59,10 @@ def with_zeros(module: nn.Module, share: float) -> nn.Module:
     weights = [(layer, "weight") for layer in found]
     prune.global_unstructured(weights, pruning_method=prune.L1Unstructured, amount=share)
     for layer in found:
-        mask = layer.weight_mask.detach().clone()  # type: ignore[union-attr, operator]
-        prune.remove(layer, "weight")
-        parametrize.register_parametrization(layer, "weight", Zeros(mask))  # type: ignore[arg-type]
+        mask: Any = layer.weight_mask
+        mask = mask.detach().clone()
+        prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
+        parametrize.register_parametrization(layer, "weight", Zeros(mask))
     return made
 
 
@@ -106,24 +107,23 @@ def _thinner(layer: nn.Module, share: float) -> nn.Module | None:
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     root = values[:rank].sqrt()
     outer, inner = left[:, :rank] * root, root[:, None] * right[:rank]
-    first: nn.Module
-    second: nn.Module
+    first: nn.Linear | nn.Conv2d
+    second: nn.Linear | nn.Conv2d
     if isinstance(layer, nn.Linear):
         first = nn.Linear(layer.in_features, rank, bias=False)
         second = nn.Linear(rank, layer.out_features, bias=layer.bias is not None)
         shape = outer.shape
     else:
-        first = nn.Conv2d(
-            layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding,
-            layer.dilation, bias=False,
-        )  # fmt: skip
+        like: dict[str, Any] = {n: getattr(layer, n) for n in ("stride", "padding", "dilation")}
+        size: Any = layer.kernel_size
+        first = nn.Conv2d(layer.in_channels, rank, size, **like, bias=False)
         second = nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None)
         shape = torch.Size([*outer.shape, 1, 1])
     with torch.no_grad():
-        first.weight.copy_(inner.view(first.weight.shape).float())  # type: ignore[operator, union-attr]
-        second.weight.copy_(outer.reshape(shape).float())  # type: ignore[operator, union-attr]
-        if layer.bias is not None:
-            second.bias.copy_(layer.bias)  # type: ignore[operator, union-attr]
+        first.weight.copy_(inner.view(first.weight.shape).float())
+        second.weight.copy_(outer.reshape(shape).float())
+        if layer.bias is not None and second.bias is not None:
+            second.bias.copy_(layer.bias)
     return nn.Sequential(first, second)
 
 
