@@ -208,7 +208,8 @@ def _keras(model: TrainedModel, file: Path) -> None:
     """
     ready = getattr(model.trainer, "ready", None)
     made = None if ready is None else ready(model.weights, model.options)
-    if not any(kind.__module__.partition(".")[0] == "keras" for kind in type(made).__mro__):
+    keras = any(kind.__module__.partition(".")[0] == "keras" for kind in type(made).__mro__)
+    if made is None or not keras:
         raise ConfigError(
             f"the model was trained by {type(model.trainer).__name__}, which is no Keras model; "
             "export it with --to onnx, torch-export or safetensors"

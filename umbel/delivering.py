@@ -1,6 +1,7 @@
 """A run as what is exported, compressed and served: its model with everything about it."""
 
 from pathlib import Path
+from typing import Any
 
 from umbel.core.options import Options
 from umbel.deliver.trained import TrainedModel
@@ -38,7 +39,7 @@ def held_out_of(federation: Federation, options: Options) -> object:
     return None if given is None else given(options)
 
 
-def _told(federation: Federation, what: str) -> object:
+def _told(federation: Federation, what: str) -> Any:
     """What the app's data say of themselves."""
     method = getattr(federation.data, what, None)
     return method() if callable(method) else None

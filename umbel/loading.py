@@ -45,8 +45,9 @@ def load(run: Path | str, app: Path | str | Federation | None = None) -> Any:
     """
     found = opened(run, app)
     trainer = found.federation.trainer_for(found.options)
-    ready = isinstance(trainer, ReadyTrainer)
-    return trainer.ready(found.weights, found.options) if ready else found.weights
+    if isinstance(trainer, ReadyTrainer):
+        return trainer.ready(found.weights, found.options)
+    return found.weights
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def check_ends(task: Task, dimensions: Sequence[Dimension]) -> None:
     for one in dimensions:
         ends: Sequence[Value] = one.choices or (one.low, one.high)
         for end in ends:
-            value = int(end) if one.whole else end  # type: ignore[arg-type]
+            value = int(end) if one.whole else end
             try:
                 task.federation.check_options({**task.options, one.name: value})
             except UmbelError as error:

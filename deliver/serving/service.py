@@ -129,7 +129,7 @@ def make_app(
     handler = _Handler(routes, limits, counted)
     Json, Request = responses.JSONResponse, needed("starlette.requests", "serving").Request
 
-    async def predict(request: Request) -> Any:
+    async def predict(request: Any) -> Any:
         began = time.perf_counter()
         model, status = "none", 200
         try:
