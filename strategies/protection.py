@@ -17,6 +17,9 @@ from umbel.strategies.collect import Seals
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Facts, Transform, needs_of
 
+_TELLS = {"limits": "start-loss", "cap": "steps"}
+"""What a method takes into the update that tells as much as metrics, or as numbers of examples."""
+
 _EXACT = 1e-9
 """Relative difference of two machines' arithmetic on one bound."""
 
@@ -208,7 +211,9 @@ def _carried(stack: Stack, sealed: bool, noise: bool, what: str) -> str:
     """How something that a node measured leaves it: beside its update, or inside."""
     if not quiet(stack):
         return "clear"
-    inside = any("metrics" in needs_of(each) and _takes(each, what) for each in stack.layers)
+    inside = _TELLS[what] in stack.needs or any(
+        "metrics" in needs_of(each) and _takes(each, what) for each in stack.layers
+    )
     if not inside:
         return "none"
     return "noised" if noise else "summed" if sealed else "clear"

@@ -21,6 +21,7 @@ from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.methods.personal_parts import PersonalParts, named_parts
 from umbel.strategies.methods.scaffold import Scaffold
 from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.protection import Outlook
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
@@ -196,3 +197,14 @@ def test_options_of_another_method_are_refused() -> None:
         own = MethodOptions.read({name: value})
         with pytest.raises(ConfigError, match=f"{name} is {value}, but method is scaffold"):
             own.check_for("scaffold")
+
+
+def test_policies_are_told_what_methods_take_into_the_update() -> None:
+    """A loss is a metric and steps tell of numbers of examples: summed or noised, never none."""
+    for method, metrics, counts in (
+        ("scaffold", "none", "none"),
+        ("q-fedavg", "summed", "none"),
+        ("fednova", "none", "summed"),
+    ):
+        found = Outlook(stack_of(method, "secure"), SIZE).under({})
+        assert (found.metrics, found.counts) == (metrics, counts)
