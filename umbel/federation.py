@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
+from umbel.clients.data.inputs import Inputs
 from umbel.clients.given import check_functions, check_trainer, trainer_of, understood, use_of
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
@@ -101,6 +102,9 @@ class Federation:
             of the options that makes them; see `umbel.PrivateMean`.
         summary: adds to the result of a run, e.g. a comparison with other ways to train.
         name: as it is shown; the app's own name if left out.
+        inputs: how what people have becomes what the model takes, for those who use it later;
+            left out, it is what `data` says of its data set.
+        labels: the names of the classes, likewise.
         optimizer: makes the next model of the average update; see `umbel.ServerOptimizer`. This
             and the following parts are values, functions of the options, or names; a name that the
             options say (`optimizer`, `cohort`, `aggregator`, `method`) goes before them.
@@ -120,6 +124,8 @@ class Federation:
     questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = ""
+    inputs: Inputs | None = None
+    labels: tuple[str, ...] = ()
     optimizer: Any = None
     sampler: Any = None
     aggregator: Any = None
