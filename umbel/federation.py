@@ -14,17 +14,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from flwr.app import Context
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
+from umbel.clients.data.inputs import Inputs
 from umbel.clients.given import check_functions, check_trainer, trainer_of, understood, use_of
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_honours, promising
+from umbel.clients.trainers.base import (
+    ChecksOptions,
+    Trainer,
+    Weights,
+    check_honours,
+    promising,
+)
+from umbel.core.contents import take_record
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
+from umbel.core.names import UPDATE
 from umbel.core.options import Options, Value, checked, override, renamed
+from umbel.core.records import Tree, from_array
+from umbel.server.buffered import BufferedRounds
 from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
@@ -33,10 +45,13 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
+from umbel.strategies.aggregators.named import RobustOptions
+from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
 from umbel.strategies.contract import Contract
-from umbel.strategies.exchange import Advises
+from umbel.strategies.exchange import Advises, ComparesWithOwn, Feeds, PlainExchange, compares
 from umbel.strategies.layout import shows_statistics
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
@@ -87,11 +102,15 @@ class Federation:
             of the options that makes them; see `umbel.PrivateMean`.
         summary: adds to the result of a run, e.g. a comparison with other ways to train.
         name: as it is shown; the app's own name if left out.
+        inputs: how what people have becomes what the model takes, for those who use it later;
+            left out, it is what `data` says of its data set.
+        labels: the names of the classes, likewise.
         optimizer: makes the next model of the average update; see `umbel.ServerOptimizer`. This
             and the following parts are values, functions of the options, or names; a name that the
             options say (`optimizer`, `cohort`, `aggregator`, `method`) goes before them.
         sampler: who takes part in a round; see `umbel.Sampler`.
         aggregator: makes one result of the updates, in place of the bottom of the stack.
+        root: a few examples of the coordinator's own, from the options, for aggregator=fltrust.
         objective: changes the nodes' training, above the layers of the stack.
         tuned: the former name of `derived_options`.
     """
@@ -105,17 +124,20 @@ class Federation:
     questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = ""
+    inputs: Inputs | None = None
+    labels: tuple[str, ...] = ()
     optimizer: Any = None
     sampler: Any = None
     aggregator: Any = None
     objective: Any = None
+    root: Callable[[Options], Any] | None = None
     tuned: InitVar[Callable[[Options], Mapping[str, Value]] | None] = None
 
     def __post_init__(self, tuned: Callable[[Options], Mapping[str, Value]] | None) -> None:
         if tuned is not None:
             object.__setattr__(self, "derived_options", tuned)
         check_trainer(self.trainer)
-        check_functions(self, "data", "test", "derived_options", "summary")
+        check_functions(self, "data", "test", "derived_options", "summary", "root")
         for kind, part in self._parts.items():
             check_given(kind, part)
 
@@ -146,8 +168,11 @@ class Federation:
         own = renamed(self.options)
         known = {
             **RunOptions.defaults(),
+            **AsyncOptions.defaults(),
             **PrivacyOptions.defaults(),
             **SecureOptions.defaults(),
+            **MethodOptions.defaults(),
+            **RobustOptions.defaults(),
             **default_names(self._parts),
         }
         trainer = self.trainer_for({**known, **own, **renamed(given or {})})
@@ -223,9 +248,12 @@ class Federation:
         trainer = self.trainer_for(options)
         if isinstance(trainer, ChecksOptions):
             trainer.check_options(options)
+        MethodOptions.read(options).check_for(str(options["method"]))
         required_part("optimizer", self.optimizer, options)
         required_part("sampler", self.sampler, options)
-        self.stack_for(options, asked)
+        stack = self.stack_for(options, asked)
+        promised = promising(trainer, options) is not None
+        AsyncOptions.read(options).check(asked.run, stack, promised)
 
     def stack_for(self, options: Options, asked: Asked | None = None) -> Stack:
         """The stack of these options (complete ones), which holds what they ask for.
@@ -247,19 +275,29 @@ class Federation:
                 )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
         aggregator = part_for("aggregator", self.aggregator, options)
-        objective = part_for("objective", self.objective, options)
+        objective = part_for("objective", self.objective, options, lambda: self._first(options))
         if aggregator is not None:
             stack = replace(stack, collect=aggregator)
+        if compares(stack.collect) and self.root is None:
+            raise ConfigError(
+                f"{stack.collect.name} compares updates with one of the coordinator's own, and "
+                "this app has no examples to make it of; give Federation(root=...), a function of "
+                "the options, or take another aggregator"
+            )
         if objective is not None:
             stack = replace(stack, layers=(objective, *stack.layers))
         stack = compose(stack, asked or options, lambda: self._size(options))
         check_honours(self.trainer_for(options), stack)
         return stack
 
+    def _first(self, options: Options) -> tuple[Tree, Tree]:
+        """Parameters and buffers of the first model."""
+        first = self.trainer_for(options).initial(options, int(options["seed"]))
+        return first.parameters, first.buffers
+
     def _size(self, options: Options) -> int:
         """Coordinates of an update before any layer."""
-        first = self.trainer_for(options).initial(options, int(options["seed"]))
-        return sum(tensor.numel() for tensor in first.parameters.values())
+        return sum(tensor.numel() for tensor in self._first(options)[0].values())
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
@@ -290,13 +328,16 @@ class Federation:
                 f"would see every node's exact answer; under {stack} nodes give none, so leave "
                 "the private means out, or train with central privacy (epsilon alone)"
             )
-        pooled = can_pool(trainer, self.data, nodes, stack, options, questions)
+        how = AsyncOptions.read(options)
+        how.check(asked.run, stack, promising(trainer, options) is not None)
+        pooled = not how.on and can_pool(trainer, self.data, nodes, stack, options, questions)
         return TrainingSpec(
+            asynchronous=how,
             parameters=first.parameters,
             buffers=first.buffers,
             options=asked.run,
             privacy=asked.privacy,
-            stack=stack,
+            stack=self._with_root(stack, options),
             evaluate=None if stack.keeps_parts else self._central_evaluation(trainer, options),
             learning_rate=checked_rate(options),
             questions=questions,
@@ -306,6 +347,35 @@ class Federation:
             sampler=required_part("sampler", self.sampler, options),
             optimizer=required_part("optimizer", self.optimizer, options),
         )
+
+    def _with_root(self, stack: Stack, options: Options) -> Stack:
+        """The stack with the coordinator's own examples, where its rule compares with them."""
+        collect = stack.collect
+        if self.root is None or not isinstance(collect, Feeds):
+            return stack
+        rule = collect.aggregator
+        if not isinstance(rule, ComparesWithOwn):
+            return stack
+        own = Split(self.root(options))
+        handler = ClientHandler(
+            self.trainer, lambda *_: own, options=self.complete, stack=self.stack_for
+        )
+
+        def reference(request: Message) -> Tensor:
+            """What a node with these examples would send."""
+            place: dict[str, Value] = {"partition-id": 0, "num-partitions": 1}
+            try:
+                reply = handler.train(request, Context(0, 0, place, RecordDict(), dict(options)))
+            except Exception as error:
+                raise RunError(
+                    "the coordinator cannot train on its own root examples, which "
+                    f"{stack.collect.name} needs: {described(error)}; give examples of the kind "
+                    "that nodes train on"
+                ) from error
+            record = take_record(reply.content, UPDATE, ArrayRecord)
+            return from_array(record[UPDATE])
+
+        return replace(stack, collect=PlainExchange(rule.compared_with(reference)))
 
     def _quiet(self, trainer: Trainer, stack: Stack, options: Options) -> str:
         """Why nodes are not asked what they measure, or how they answer private means."""
@@ -377,7 +447,8 @@ class FederationServerApp(ServerApp):
             from umbel.server.private.unprotected import unprotected
 
             job = unprotected(job, privacy, nodes, session, federation.data, start)
-        rounds = Rounds(job, grid, nodes, session.run, session.progress)
+        loop = BufferedRounds if job.asynchronous.on else Rounds
+        rounds = loop(job, grid, nodes, session.run, session.progress)
         job = rounds.job  # without the first model, which only the rounds need from here on
         if private is not None:
             private.job = job
