@@ -131,7 +131,9 @@ def keras_laws() -> None:
         last = keras.layers.Dense(10, activation="softmax")
         model = keras.Model(inputs, last(Scaled()(frozen(inputs))))
         model.compile(
-            keras.optimizers.Adam(options["rate"]), "sparse_categorical_crossentropy", ["accuracy"]
+            keras.optimizers.Adam(options["rate"]),
+            "sparse_categorical_crossentropy",
+            metrics=["accuracy"],
         )
         return model
 
