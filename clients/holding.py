@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
@@ -127,14 +128,24 @@ def digest_of(examples: Any) -> bytes:
         rows = np.unique(np.linspace(0, max(0, len(array) - 1), LOOKED_AT, dtype=np.int64))
         for row in rows if len(array) else ():
             value = array[int(row)]
-            value = value.detach().cpu() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):  # some of its types NumPy does not have
+                value = value.detach().cpu().to_dense().resolve_conj().reshape(-1)
+                value = value.view(torch.uint8).numpy()
             total.update(np.ascontiguousarray(value).tobytes())
     return total.digest()
 
 
 def bytes_of(examples: Any) -> int:
     """Memory that examples take; what is mapped from a file takes none of its own."""
-    return sum(0 if isinstance(array, np.memmap) else array.nbytes for array in _arrays(examples))
+    return sum(map(_size, _arrays(examples)))
+
+
+def _size(array: Any) -> int:
+    if isinstance(array, np.memmap):
+        return 0
+    if isinstance(array, Tensor) and array.layout is not torch.strided:
+        return array._nnz() * (array.element_size() + 8 * array.dim())  # values, and where each is
+    return int(array.nbytes)
 
 
 def _arrays(examples: Any) -> list[Any]:

@@ -57,6 +57,15 @@ class PooledData(Protocol):
         ...
 
 
+@runtime_checkable
+class InParts(Protocol):
+    """Inputs that are stored in parts, each of which is worth reading at once."""
+
+    def parts(self) -> Iterator[Any]:
+        """Places of the rows, part by part."""
+        ...
+
+
 def questions_of(questions: Questions, options: Options) -> tuple[PrivateMean, ...]:
     """An app's questions under these options.
 
@@ -141,8 +150,8 @@ def question_bundles(
 
 def pieces(examples: Any, size: int = 128) -> Iterator[Any]:
     """Examples in pieces that fit a cache; data that is stored in parts says how."""
-    parts = getattr(examples.x, "parts", None)
-    for rows in parts() if parts is not None else (np.arange(len(examples)),):
+    stored = examples.x
+    for rows in stored.parts() if isinstance(stored, InParts) else (np.arange(len(examples)),):
         for start in range(0, len(rows), size):
             yield examples.take(rows[start : start + size])
 

@@ -86,8 +86,14 @@ def is_known(kind: str, name: str) -> bool:
     return key in _built_in or key in _registered or key in _installed()
 
 
-def make(kind: str, name: str, options: Mapping[str, Any]) -> Any:
+def make(kind: str, name: str, options: Mapping[str, Any], *more: Any) -> Any:
     """The part of this name, made from a run's options where it is a function of them.
+
+    Args:
+        kind: of the part.
+        name: of the part.
+        options: complete ones.
+        more: what such a function may take beside the options; see `made`.
 
     Raises:
         ConfigError: there is none, or a package's cannot be imported.
@@ -102,12 +108,20 @@ def make(kind: str, name: str, options: Mapping[str, Any]) -> Any:
     else:
         option = KINDS.get(kind, kind)
         raise ConfigError(f"{option} is {name!r}; it can be {', '.join(names(kind))}")
-    return made(found, options)
+    return made(found, options, *more)
 
 
-def made(part: Any, options: Mapping[str, Any]) -> Any:
-    """The part itself, where what is given is a function of the options."""
-    return part(options) if is_function(part) else part
+def made(part: Any, options: Mapping[str, Any], *more: Any) -> Any:
+    """The part itself, where what is given is a function of the options.
+
+    A function with more parameters gets as many of `more`: a local objective may take, beside the
+    options, a function that gives the first model, for methods that need its layout.
+    """
+    if not is_function(part):
+        return part
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [one for one in inspect.signature(part).parameters.values() if one.kind in kinds]
+    return part(options, *more[: len(taken) - 1])
 
 
 def is_function(part: Any) -> bool:

@@ -16,7 +16,7 @@ from umbel.server.checkpoint import Position
 from umbel.server.failures import Failures
 from umbel.server.output.progress import Progress
 from umbel.server.training_spec import TrainingSpec
-from umbel.strategies.collect import NO_REPLY, Sum
+from umbel.strategies.collect import NO_REPLY, Aggregate
 from umbel.strategies.optimizers import ServerOptimizer, advance
 from umbel.strategies.transform import Facts, RoundContext
 
@@ -54,9 +54,8 @@ class Release:
         number: int,
         entering: Facts,
         facts: Facts,
-        sum_: Sum,
+        sum_: Aggregate,
         least: int,
-        rate: float | None,
     ) -> tuple[Position, dict[str, float]]:
         """The position after round `number`, and what the stack says of it.
 
@@ -67,7 +66,6 @@ class Release:
             facts: see there.
             sum_: what was collected.
             least: the fewest replies that stand for a round.
-            rate: the nodes' learning rate of the round, where it is known.
 
         Raises:
             RunError: the model stopped being finite, or there were not enough replies too often.
@@ -82,7 +80,7 @@ class Release:
             weight=sum_.weight,
             facts=facts,
             generator=torch.Generator().manual_seed(job.options.seed * 1_000_003 + number),
-            learning_rate=rate or 0.0,
+            learning_rate=job.options.rate_in(number, job.learning_rate) or 0.0,
         )
         average, layers, metrics = job.stack.decode(sum_, position.layers, rnd, entering)
         failed_rounds = 0 if job.guard.seeded else position.failed_rounds
@@ -103,7 +101,7 @@ class Release:
         return self._averaged(after), metrics
 
     def count_failures(
-        self, position: Position, number: int, sum_: Sum, population: int
+        self, position: Position, number: int, sum_: Aggregate, population: int
     ) -> Position:
         """Of a private run: how many rounds in a row all nodes that were asked have failed.
 
@@ -126,7 +124,7 @@ class Release:
             )
         return after
 
-    def _abandon(self, position: Position, number: int, sum_: Sum, least: int) -> Position:
+    def _abandon(self, position: Position, number: int, sum_: Aggregate, least: int) -> Position:
         """A round without enough replies leaves the model as it was."""
         if not sum_.replies and not sum_.rejected and not sum_.aborted:
             self._progress.note(

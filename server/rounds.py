@@ -7,7 +7,7 @@ One loop for every engine: all it needs is a Flower `Grid`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import Message
@@ -36,12 +36,31 @@ from umbel.server.requests import Requests
 from umbel.server.roster import NodeRef
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Outcome, TrainingSpec
-from umbel.strategies.collect import Gathering
+from umbel.strategies.aggregator import Aggregate, RoundSpec
 from umbel.strategies.composition import check_rounds
 from umbel.strategies.layout import averaged_buffers
 from umbel.strategies.optimizers import ServerOptimizer
 from umbel.strategies.samplers import Sampler
 from umbel.strategies.transform import Facts
+
+
+@dataclass
+class Collected:
+    """What came of the messages of a round.
+
+    Attributes:
+        cohort: the nodes whose replies the round counts on.
+        facts: at the bottom of the stack.
+        sum_: of the replies.
+        bytes_down: size of what was sent.
+        said: what is to be written down of the round, by name.
+    """
+
+    cohort: Sequence[NodeRef]
+    facts: Facts
+    sum_: Aggregate
+    bytes_down: int
+    said: Mapping[str, float] = field(default_factory=dict)
 
 
 class Rounds:
@@ -168,19 +187,12 @@ class Rounds:
 
     def _round(self, position: Position, number: int) -> Position:
         phases = Phases()
-        guard, stack = self.job.guard, self.job.stack
+        guard = self.job.guard
         before = self.facts.replace(round=number)
-        with phases("sample"):
-            self._checkpoints.begin_round(number)
-            cohort = self.population.choose(position, number)
-            requests = self._requests.to_train(position, number, cohort, before)
-            bytes_down = self._requests.size_of(requests)
-        facts = stack.check(before, position.layers)
-        gathering = stack.collect.gather(requests, self._gathering(number, facts))
-        del requests  # with them goes the model that was sent, once all have answered
-        with phases("train"):
-            sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
-        del gathering
+        found = self._collect(position, number, before, phases)
+        cohort, facts, sum_ = found.cohort, found.facts, found.sum_
+        bytes_down, more = found.bytes_down, found.said
+        del found
         position = self.population.remember(position, number, cohort)
         if not guard.seeded:
             everyone = len(self.population.nodes)
@@ -191,7 +203,7 @@ class Rounds:
         with phases("aggregate"):
             least = self.population.least(len(cohort))
             rate = self._requests.learning_rate(number)
-            position, said = self._release.apply(position, number, before, facts, sum_, least, rate)
+            position, said = self._release.apply(position, number, before, facts, sum_, least)
         done = RoundDone(
             number=number,
             phases=phases,
@@ -199,7 +211,7 @@ class Rounds:
             sum_=replace(sum_, total=torch.empty(0), buffers=None),  # they are in the model now
             bytes_down=bytes_down,
             used=position.parameters is not model,
-            train=said,
+            train={**said, **more},
             learning_rate=rate,
             epsilon=guard.epsilon(),
         )
@@ -208,8 +220,32 @@ class Rounds:
             position = observer.round_done(done, position)
         return position
 
-    def _gathering(self, number: int, facts: Facts) -> Gathering:
-        return Gathering(
+    def _collect(
+        self, position: Position, number: int, before: Facts, phases: Phases
+    ) -> "Collected":
+        """Ask a cohort, and wait for its replies.
+
+        Args:
+            position: before the round.
+            number: the round.
+            before: facts of an update before the stack.
+            phases: the clock of the round.
+        """
+        stack = self.job.stack
+        with phases("sample"):
+            self._checkpoints.begin_round(number)
+            cohort = self.population.choose(position, number)
+            requests = self._requests.to_train(position, number, cohort, before)
+            bytes_down = self._requests.size_of(requests)
+        facts = stack.check(before, position.layers)
+        gathering = stack.collect.gather(requests, self._spec(number, facts))
+        del requests  # with them goes the model that was sent, once all have answered
+        with phases("train"):
+            sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
+        return Collected(cohort, facts, sum_, bytes_down)
+
+    def _spec(self, number: int, facts: Facts) -> RoundSpec:
+        return RoundSpec(
             number=number,
             size=facts.size,
             dtype=self.manifest.dtype,

@@ -11,6 +11,7 @@ from torch import Tensor
 from umbel.core.errors import ConfigError
 from umbel.core.records import Tree
 from umbel.server.privacy_gate import NoGuard, PrivacyGate
+from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.contract import Contract
 from umbel.strategies.optimizers import ServerOptimizer
 from umbel.strategies.private.options import PrivacyOptions
@@ -40,6 +41,7 @@ class TrainingSpec:
         guard: the budget of a private run.
         questions: private means that are asked before, between and after rounds.
         statistics: names of the buffers that nodes show for the delivered model.
+        asynchronous: whether and how rounds go on without the slow.
         pooled: virtual nodes that share a process may answer as one.
         quiet: why nodes are not asked what they measure; empty where they are.
         sampler: who takes part in a round; None is the one that the options name.
@@ -61,6 +63,7 @@ class TrainingSpec:
     questions: tuple[PrivateMean, ...] = ()
     statistics: tuple[str, ...] = ()
     pooled: bool = False
+    asynchronous: AsyncOptions = field(default_factory=AsyncOptions)
     quiet: str = ""
     sampler: Sampler | None = None
     optimizer: ServerOptimizer | None = None

@@ -18,13 +18,16 @@ from umbel.core.registry import KINDS, OWN, is_function, made, make, names, refu
 from umbel.strategies.aggregator import Aggregator
 from umbel.strategies.aggregators.named import RobustOptions as RobustOptions  # and its rules
 from umbel.strategies.exchange import Exchange
+from umbel.strategies.methods import named as named
 from umbel.strategies.optimizers import ServerOptimizer
 from umbel.strategies.samplers import Sampler
+from umbel.strategies.transform import Transform
 
 PROTOCOLS: Mapping[str, tuple[type[Any], ...]] = {
-    "aggregator": (Aggregator, Exchange),
     "optimizer": (ServerOptimizer,),
     "sampler": (Sampler,),
+    "aggregator": (Aggregator, Exchange),
+    "objective": (Transform,),
 }
 """What a part of a kind has to be; the protocols are checked by the names of their methods."""
 
@@ -53,13 +56,14 @@ def default_names(given: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def part_for(kind: str, given: Any, options: Mapping[str, Any]) -> Any:
+def part_for(kind: str, given: Any, options: Mapping[str, Any], *more: Any) -> Any:
     """The part of a run: the one that its option names, or the app's own.
 
     Args:
         kind: of the part.
         given: what the app brings; None is nothing.
         options: complete ones.
+        more: what a function that makes it may take beside them; see `umbel.core.registry.made`.
 
     Returns:
         None where the option leaves it to the app and that brings none.
@@ -69,14 +73,14 @@ def part_for(kind: str, given: Any, options: Mapping[str, Any]) -> Any:
     """
     name = str(options[KINDS[kind]])
     if name != OWN:
-        found = make(kind, name, options)
+        found = make(kind, name, options, *more)
     elif isinstance(given, str):  # an app cannot name its own part so
         raise ConfigError(
             f"{KINDS[kind]}={OWN} is the part that the app brings, and this app names {given!r}; "
             f"leave {KINDS[kind]} out"
         )
     else:
-        found = made(given, options)
+        found = made(given, options, *more)
     if found is not None:
         _check(kind, found)
     return found

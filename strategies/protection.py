@@ -10,12 +10,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from umbel.core.errors import StackError
 from umbel.strategies.collect import Seals
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Facts, Transform, needs_of
+
+_TELLS = {"limits": "start-loss", "cap": "steps"}
+"""What a method takes into the update that tells as much as metrics, or as numbers of examples."""
 
 _EXACT = 1e-9
 """Relative difference of two machines' arithmetic on one bound."""
@@ -57,6 +60,16 @@ class Protection:
     def hides(self) -> bool:
         """Whether the server is not to see this node's own update."""
         return self.sealed or self.noise > 0
+
+
+@runtime_checkable
+class MakesOwnNoise(Protocol):
+    """A layer whose noise is of each node's own, and known before any round."""
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of the noise over the bound of an update."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -136,8 +149,8 @@ class Outlook:
             StackError: a layer of noise is told another bound than the layers before it give.
         """
         noise, shares, layer = 0.0, 0, self._noisy
-        if layer is not None and _is(layer, _LOCAL):
-            noise = float(getattr(layer, "noise_multiplier", 0.0))
+        if isinstance(layer, MakesOwnNoise) and _is(layer, _LOCAL):
+            noise = float(layer.noise_multiplier)
         elif layer is not None:
             self._check_bound(layer, told)
             noise = _number(told.get(f"{layer.name}.noise-multiplier")) or 0.0
@@ -199,7 +212,9 @@ def _carried(stack: Stack, sealed: bool, noise: bool, what: str) -> str:
     """How something that a node measured leaves it: beside its update, or inside."""
     if not quiet(stack):
         return "clear"
-    inside = any("metrics" in needs_of(each) and _takes(each, what) for each in stack.layers)
+    inside = _TELLS[what] in stack.needs or any(
+        "metrics" in needs_of(each) and _takes(each, what) for each in stack.layers
+    )
     if not inside:
         return "none"
     return "noised" if noise else "summed" if sealed else "clear"

@@ -7,8 +7,12 @@ from umbel.core.errors import ConfigError
 from umbel.core.limits import above, at_least, check_limits, named, one_of, option, up_to_one
 from umbel.core.options import OptionGroup, Value, dashed
 from umbel.core.registry import OWN, is_built_in
+from umbel.strategies.methods import named as methods
 from umbel.strategies.parts import required_part
 from umbel.strategies.schedules import SCHEDULES, factor
+
+METHODS = methods.KIND
+"""The kind of part that `method` names; with its module, Umbel's own methods are registered."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class RunOptions(OptionGroup):
             moment (tau in Reddi et al. 2021, https://arxiv.org/abs/2003.00295, algorithm 2).
         aggregator: how the updates of a round become one: an aggregator that is registered. `app`
             is what the app brings: `Federation(aggregator=...)`, or else the bottom of its stack.
-        method: what changes the nodes' training: a local objective that is registered. `app` is
-            the one that the app brings, `Federation(objective=...)`; without one, nodes train as
-            their trainer does.
+        method: what changes the nodes' training and what they send: a method of Umbel's, or a local
+            objective that is registered. `app` is the one that the app brings,
+            `Federation(objective=...)`; without one, nodes train as their trainer does.
         schedule: how the nodes' learning rate goes over rounds: `constant`, `cosine`, `linear`,
             `step`, `exponential`.
         schedule_gamma: the factor at the end of `cosine` and `linear`, of a step of `step`, and of
@@ -78,7 +82,7 @@ class RunOptions(OptionGroup):
     beta_2: float = option(0.99, up_to_one())
     adaptive_epsilon: float = option(1e-3, above(0))
     aggregator: str = option(OWN, named("aggregator", OWN))
-    method: str = option(OWN, named("objective", OWN))
+    method: str = option(OWN, named(METHODS, OWN))
     schedule: str = option("constant", one_of(*SCHEDULES))
     schedule_gamma: float = option(0.0, at_least(0))
     schedule_every: int = option(10, at_least(1))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 
 
+@runtime_checkable
 class Transform(Protocol[S]):
     """One file, both halves; methods in the order in which they happen."""
 

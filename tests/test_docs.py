@@ -105,3 +105,13 @@ def test_every_file_and_test_that_a_page_names_is_there(page: Path) -> None:
             assert home is not None
             text = home.read_text(encoding="utf-8")
             assert re.search(rf"def {test}{'' if cut else '[(]'}", text), f"{home}::{test}"
+
+
+def test_objectives_are_short_and_written_from_outside() -> None:
+    """FedProx in 25 lines, SCAFFOLD in 70, with what `umbel` exports."""
+    code = blocks(DOCS / "how-to" / "objective.md", "python")
+    for block, name, most in ((code[0], "Prox", 25), (code[1], "Drift", 70)):
+        own = block[block.index("@dataclass") :]
+        assert f"class {name}(Objective)" in own and len(own.splitlines()) <= most
+    modules = re.findall(r"^from (umbel[\w.]*) import", "\n".join(code), re.MULTILINE)
+    assert set(modules) <= {"umbel", "umbel.testing"}

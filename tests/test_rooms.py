@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "strategies": {"core", "privacy"},
     "clients": {"core", "strategies", "privacy", "transport"},
     "server": {"core", "strategies", "privacy", "transport"},
-    "benchmarks": {"core", "server", "clients", "strategies", "privacy", "transport"},
+    "deliver": {"core", "server", "clients", "strategies", "privacy", "transport"},
+    "benchmarks": {"core", "deliver", "server", "clients", "strategies", "privacy", "transport"},
 }
 """The table of CONTRIBUTING.md; every room may import itself, `umbel` may import all."""
 ROOMS = tuple(MAY_IMPORT)
@@ -154,3 +155,57 @@ def test_the_mathematics_knows_no_flower() -> None:
         }
         assert room == "transport" or "flwr" not in names
         assert "torch" not in names or room == "privacy"
+
+
+FOREIGN = {
+    ("clients/data/examples.py", "shape"),
+    ("clients/data/fashion_mnist.py", "reason"),
+    ("clients/data/partitioned.py", "split"),
+    ("clients/given.py", "fit"),
+    ("clients/ledger/charging.py", "noise_multiplier"),
+    ("server/pools/dask.py", "address"),
+}
+"""Attributes of other libraries' objects that happen to be called like some of ours."""
+ABOUT_OTHERS = ("clients/frameworks/", "clients/trainers/sklearn.py", "clients/trainers/keras.py")
+"""Files whose subject is the objects of another library, of whatever kind a user gives."""
+
+
+def own_names() -> set[str]:
+    """What classes of Umbel call their methods and fields."""
+    names: set[str] = set()
+    for room in [*ROOMS, "umbel"]:
+        for file in sources(room):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                for part in node.body if isinstance(node, ast.ClassDef) else ():
+                    if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+                        names.add(part.name)
+                    elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                        names.add(part.target.id)
+                    elif isinstance(part, ast.Assign):
+                        names |= {t.id for t in part.targets if isinstance(t, ast.Name)}
+    return names
+
+
+def looked_up(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Attributes that are looked up by a text: `getattr(x, "name")`, `hasattr(x, "name")`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+            name = node.args[1]
+            if node.func.id in ("getattr", "hasattr") and isinstance(name, ast.Constant):
+                yield node.lineno, str(name.value)
+
+
+def test_no_decision_hangs_on_an_attribute_that_nobody_declares() -> None:
+    """What one part of Umbel may have and another asks for is a protocol, not a text."""
+    ours = own_names()
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}: {name}"
+        for room in [*ROOMS, "umbel"]
+        if room != "benchmarks"  # which play apps that nobody here wrote
+        for file in sources(room)
+        for line, name in looked_up(ast.parse(file.read_text(encoding="utf-8")))
+        if name in ours and not name.startswith("__")
+        if (str(file.relative_to(ROOT)), name) not in FOREIGN
+        if not str(file.relative_to(ROOT)).startswith(ABOUT_OTHERS)
+    ]
+    assert wrong == []

@@ -6,6 +6,11 @@ from umbel.clients.data.examples import Split as Split
 from umbel.clients.data.features import FeatureMap as FeatureMap
 from umbel.clients.data.features import PrecomputedFeatures as PrecomputedFeatures
 from umbel.clients.data.features import features_of as features_of
+from umbel.clients.data.inputs import Columns as Columns
+from umbel.clients.data.inputs import Letters as Letters
+from umbel.clients.data.inputs import Pixels as Pixels
+from umbel.clients.data.inputs import Plain as Plain
+from umbel.clients.data.inputs import Samples as Samples
 from umbel.clients.data.partition import ByKey as ByKey
 from umbel.clients.data.partition import BySize as BySize
 from umbel.clients.data.partition import Dirichlet as Dirichlet
@@ -13,6 +18,7 @@ from umbel.clients.data.partition import Iid as Iid
 from umbel.clients.data.partition import Shards as Shards
 from umbel.clients.data.partitioned import Partitioned as Partitioned
 from umbel.clients.data.scattering import Scattering as Scattering
+from umbel.clients.pytorch.compact import compact as compact
 from umbel.clients.pytorch.one_step import OneStep as OneStep
 from umbel.clients.pytorch.trainer import TorchTrainer as TorchTrainer
 from umbel.clients.trainers.base import Evaluated as Evaluated
@@ -49,10 +55,14 @@ from umbel.strategies.contexts import NodeContext as NodeContext
 from umbel.strategies.contexts import RoundContext as RoundContext
 from umbel.strategies.exchange import Exchange as Exchange
 from umbel.strategies.exchange import PlainExchange as PlainExchange
+from umbel.strategies.facts import Claim as Claim
+from umbel.strategies.facts import Facts as Facts
+from umbel.strategies.methods.ditto import Ditto as Ditto
 from umbel.strategies.methods.feddyn import FedDyn as FedDyn
 from umbel.strategies.methods.fedexp import FedExP as FedExP
 from umbel.strategies.methods.fednova import FedNova as FedNova
 from umbel.strategies.methods.fedprox import FedProx as FedProx
+from umbel.strategies.methods.personal_parts import PersonalParts as PersonalParts
 from umbel.strategies.methods.qfedavg import QFedAvg as QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold as Scaffold
 from umbel.strategies.objective import Correction as Correction
@@ -88,8 +98,6 @@ from umbel.strategies.secure.rotate import Rotate as Rotate
 from umbel.strategies.secure.secure_sum import SecureSum as SecureSum
 from umbel.strategies.secure.weigh import Weigh as Weigh
 from umbel.strategies.stack import Stack as Stack
-from umbel.strategies.transform import Claim as Claim
-from umbel.strategies.transform import Facts as Facts
 from umbel.strategies.transform import Round as Round
 from umbel.strategies.transform import Stateless as Stateless
 from umbel.strategies.transform import Transform as Transform

@@ -19,16 +19,24 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
+from umbel.clients.data.inputs import Inputs
 from umbel.clients.given import check_functions, check_trainer, trainer_of, understood, use_of
 from umbel.clients.handler import ClientHandler, FederationClientApp
 from umbel.clients.pooling import Questions, can_pool, questions_of
 from umbel.clients.statistics import statistics_of
-from umbel.clients.trainers.base import ChecksOptions, Trainer, Weights, check_honours, promising
+from umbel.clients.trainers.base import (
+    ChecksOptions,
+    Trainer,
+    Weights,
+    check_honours,
+    promising,
+)
 from umbel.core.contents import take_record
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.names import UPDATE
 from umbel.core.options import Options, Value, checked, override, renamed
-from umbel.core.records import from_array
+from umbel.core.records import Tree, from_array
+from umbel.server.buffered import BufferedRounds
 from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
@@ -38,10 +46,12 @@ from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
 from umbel.strategies.aggregators.named import RobustOptions
+from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
 from umbel.strategies.contract import Contract
 from umbel.strategies.exchange import Advises, ComparesWithOwn, Feeds, PlainExchange, compares
 from umbel.strategies.layout import shows_statistics
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
@@ -92,6 +102,9 @@ class Federation:
             of the options that makes them; see `umbel.PrivateMean`.
         summary: adds to the result of a run, e.g. a comparison with other ways to train.
         name: as it is shown; the app's own name if left out.
+        inputs: how what people have becomes what the model takes, for those who use it later;
+            left out, it is what `data` says of its data set.
+        labels: the names of the classes, likewise.
         optimizer: makes the next model of the average update; see `umbel.ServerOptimizer`. This
             and the following parts are values, functions of the options, or names; a name that the
             options say (`optimizer`, `cohort`, `aggregator`, `method`) goes before them.
@@ -111,6 +124,8 @@ class Federation:
     questions: Questions = ()
     summary: Callable[[Outcome, Options], Mapping[str, Any]] | None = None
     name: str = ""
+    inputs: Inputs | None = None
+    labels: tuple[str, ...] = ()
     optimizer: Any = None
     sampler: Any = None
     aggregator: Any = None
@@ -153,8 +168,10 @@ class Federation:
         own = renamed(self.options)
         known = {
             **RunOptions.defaults(),
+            **AsyncOptions.defaults(),
             **PrivacyOptions.defaults(),
             **SecureOptions.defaults(),
+            **MethodOptions.defaults(),
             **RobustOptions.defaults(),
             **default_names(self._parts),
         }
@@ -231,9 +248,12 @@ class Federation:
         trainer = self.trainer_for(options)
         if isinstance(trainer, ChecksOptions):
             trainer.check_options(options)
+        MethodOptions.read(options).check_for(str(options["method"]))
         required_part("optimizer", self.optimizer, options)
         required_part("sampler", self.sampler, options)
-        self.stack_for(options, asked)
+        stack = self.stack_for(options, asked)
+        promised = promising(trainer, options) is not None
+        AsyncOptions.read(options).check(asked.run, stack, promised)
 
     def stack_for(self, options: Options, asked: Asked | None = None) -> Stack:
         """The stack of these options (complete ones), which holds what they ask for.
@@ -255,7 +275,7 @@ class Federation:
                 )
         stack = self.stack if isinstance(self.stack, Stack) else self.stack(options)
         aggregator = part_for("aggregator", self.aggregator, options)
-        objective = part_for("objective", self.objective, options)
+        objective = part_for("objective", self.objective, options, lambda: self._first(options))
         if aggregator is not None:
             stack = replace(stack, collect=aggregator)
         if compares(stack.collect) and self.root is None:
@@ -270,10 +290,14 @@ class Federation:
         check_honours(self.trainer_for(options), stack)
         return stack
 
+    def _first(self, options: Options) -> tuple[Tree, Tree]:
+        """Parameters and buffers of the first model."""
+        first = self.trainer_for(options).initial(options, int(options["seed"]))
+        return first.parameters, first.buffers
+
     def _size(self, options: Options) -> int:
         """Coordinates of an update before any layer."""
-        first = self.trainer_for(options).initial(options, int(options["seed"]))
-        return sum(tensor.numel() for tensor in first.parameters.values())
+        return sum(tensor.numel() for tensor in self._first(options)[0].values())
 
     def client_app(self) -> FederationClientApp:
         """The nodes' app; assign it to `app` at the top level of `client_app.py`."""
@@ -304,8 +328,11 @@ class Federation:
                 f"would see every node's exact answer; under {stack} nodes give none, so leave "
                 "the private means out, or train with central privacy (epsilon alone)"
             )
-        pooled = can_pool(trainer, self.data, nodes, stack, options, questions)
+        how = AsyncOptions.read(options)
+        how.check(asked.run, stack, promising(trainer, options) is not None)
+        pooled = not how.on and can_pool(trainer, self.data, nodes, stack, options, questions)
         return TrainingSpec(
+            asynchronous=how,
             parameters=first.parameters,
             buffers=first.buffers,
             options=asked.run,
@@ -420,7 +447,8 @@ class FederationServerApp(ServerApp):
             from umbel.server.private.unprotected import unprotected
 
             job = unprotected(job, privacy, nodes, session, federation.data, start)
-        rounds = Rounds(job, grid, nodes, session.run, session.progress)
+        loop = BufferedRounds if job.asynchronous.on else Rounds
+        rounds = loop(job, grid, nodes, session.run, session.progress)
         job = rounds.job  # without the first model, which only the rounds need from here on
         if private is not None:
             private.job = job

@@ -46,7 +46,7 @@ class Subject:
         digest: of the folder's files; None is an object.
         options: of the app's pyproject.
         nodes: how many virtual nodes the app asks for, or None.
-        pool: where the app says that they run, or None.
+        pool: where the app says that its nodes run, or None.
         server_app: the coordinator's half.
         client: the nodes' half, or where it is imported from.
     """
@@ -71,8 +71,9 @@ class Subject:
             name = app.name or "federation"
             return cls(name, None, None, {}, None, None, app.server_app(), app.client_app())
         server = app.server_app()
-        digest, options = app.digest(), app.options
-        return cls(app.name, app.path, digest, options, app.nodes, app.pool, server, app.path)
+        return cls(
+            app.name, app.path, app.digest(), app.options, app.nodes, app.pool, server, app.path
+        )
 
     @property
     def federation(self) -> Federation | None:

@@ -26,6 +26,7 @@ from umbel.server.pools.base import Pool
 from umbel.server.pools.choose import DEFAULT, PoolLike, make_pool
 from umbel.server.pools.processes import ForkServer
 from umbel.strategies.aggregators.named import RobustOptions
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
 
@@ -84,24 +85,24 @@ def run(
     nursery = ForkServer(preload=["umbel.federation"]) if early else None
     try:
         shown = progress or notebook_progress() or showing.choose(sys.stderr)
-        prepared, setting = _prepared(app, options or {}, nodes, resume, pool)
-        for note in prepared.notes:
+        planned = _planned(app, options or {}, nodes, resume, pool)
+        for note in planned.prepared.notes:
             shown.note(note)
         place = make_pool(
-            setting.pool,
-            prepared.options,
+            planned.pool,
+            planned.prepared.options,
             workers=workers,
             processors=_processors(),
             fork_server=nursery,
         )
         try:
-            directory = _directory(prepared, setting, place, out, resume, shown)
+            directory = _directory(planned, place, out, resume, shown)
         except BaseException:
             place.close()
             raise
         if unprotected:
             directory.write_config({**directory.config(), "unprotected": True})
-        found = _executed(prepared, setting, place, directory, shown)
+        found = _executed(planned, place, directory, shown)
         return Result(found, app if isinstance(app, Federation) else None)
     finally:
         if nursery is not None:
@@ -109,21 +110,21 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """What a run happens in: how many virtual nodes, and the pool that was asked for."""
+class _Planned:
+    """A run that has been checked, how many nodes it has, and where they run."""
 
+    prepared: Prepared
     nodes: int
     pool: PoolLike
 
 
-def _prepared(
+def _planned(
     app: Federation | Path | str | None,
     changes: Options,
     nodes: int | None,
     resume: Path | str | None,
     pool: PoolLike | None,
-) -> tuple[Prepared, _Setting]:
-    """The run, checked, and its setting."""
+) -> _Planned:
     began: Options | None = None
     if resume is not None:
         before = _before(Path(resume))
@@ -137,6 +138,7 @@ def _prepared(
                     "umbel.run(federation, resume=...)"
                 )
         check_promise_stays(began, changes)
+        check_method_stays(began, changes)
         changes = {**before["changes"], **changes}
     if isinstance(app, Federation):
         subject = Subject.of(app)
@@ -147,8 +149,8 @@ def _prepared(
             f"{subject.name} keeps its own rounds, so Umbel cannot continue it; only apps made "
             "with Federation can be resumed"
         )
-    setting = _Setting(nodes or subject.nodes or NODES, pool or subject.pool or DEFAULT)
-    return prepare(subject, changes, began), setting
+    prepared = prepare(subject, changes, began)
+    return _Planned(prepared, nodes or subject.nodes or NODES, pool or subject.pool or DEFAULT)
 
 
 def _before(resume: Path) -> dict[str, Any]:
@@ -168,6 +170,21 @@ def example(name: str = "fashion") -> Path:
     if (EXAMPLES / name).is_dir():
         return EXAMPLES / name
     return Path(__file__).resolve().parent.parent / "examples" / name
+
+
+def check_method_stays(began: Options, changes: Options) -> None:
+    """Refuse to go on with another method than the one whose states and memories there are.
+
+    Raises:
+        ConfigError: which option, and what it was.
+    """
+    for name in ("method", "proximal-mu", *MethodOptions.defaults()):
+        before = began.get(name, changes.get(name))
+        if name in changes and changes[name] != before:
+            raise ConfigError(
+                f"a run that goes on keeps its method, so {name}={changes[name]} (it was {before}) "
+                "cannot change; leave it out, or begin a new run"
+            )
 
 
 def check_promise_stays(began: Options, changes: Options) -> None:
@@ -197,21 +214,20 @@ def check_promise_stays(began: Options, changes: Options) -> None:
 
 
 def _directory(
-    prepared: Prepared,
-    setting: _Setting,
+    planned: _Planned,
     pool: Pool,
     out: Path | str | None,
     resume: Path | str | None,
     progress: Progress,
 ) -> RunDirectory:
+    prepared = planned.prepared
     if resume is None:
-        run_id = secrets.randbits(62) + 1
         config = prepared.config(
             "embedded",
-            nodes=setting.nodes,
-            run_id=run_id,
+            nodes=planned.nodes,
+            run_id=secrets.randbits(62) + 1,
             workers=0 if pool.in_process else pool.workers,
-            pool=setting.pool if isinstance(setting.pool, str) else None,
+            pool=planned.pool if isinstance(planned.pool, str) else None,
         )
         name = prepared.subject.name
         return RunDirectory.create(None, name, config, out=Path(out) if out else None)
@@ -249,19 +265,16 @@ def _differences(before: Mapping[str, Any], prepared: Prepared) -> dict[str, tup
 
 
 def _executed(
-    prepared: Prepared,
-    setting: _Setting,
-    pool: Pool,
-    directory: RunDirectory,
-    progress: Progress,
+    planned: _Planned, pool: Pool, directory: RunDirectory, progress: Progress
 ) -> dict[str, Any]:
+    prepared = planned.prepared
     whole = prepared.federation is not None
     log_to(directory.log_path, quiet=whole)
     show_fetching(progress)
     kind = EmbeddedGrid if whole else ObservedGrid
     grid = kind(
         prepared.subject.client,
-        setting.nodes,
+        planned.nodes,
         pool=pool,
         run_config=prepared.options,
         run_id=directory.config().get("run_id", 1),  # runs of earlier releases had no other

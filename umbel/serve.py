@@ -21,6 +21,7 @@ from umbel.server.link.service import ServerSettings, Service, WatchedProgress
 from umbel.server.output import progress as showing
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.round_recorder import RoundRecorder
 
 log = logging.getLogger("umbel.server")
 _FIRST_MODEL = 1 << 30
@@ -228,7 +229,7 @@ def _execute(
         largest=run.largest_reply,
         margin=_FIRST_MODEL if keeps_rounds else MARGIN,
     )
-    if isinstance(grid, ObservedLinkGrid):
+    if isinstance(grid, RoundRecorder):
         grid.on_note = service.stand
     current.grid = grid
     current.check()

@@ -161,13 +161,13 @@ def check_honours(trainer: Trainer, stack: "Stack") -> None:
     if "steps" in stack.needs and CORRECTION not in honours:
         raise ConfigError(
             f"{stack} counts the nodes' local steps, and {type(trainer).__name__} does not say "
-            "them; take TorchTrainer"
+            "them; take TorchTrainer, KerasTrainer or JaxTrainer"
         )
     if stack.objectives and CORRECTION not in honours:
         raise ConfigError(
             f"{stack.objectives[0].name} changes the gradients that nodes train with, and "
-            f"{type(trainer).__name__} does not apply that; take TorchTrainer, or leave "
-            f"{stack.objectives[0].name} out"
+            f"{type(trainer).__name__} does not apply that; take TorchTrainer, KerasTrainer or "
+            f"JaxTrainer, or leave {stack.objectives[0].name} out"
         )
 
 

@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -55,6 +55,29 @@ class Done:
     failure: str = ""
 
 
+@runtime_checkable
+class TrainsMany(Protocol):
+    """An app that can answer several training messages as one computation."""
+
+    def train_many(
+        self, messages: Sequence[Message], contexts: Sequence[Context]
+    ) -> list[Message] | None:
+        """The replies, in order; None where it would not."""
+
+
+@runtime_checkable
+class TakesMapped(Protocol):
+    """An app that says whether arrays may lie in mapped memory, and hold no bytes."""
+
+    takes_mapped: bool
+    """Whether they may."""
+
+
+def takes_mapped(app: object) -> bool:
+    """Whether an app's arrays may lie in mapped memory."""
+    return isinstance(app, TakesMapped) and bool(app.takes_mapped)
+
+
 @dataclass(frozen=True)
 class Executor:
     """A client app and what every virtual node of a run shares.
@@ -83,17 +106,19 @@ class Executor:
 
     def together(self, tasks: Sequence[Task]) -> list[Done] | None:
         """Run tasks as one; None where the app cannot, or rather would not, do that."""
-        many = getattr(self.app, "train_many", None)
-        if many is None or len(tasks) < 2:
+        app = self.app
+        if not isinstance(app, TrainsMany) or len(tasks) < 2:
             return None
         with self._threads():
             contexts = [self._context(task) for task in tasks]
             streams.seed_all(tasks[0].seed)
             try:
-                replies = many([self._message(task) for task in tasks], contexts)
+                replies = app.train_many([self._message(task) for task in tasks], contexts)
             except (Exception, SystemExit):
                 return None  # one bad node must not fail its group: each will stand alone
-            return replies and [
+            if replies is None:
+                return None
+            return [
                 Done(reply, self._saved(context, task))
                 for reply, context, task in zip(replies, contexts, tasks, strict=True)
             ]

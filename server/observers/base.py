@@ -18,7 +18,7 @@ from umbel.server.checkpoint import Position
 from umbel.server.drive import Phases
 from umbel.server.evaluation import FederatedEvaluation
 from umbel.server.roster import NodeRef
-from umbel.strategies.collect import Sum
+from umbel.strategies.aggregator import Aggregate
 
 
 @dataclass
@@ -43,7 +43,7 @@ class RoundDone:
     number: int
     phases: Phases
     cohort: Sequence[NodeRef]
-    sum_: Sum
+    sum_: Aggregate
     bytes_down: int
     used: bool
     train: Mapping[str, float]

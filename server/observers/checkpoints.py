@@ -10,7 +10,7 @@ from umbel.server.drive import states_of
 from umbel.server.observers.base import RoundDone, Watcher
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory
-from umbel.strategies.collect import Collect, Seals
+from umbel.strategies.collect import Exchange, Seals
 
 EVERY_S = 1.0
 """Rounds that are shorter than this may share a checkpoint; a resumed run repeats them."""
@@ -30,7 +30,7 @@ class Checkpoints(Watcher):
     """
 
     def __init__(
-        self, run: RunDirectory, grid: Grid, collect: Collect, rounds: int, progress: Progress
+        self, run: RunDirectory, grid: Grid, collect: Exchange, rounds: int, progress: Progress
     ) -> None:
         self._run, self._rounds, self._progress = run, rounds, progress
         self._path = run.checkpoint_path

@@ -60,7 +60,7 @@ def work(pipe: socket.socket) -> None:
 
     from umbel.core.app_folder import open_app
     from umbel.core.streams import expendable
-    from umbel.server.embedded.executor import Executor, Task
+    from umbel.server.embedded.executor import Executor, Task, takes_mapped
     from umbel.server.embedded.mapped import reuse_memory
     from umbel.server.embedded.packing import Packed, pack, receive, send, unpack
 
@@ -76,7 +76,7 @@ def work(pipe: socket.socket) -> None:
             return
         executor = Executor(app, start["run_config"], start["nodes"], start["threads"])
         send(pipe, pack({"error": None}))
-        mapped = bool(getattr(app, "takes_mapped", False))
+        mapped = takes_mapped(app)
         contents: dict[int, Packed] = {}
         while True:
             bare, held, new = unpack(receive(pipe))

@@ -1,4 +1,7 @@
-"""Methods by the names that the option `method` has: one line each."""
+"""Methods by the names that the option `method` has: one line each.
+
+The layer of a method may need the layout of the first model, which is asked for only there.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options
 from umbel.core.records import Manifest, Tree
+from umbel.core.registry import provide
 from umbel.strategies.methods.ditto import Ditto
 from umbel.strategies.methods.feddyn import FedDyn
 from umbel.strategies.methods.fedexp import FedExP
@@ -21,6 +25,9 @@ from umbel.strategies.methods.personal_parts import (
 from umbel.strategies.methods.qfedavg import QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold
 from umbel.strategies.transform import Transform
+
+KIND = "objective"
+"""The kind of part that the option `method` names."""
 
 FirstModel = Callable[[], tuple[Tree, Tree]]
 """Parameters and buffers of the first model, whose layout personal parts need."""
@@ -70,17 +77,14 @@ METHODS: Mapping[str, Make] = {
 }
 
 
-def method_named(name: str, options: Options, model: FirstModel) -> Transform[Any] | None:
-    """The layer of a method; None where it needs none.
+def _provided(make: Make) -> Callable[[Options, FirstModel], Transform[Any] | None]:
+    """A method as a function of the options and of what gives the first model."""
 
-    Args:
-        name: of the method.
-        options: complete ones.
-        model: gives the first model, asked for only where its layout is needed.
+    def of(options: Options, model: FirstModel) -> Transform[Any] | None:
+        return make(MethodOptions.read(options), options, model)
 
-    Raises:
-        ConfigError: there is no method of that name, or its options cannot be used.
-    """
-    if name not in METHODS:
-        raise ConfigError(f"method is {name!r}; it can be {', '.join(METHODS)}")
-    return METHODS[name](MethodOptions.read(options), options, model)
+    return of
+
+
+for _name, _make in METHODS.items():
+    provide(KIND, _name, _provided(_make))

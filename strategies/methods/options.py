@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from umbel.core.errors import ConfigError
 from umbel.core.limits import above, at_least, check_limits, option
-from umbel.core.options import OptionGroup, Options, dashed
+from umbel.core.options import OptionGroup, dashed
 
 _OF = {
     "feddyn_alpha": "feddyn",
@@ -50,11 +50,6 @@ class MethodOptions(OptionGroup):
             value = getattr(self, name)
             if value != getattr(MethodOptions, name) and method != owner:
                 raise ConfigError(
-                    f"{dashed(name)} is {value}, but the method is {method or 'fedavg'}; give "
+                    f"{dashed(name)} is {value}, but method is {method}; give "
                     f"method={owner}, or leave {dashed(name)} out"
                 )
-
-
-def method_of(options: Options) -> str:
-    """The method that options name; empty where they name none."""
-    return str(options.get("method", ""))

@@ -1,9 +1,11 @@
 """A node's data between messages: one call, one split, within a bound of memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import RecordDict
 
 from umbel.clients.data.examples import Examples, Node, Split
@@ -60,6 +62,35 @@ def test_a_split_that_changed_between_processes_is_not_trained_on() -> None:
     fixed = RecordDict()
     for _ in range(2):
         ask(Holder(Data(lambda: np.random.default_rng(5))), 3, fixed)
+
+
+TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sparse": lambda x: x.to_sparse(),
+    "sparse by rows": lambda x: x.to_sparse_csr(),
+    "bfloat16": lambda x: x.to(torch.bfloat16),
+    "complex": lambda x: torch.complex(x, x).conj(),
+    "with gradients": lambda x: x.requires_grad_(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_of_every_kind_are_kept_and_told_apart(kind: str) -> None:
+    def data(_: Node, options: Any) -> Split:
+        x = TENSORS[kind](torch.arange(40.0).reshape(10, 4) + options["more"])
+        y = torch.zeros(10, dtype=torch.int64)
+        return Split(Examples(x, y), Examples(x, y))
+
+    holder, state = Holder(data, most_bytes=0), RecordDict()
+
+    def asked(more: float, key: str) -> Split:
+        return holder.split(key, Node(1, 2, {}), {"more": more}, lambda: 0, state)
+
+    first = asked(0.0, "a")
+    assert 0 < bytes_of(first.train) < 2000
+    assert asked(0.0, "b") is not first, "called again, with the same examples"
+    with pytest.raises(ConfigError, match="another split than before"):
+        asked(1.0, "c")
 
 
 def test_no_more_is_kept_than_there_is_room_for() -> None:

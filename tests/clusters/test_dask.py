@@ -96,7 +96,7 @@ def model(umbel: WarmCommand, tmp_path_factory: pytest.TempPathFactory) -> bytes
     folder = tmp_path_factory.mktemp("processes")
     out = folder / "run"
     done = umbel.command(
-        "run", APPS / "digits", "--workers", "2", "--out", out, *OPTIONS, cwd=folder
+        "run", APPS / "slope", "--workers", "2", "--out", out, *OPTIONS, cwd=folder
     )
     assert done.status == 0, done.err
     return (out / "model.safetensors").read_bytes()
@@ -108,7 +108,7 @@ def test_the_same_model_on_dask_bit_for_bit(
     out = tmp_path / "run"
     pool = f"dask://{cluster.address}"
     done = umbel.command(
-        "run", APPS / "digits", "--pool", pool, "--out", out, *OPTIONS, cwd=tmp_path
+        "run", APPS / "slope", "--pool", pool, "--out", out, *OPTIONS, cwd=tmp_path
     )
     assert done.status == 0, done.err
     assert (out / "model.safetensors").read_bytes() == model
@@ -123,7 +123,7 @@ def test_a_worker_is_killed_and_another_joins(
 
     def disturb(pid: int) -> None:
         del pid
-        until(lambda: (out / "rounds.jsonl").exists() and '"round": 1' in _text(out))
+        until(lambda: (out / "metrics.jsonl").exists() and '"round": 1' in _text(out))
         worker = cluster.begin_worker()
         cluster.processes[1].send_signal(signal.SIGKILL)
         assert worker.poll() is None
@@ -131,7 +131,7 @@ def test_a_worker_is_killed_and_another_joins(
     more = ("-c", "rounds=3", "--nodes", "6")
     done = umbel.command(
         "run",
-        APPS / "digits",
+        APPS / "slope",
         "--pool",
         pool,
         "--out",
@@ -146,7 +146,7 @@ def test_a_worker_is_killed_and_another_joins(
 
 
 def _text(out: Path) -> str:
-    return (out / "rounds.jsonl").read_text(encoding="utf-8")
+    return (out / "metrics.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_scheduler_is_killed_and_the_run_goes_on_later(
@@ -160,12 +160,12 @@ def test_a_scheduler_is_killed_and_the_run_goes_on_later(
 
         def kill(pid: int) -> None:
             del pid
-            until(lambda: (out / "rounds.jsonl").exists() and '"round": 1' in _text(out))
+            until(lambda: (out / "metrics.jsonl").exists() and '"round": 1' in _text(out))
             cluster.scheduler.kill()
 
         done = umbel.command(
             "run",
-            APPS / "digits",
+            APPS / "slope",
             "--pool",
             pool,
             "--out",
@@ -210,7 +210,7 @@ def test_an_app_that_does_not_import_there_is_refused(
 ) -> None:
     app = tmp_path / "app"
     app.mkdir()
-    for file in (APPS / "digits").glob("*.*"):
+    for file in (APPS / "slope").glob("*.*"):
         (app / file.name).write_bytes(file.read_bytes())
     text = (app / "client_app.py").read_text(encoding="utf-8")
     (app / "client_app.py").write_text("import nowhere\n" + text, encoding="utf-8")

@@ -1,8 +1,12 @@
 """The laws of a trainer, in one framework: `python laws.py keras`, with KERAS_BACKEND, or `jax`."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+    sys.modules["tensorflow"] = None  # type: ignore[assignment]  # Keras would load it all the same
 
 import numpy as np
 from sklearn.datasets import load_digits

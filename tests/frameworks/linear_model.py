@@ -6,9 +6,13 @@ writes the federated model's weight (64, 10) and bias (10,) to OUT. Keras has on
 so each framework runs in its own.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+    sys.modules["tensorflow"] = None  # type: ignore[assignment]  # Keras would load it all the same
 
 import numpy as np
 
@@ -16,6 +20,7 @@ import umbel
 from umbel.clients.local_settings import LocalSettings
 from umbel.clients.pytorch.batches import plan
 from umbel.server.output.progress import SilentProgress
+from umbel.strategies.methods.scaffold import Scaffold
 
 OPTIONS = {"rounds": 3, "learning-rate": 0.2, "batch-size": 16, "local-epochs": 2, "seed": 3}
 
@@ -83,10 +88,12 @@ TRAINERS = {
 
 
 def main(framework: str, out: Path, changes: dict[str, Any]) -> None:
+    stack = umbel.Stack([Scaffold()] if changes.pop("scaffold", False) else [])
     federation = umbel.Federation(
         trainer=TRAINERS[framework](),
         data=umbel.Partitioned("digits", umbel.Dirichlet(alpha=1.0)),
         options=OPTIONS,
+        stack=stack,
     )
     folder = out.with_suffix(".run")
     result = umbel.run(federation, options=changes, nodes=5, out=folder, progress=SilentProgress())

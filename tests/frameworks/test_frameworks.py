@@ -75,6 +75,18 @@ def test_the_same_linear_model_is_the_same_federated_model(
     assert np.abs(found["weight"]).max() > 0.1  # it has been trained
 
 
+@pytest.mark.parametrize("option", ["scaffold=true", "proximal-mu=0.5"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_local_objectives_reach_the_gradients_of_every_framework(
+    framework: str, option: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch").mkdir()
+    expected = linear("torch", tmp_path / "torch", option)
+    found = linear(framework, tmp_path, option)
+    for name in ("weight", "bias"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("options", ["", "secure=true", "epsilon=8"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_an_app_of_the_template_runs_on_worker_processes(

@@ -10,6 +10,7 @@ import torch
 from umbel.core.errors import ConfigError, RunError
 from umbel.server import checkpoint
 from umbel.server.checkpoint import Best, Position, load, load_nodes, save
+from umbel.strategies.samplers import NodeHistory
 
 
 def position(round_: int = 3, **more: Any) -> Position:
@@ -39,6 +40,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         average=torch.randn(5),
         averaged=2,
         failed_rounds=1,
+        history={"one": NodeHistory(2, 3, {"loss": 0.5}), "two": NodeHistory(1, 1)},
     )
     assert load(tmp_path) is None
     save(tmp_path, before, {})

@@ -33,7 +33,7 @@ def lab(tmp_path: Path) -> Lab:
 @pytest.fixture
 def half(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A private run that was interrupted after its second round of four."""
-    monkeypatch.setattr("umbel.server.rounds.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("umbel.server.observers.checkpoints.EVERY_S", 0.0)
     out = lab.folder / "runs" / "half"
     options = {"noise-multiplier": 4.0, "epsilon": 9.0, "rounds": 4, "population": "people"}
     with pytest.raises(Interrupted):

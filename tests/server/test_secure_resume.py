@@ -62,7 +62,7 @@ class Said(SilentProgress):
 def test_a_killed_coordinator_goes_on_after_the_round_it_was_in(
     tmp_path: Path, stage: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("umbel.server.rounds.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("umbel.server.observers.checkpoints.EVERY_S", 0.0)
     app = federation()
     options = app.complete(OPTIONS)
     grid = Elsewhere(app.client_app(), options)

@@ -11,14 +11,17 @@ from umbel.clients.trainers.base import check_honours
 from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.clients.trainers.softmax import SoftmaxTrainer
 from umbel.core.errors import ConfigError, RunError, StackError
+from umbel.core.registry import make, names
 from umbel.strategies.composition import check_rounds, compose
 from umbel.strategies.facts import Facts
 from umbel.strategies.methods.ditto import Ditto
 from umbel.strategies.methods.fedprox import FedProx
-from umbel.strategies.methods.named import METHODS, method_named
+from umbel.strategies.methods.named import KIND
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.methods.personal_parts import PersonalParts, named_parts
 from umbel.strategies.methods.scaffold import Scaffold
 from umbel.strategies.private.options import PrivacyOptions
+from umbel.strategies.protection import Outlook
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
@@ -41,6 +44,7 @@ def options_of(method: str, protection: str) -> dict[str, Any]:
         **RunOptions.defaults(),
         **PrivacyOptions.defaults(),
         **SecureOptions.defaults(),
+        **MethodOptions.defaults(),
         "rounds": 4,
         "method": method,
         **OWN.get(method, {}),
@@ -48,9 +52,17 @@ def options_of(method: str, protection: str) -> dict[str, Any]:
     }
 
 
+METHODS = names(KIND)
+
+
+def layer_of(options: dict[str, Any], buffers: Any = BUFFERS) -> Any:
+    RunOptions.read(options)
+    return make(KIND, options["method"], options, lambda: (MODEL, buffers))
+
+
 def stack_of(method: str, protection: str) -> Stack:
     options = options_of(method, protection)
-    layer = method_named(method, options, lambda: (MODEL, BUFFERS))
+    layer = layer_of(options)
     return compose(Stack(() if layer is None else (layer,)), options, lambda: SIZE)
 
 
@@ -93,26 +105,26 @@ def test_trainers_that_would_leave_out_what_a_method_asks_for_are_refused() -> N
     private = PrivateSgd(trainer=TORCH)
     deaf = SoftmaxTrainer(width=2)
     for method in METHODS:
-        layer = method_named(method, options_of(method, "plain"), lambda: (MODEL, BUFFERS))
+        layer = layer_of(options_of(method, "plain"))
         stack = Stack(() if layer is None else (layer,))
         if method == "fedprox":
             stack = Stack((FedProx(0.1),))
-        check_honours(TORCH, stack, {})
+        check_honours(TORCH, stack)
         for trainer, refused in (
             (private, {"q-fedavg", "ditto"}),
             (deaf, {"fedprox", "scaffold", "feddyn", "fednova", "ditto"}),
         ):
             if method in refused:
                 with pytest.raises(ConfigError, match=r"; take|, or leave"):
-                    check_honours(trainer, stack, {})
+                    check_honours(trainer, stack)
             else:
-                check_honours(trainer, stack, {})
+                check_honours(trainer, stack)
 
 
 @pytest.mark.parametrize(
     ("method", "more", "words"),
     [
-        ("scafold", {}, "it can be fedavg, fedprox, scaffold"),
+        ("scafold", {}, "it can be .*fedavg, fedprox, scaffold"),
         ("fedprox", {"proximal-mu": 0.0}, "needs proximal-mu above 0"),
         ("fedper", {"personal-layers": ""}, "does not say which"),
         ("fedper", {"personal-layers": "tail"}, "which is no parameter of the model"),
@@ -123,12 +135,12 @@ def test_trainers_that_would_leave_out_what_a_method_asks_for_are_refused() -> N
 )
 def test_bad_input_is_a_sentence(method: str, more: dict[str, Any], words: str) -> None:
     with pytest.raises((ConfigError, StackError), match=words):
-        method_named(method, options_of(method, "plain") | more, lambda: (MODEL, BUFFERS))
+        layer_of(options_of(method, "plain") | more)
 
 
 def test_batch_normalisation_is_asked_for_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match="the model has none"):
-        method_named("fedbn", options_of("fedbn", "plain"), lambda: (MODEL, {}))
+        layer_of(options_of("fedbn", "plain"), {})
 
 
 # ---- what stays on the nodes
@@ -178,3 +190,21 @@ def test_a_run_goes_on_from_its_states_and_memories() -> None:
     second = Run(Stack((Scaffold(),)), nodes(), [3] * NODES, model=model, number=4)
     second.states, second.memories = first.states, first.memories
     assert torch.equal(second.rounds(5), whole.rounds(9))
+
+
+def test_options_of_another_method_are_refused() -> None:
+    for name, value in (("feddyn-alpha", 0.5), ("personal-layers", "head"), ("qfedavg-q", 3.0)):
+        own = MethodOptions.read({name: value})
+        with pytest.raises(ConfigError, match=f"{name} is {value}, but method is scaffold"):
+            own.check_for("scaffold")
+
+
+def test_policies_are_told_what_methods_take_into_the_update() -> None:
+    """A loss is a metric and steps tell of numbers of examples: summed or noised, never none."""
+    for method, metrics, counts in (
+        ("scaffold", "none", "none"),
+        ("q-fedavg", "summed", "none"),
+        ("fednova", "none", "summed"),
+    ):
+        found = Outlook(stack_of(method, "secure"), SIZE).under({})
+        assert (found.metrics, found.counts) == (metrics, counts)

@@ -50,7 +50,7 @@ def test_an_app_that_shows_no_arrays_is_told_that_no_model_was_saved(
 def test_a_run_that_is_stopped_says_that_it_cannot_go_on(
     umbel: WarmCommand, tmp_path: Path
 ) -> None:
-    place = ("umbel.server.round_recorder:Notes._complete", 3, "stop")
+    place = ("umbel.server.round_recorder:RoundRecorder._complete", 3, "stop")
     ended = umbel.command(
         "run", APPS / "plain", "--workers", "0", "--out", "run", cwd=tmp_path, deaths=[place]
     )

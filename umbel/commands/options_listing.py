@@ -18,14 +18,18 @@ from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
 from umbel.strategies.aggregators.named import RobustOptions
+from umbel.strategies.async_options import AsyncOptions
+from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
 
 GROUPS: Mapping[str, type[Any]] = {
     "every run": RunOptions,
+    "asynchronous rounds": AsyncOptions,
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
+    "method": MethodOptions,
     "robust aggregation": RobustOptions,
 }
 """Who reads an option, and the group that holds it."""

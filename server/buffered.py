@@ -1,0 +1,149 @@
+"""Asynchronous rounds: nobody waits for the slow.
+
+    so many nodes are at work at any time; whoever answers is followed by another
+    a round ends after so many good replies, with one step of the server's optimiser
+    a reply to an older model counts for less, by how many rounds it is behind
+
+All else is as in other rounds, and shared with them: lines, evaluation, checkpoints, the stack.
+This is FedBuff (Nguyen et al. 2022, https://arxiv.org/abs/2106.06639, algorithm 1); with a buffer
+of one it is FedAsync (Xie et al. 2019, https://arxiv.org/abs/1903.03934, algorithm 1), whose mixing
+weight is the option `server-learning-rate`.
+
+What is in a round depends on the order of arrival, and so do its bits. A coordinator that is killed
+forgets the replies of the round that had not ended: their nodes are asked again, so that none of
+their updates is in the model twice.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+
+from umbel.core.names import NO_REPLY, UPDATE
+from umbel.core.records import from_array, to_array
+from umbel.server.checkpoint import Position
+from umbel.server.drive import ROUND_TTL, Phases, drive, mailbox
+from umbel.server.output.progress import Progress
+from umbel.server.output.rundir import RunDirectory
+from umbel.server.roster import NodeRef
+from umbel.server.rounds import Collected, Rounds
+from umbel.server.training_spec import Outcome, TrainingSpec
+from umbel.strategies.aggregator import Rejected
+from umbel.strategies.samplers import FixedSize
+from umbel.strategies.transform import Facts
+
+
+class BufferedRounds(Rounds):
+    """Runs a job asynchronously over a grid.
+
+    Args:
+        job: what is trained; `job.asynchronous` says how.
+        grid: the engine.
+        nodes: the population, in a fixed order.
+        run: where the run is written down.
+        progress: where a person watches.
+    """
+
+    def __init__(
+        self,
+        job: TrainingSpec,
+        grid: Grid,
+        nodes: Sequence[NodeRef],
+        run: RunDirectory,
+        progress: Progress,
+    ) -> None:
+        self._how = job.asynchronous
+        # As far as facts go, a round has the nodes that it ends after.
+        sampler = FixedSize(min(self._how.async_buffer, len(nodes)))
+        super().__init__(replace(job, sampler=sampler), grid, nodes, run, progress)
+        self._box = mailbox(grid, None)
+        self._asked: dict[int, int] = {}
+        """The round for which a node that is at work was asked, by node id."""
+        self._heard: set[int] = set()
+        self._behind: list[int] = []
+        self._late: list[Rejected] = []
+        """Of the present round: who has answered, by how many rounds the replies are behind, and
+        whose were too far behind."""
+
+    def fit(self) -> Outcome:
+        with self._box:
+            return super().fit()
+
+    def _collect(self, position: Position, number: int, before: Facts, phases: Phases) -> Collected:
+        with phases("sample"):
+            nodes = self.population.present
+            requests = self._requests.to_train(position, number, nodes, before)
+            size = self._requests.size_of(requests[:1])
+        facts = self.job.stack.check(before, position.layers)
+        self._heard, self._behind, self._late = set(), [], []
+        at_work = len(self._asked)
+        gathering = self.job.stack.collect.gather(requests, self._spec(number, facts))
+        with phases("train"):
+            sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
+        sent = len(self._asked) + len(self._heard) - at_work
+        rejected = [each for each in sum_.rejected if each.reason != NO_REPLY]
+        return Collected(
+            cohort=[node for node in nodes if node.node_id in self._heard],
+            facts=facts,
+            sum_=replace(sum_, rejected=(*rejected, *self._late)),
+            bytes_down=sent * size,
+            said={"staleness": float(np.mean(self._behind))} if self._behind else {},
+        )
+
+    def _replies(self, messages: Sequence[Message], phases: Phases) -> Iterator[Message]:
+        """Good replies until the buffer is full, and errors between them."""
+        if not messages:
+            return
+        number = int(messages[0].metadata.group_id)
+        order = np.random.default_rng([self.job.options.seed, number, 7]).permutation(len(messages))
+        following = iter([messages[i] for i in order])
+        self._send(following)
+        for reply in self._box:
+            node = reply.metadata.src_node_id
+            behind = number - self._asked.pop(node, number)
+            self._heard.add(node)
+            good = not reply.has_error()
+            if good and self._how.async_limit and behind > self._how.async_limit:
+                said = f"an update {behind} rounds behind; async-limit is {self._how.async_limit}"
+                self._late.append(Rejected(node, said))
+                self._send(following)
+                continue
+            if good:
+                self._behind.append(behind)
+                _discount(reply, self._how.factor(behind))
+            full = len(self._behind) >= self._how.async_buffer
+            if not full:
+                self._send(following)
+            self.progress.message_done(len(self._behind), self._how.async_buffer)
+            self.statements.hear(reply)
+            self.population.hear(reply)
+            with phases("aggregate", within="train"):
+                yield reply
+            del reply  # while the next is awaited, this one must not take room
+            if full:
+                return
+
+    def _send(self, following: Iterator[Message]) -> None:
+        """Ask further nodes until enough are at work; each once for a round."""
+        while len(self._asked) < self._how.at_once:
+            request = next(following, None)
+            if request is None:
+                return
+            node = request.metadata.dst_node_id
+            if node in self._asked or node in self._heard:
+                continue
+            group = request.metadata.group_id
+            self._asked[node] = int(group)
+            ttl = self.job.options.round_timeout or ROUND_TTL
+            self._box.send([Message(request.content, node, "train", ttl=ttl, group_id=group)])
+
+
+def _discount(reply: Message, factor: float) -> None:
+    """Let the update in a reply count for less; one without is refused where it is read."""
+    record = reply.content.get(UPDATE)
+    if factor == 1.0 or not isinstance(record, ArrayRecord) or UPDATE not in record:
+        return
+    update = from_array(record[UPDATE])
+    reply.content[UPDATE] = ArrayRecord({**record, UPDATE: to_array(update * factor)})
