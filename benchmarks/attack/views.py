@@ -217,7 +217,9 @@ def as_it_is(federation: Attackable, changes: Mapping[str, Any]) -> Any:
     A broken layer is not recognised for what it claims to be, so it would be added again.
     """
     kind: Any = type(federation)
-    made = type(kind.__name__, (kind,), {"stack_for": lambda self, given: self.stack(given)})
+    made = type(
+        kind.__name__, (kind,), {"stack_for": lambda self, given, _=None: self.stack(given)}
+    )
     known = {field.name: getattr(federation, field.name) for field in fields(kind) if field.init}
     return made(**{**known, **changes})
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from umbel.commands.bench_privacy import privacy
+from umbel.commands.bench_robust import robust
 from umbel.commands.groups import Commands
 
 app = Commands(name="bench", help="Benchmarks.", no_args_is_help=True)
@@ -60,6 +61,7 @@ def speed(
 
 
 app.command("privacy")(privacy)
+app.command("robust")(robust)
 
 
 @app.callback()
