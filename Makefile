@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-ROOMS  := core privacy strategies transport clients server benchmarks
+ROOMS  := core privacy strategies transport clients server deliver benchmarks
 
 .PHONY: help demo federation test test-slow test-clusters test-frameworks check fmt links proto wheel bench docs sbom clean
 

@@ -6,6 +6,11 @@ from umbel.clients.data.examples import Split as Split
 from umbel.clients.data.features import FeatureMap as FeatureMap
 from umbel.clients.data.features import PrecomputedFeatures as PrecomputedFeatures
 from umbel.clients.data.features import features_of as features_of
+from umbel.clients.data.inputs import Columns as Columns
+from umbel.clients.data.inputs import Letters as Letters
+from umbel.clients.data.inputs import Pixels as Pixels
+from umbel.clients.data.inputs import Plain as Plain
+from umbel.clients.data.inputs import Samples as Samples
 from umbel.clients.data.partition import ByKey as ByKey
 from umbel.clients.data.partition import BySize as BySize
 from umbel.clients.data.partition import Dirichlet as Dirichlet
@@ -13,6 +18,7 @@ from umbel.clients.data.partition import Iid as Iid
 from umbel.clients.data.partition import Shards as Shards
 from umbel.clients.data.partitioned import Partitioned as Partitioned
 from umbel.clients.data.scattering import Scattering as Scattering
+from umbel.clients.pytorch.compact import compact as compact
 from umbel.clients.pytorch.one_step import OneStep as OneStep
 from umbel.clients.pytorch.trainer import TorchTrainer as TorchTrainer
 from umbel.clients.trainers.base import Evaluated as Evaluated

@@ -8,6 +8,7 @@ The numbers are in the run directory, and the code that they belong to is the ap
 read again, and it has to be what was run: other code would give another model without a word.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,43 @@ def load(run: Path | str, app: Path | str | Federation | None = None) -> Any:
 
     >>> load("runs/20260101-120000-digits-1a2b")  # doctest: +SKIP
     """
+    found = opened(run, app)
+    trainer = found.federation.trainer_for(found.options)
+    if isinstance(trainer, ReadyTrainer):
+        return trainer.ready(found.weights, found.options)
+    return found.weights
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run that has ended, with the code that its numbers belong to.
+
+    Attributes:
+        directory: of the run.
+        federation: the app's.
+        options: complete ones, as the run had them.
+        weights: that it ended with.
+    """
+
+    directory: RunDirectory
+    federation: Federation
+    options: Options
+    weights: Weights
+
+
+def opened(run: Path | str, app: Path | str | Federation | None = None) -> OpenedRun:
+    """A run and its app; see `load`.
+
+    Raises:
+        ConfigError: as `load` does.
+    """
     directory = RunDirectory.open(Path(run))
     config = directory.config()
     if not directory.model_path.is_file():
         raise ConfigError(f"{directory.path} has no model.safetensors: the run has not ended")
     federation = app if isinstance(app, Federation) else _federation(directory.path, config, app)
     options = federation.complete(config.get("options", {}))
-    weights = weights_of(directory, federation, options)
-    trainer = federation.trainer_for(options)
-    return trainer.ready(weights, options) if isinstance(trainer, ReadyTrainer) else weights
+    return OpenedRun(directory, federation, options, weights_of(directory, federation, options))
 
 
 def weights_of(directory: RunDirectory, federation: Federation, options: Options) -> Weights:

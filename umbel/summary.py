@@ -15,7 +15,7 @@ _WHY = {
 
 
 def lines(result: Mapping[str, Any], report: Path) -> Iterator[str]:
-    """The result of a run in a few lines, the report's place last."""
+    """The result of a run in a few lines: the report's place, and what one may do next, last."""
     metrics = ", ".join(
         f"{plain(name, 80)} {_number(name, value)}" for name, value in metrics_of(result)
     )
@@ -35,6 +35,14 @@ def lines(result: Mapping[str, Any], report: Path) -> Iterator[str]:
         )
     yield from _summary(result.get("summary"))
     yield f"report: {report}"
+    yield from _next(result)
+
+
+def _next(result: Mapping[str, Any]) -> Iterator[str]:
+    """Commands that use the model, where Umbel knows what it is."""
+    if "measured" in result:  # an app of a Federation: others keep their model as they like
+        run = result["run"]
+        yield f"next: umbel predict {run} INPUT | umbel export {run} | umbel compress {run}"
 
 
 def _privacy(result: Mapping[str, Any]) -> Iterator[str]:

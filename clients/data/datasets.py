@@ -20,6 +20,7 @@ import numpy as np
 
 from umbel.clients.data import fashion_mnist
 from umbel.clients.data.examples import Examples
+from umbel.clients.data.inputs import Columns, Inputs, Pixels
 from umbel.core.errors import ConfigError
 
 Array = np.ndarray[Any, Any]
@@ -72,6 +73,8 @@ class DataSet:
         licence: on what terms.
         groups: of each training example, the natural key it belongs to (a hospital, a person).
         prepare: turns selected examples into a model's inputs.
+        inputs: the same for one input of somebody who uses the model, as plain numbers; None
+            where nobody said.
     """
 
     name: str
@@ -83,6 +86,7 @@ class DataSet:
     licence: str = ""
     groups: Array | None = None
     prepare: Callable[[Examples], Examples] = as_is
+    inputs: Inputs | None = None
 
     def __post_init__(self) -> None:
         if self.groups is not None and len(self.groups) != len(self.train):
@@ -236,6 +240,7 @@ def _fashion(folder: Path) -> DataSet:
         source=entry.source,
         licence=entry.licence,
         prepare=as_images,
+        inputs=Pixels(28, 28, mean=(FASHION_MEAN,), std=(FASHION_STD,)),
     )
 
 
@@ -268,4 +273,10 @@ def _from_scikit_learn(name: str) -> DataSet:
         classes=tuple(str(one) for one in bunch.target_names) if classify else None,
         source=entry.source,
         licence=entry.licence,
+        inputs=Columns(tuple(map(str, bunch.feature_names)), _each(mean, x), _each(std, x)),
     )
+
+
+def _each(value: Any, x: Array) -> tuple[float, ...]:
+    """One number for each column of `x`."""
+    return tuple(np.broadcast_to(np.asarray(value, np.float64), x.shape[1:]).tolist())

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from umbel.clients.data.datasets import DataSet, cache_folder, load
 from umbel.clients.data.examples import Examples, Node, Shares, Split
+from umbel.clients.data.sealed import check_open
 from umbel.clients.trainers.base import Options
 
 PART = 1000
@@ -188,12 +189,21 @@ class PrecomputedFeatures:
         return found if each == 1 else Shares(found.x, found.y, each)
 
     def central_test(self, options: Options) -> Examples:
-        """The held-out examples."""
+        """The held-out examples.
+
+        Raises:
+            ConfigError: they are locked; see `umbel.clients.data.sealed`.
+        """
+        check_open()
         return self._examples("test", np.arange(len(self.load().test)), options)
 
     def load(self) -> DataSet:
         """The data set."""
         return load(self.dataset) if isinstance(self.dataset, str) else self.dataset
+
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes, where the data set has any."""
+        return self.load().classes or ()
 
     def recipe_for(self, options: Options) -> FeatureMap:
         """The recipe under these options."""

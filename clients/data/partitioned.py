@@ -12,7 +12,9 @@ import numpy as np
 from umbel.clients.data import datasets
 from umbel.clients.data.datasets import DataSet
 from umbel.clients.data.examples import ArrayLike, Examples, Node, Split
+from umbel.clients.data.inputs import Inputs
 from umbel.clients.data.partition import ByKey, Iid, Partitioner, Rows, generator_of
+from umbel.clients.data.sealed import check_open
 from umbel.clients.trainers.base import Options
 from umbel.core.errors import ConfigError
 
@@ -83,7 +85,12 @@ class Partitioned:
         return Split(self._ready(np.sort(mixed[kept:])), self._ready(np.sort(mixed[:kept])))
 
     def central_test(self, options: Options) -> Examples:  # noqa: ARG002 - same shape as data
-        """The held-out examples, ready for a model; no node trains on them."""
+        """The held-out examples, ready for a model; no node trains on them.
+
+        Raises:
+            ConfigError: they are locked; see `umbel.clients.data.sealed`.
+        """
+        check_open()
         if "test" not in self._memory:
             data = self.load()
             self._memory["test"] = (self.transform or data.prepare)(data.test)
@@ -96,6 +103,14 @@ class Partitioned:
             self._memory["data"] = self._load()
         data: DataSet = self._memory["data"]
         return data
+
+    def inputs(self) -> Inputs | None:
+        """What the data set says of its inputs; None where they are transformed here."""
+        return self.load().inputs if self.transform is None else None
+
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes, where the data set has any."""
+        return self.load().classes or ()
 
     def rows(self, partitions: int, options: Options) -> list[Rows]:
         """The rows of the training examples that each node gets, sorted."""

@@ -22,6 +22,7 @@ from umbel.clients.pytorch.settings import choose_device
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.seeding import seeded
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.clients.trainers.exported import Exported
 from umbel.core.errors import ConfigError
 from umbel.privacy.bounds.bundle import Vectors
 from umbel.privacy.bounds.ghost import PerExample
@@ -60,6 +61,10 @@ class OneStep:
     def ready(self, weights: Weights, options: Options) -> torch.nn.Module:
         """The trained module."""
         return self.trainer.ready(weights, options)
+
+    def exported(self, weights: Weights, options: Options) -> Exported:
+        """The trained module for other formats."""
+        return self.trainer.exported(weights, options)
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         return self.trainer.evaluate(weights, _read(examples), options)

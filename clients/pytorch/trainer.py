@@ -17,6 +17,7 @@ import torch
 
 from umbel.clients.pytorch import batched as torch_cohort
 from umbel.clients.pytorch.batches import to_device, to_model
+from umbel.clients.pytorch.compact import settled
 from umbel.clients.pytorch.correcting import Correcting, proximal
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import (
@@ -45,10 +46,17 @@ from umbel.clients.pytorch.settings import TorchSettings, choose_device
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
+from umbel.clients.trainers.exported import Exported, Output, TakenOutput
 from umbel.core.errors import ConfigError, RunError
 from umbel.strategies.objective import CORRECTION
 
 EVALUATION_BATCH = 512
+
+_OUTPUTS: dict[str, Output] = {
+    "cross-entropy": "logits",
+    "binary-cross-entropy": "logit",
+    "mse": "number",
+}
 
 COHORT = 32
 """Nodes that are trained as one computation. Fixed, so that results do not depend on how many
@@ -132,6 +140,12 @@ class TorchTrainer(TorchSettings):
         piece = ModuleState.of(build(self.model, options, BUILD_SEED))
         piece.load(weights)
         return piece.module.eval()
+
+    def exported(self, weights: Weights, options: Options) -> Exported:
+        """The module of `ready`, which gives the one tensor that the loss is about."""
+        ready = settled(self.ready(weights, options))
+        module: torch.nn.Module = TakenOutput(ready, self.objective.outputs)
+        return Exported(module.float().eval(), _OUTPUTS.get(self.objective.name, "raw"))
 
     def statistics(self, options: Options) -> tuple[str, ...]:
         """The buffers that training gathers from examples: real ones that are no parameters."""

@@ -32,6 +32,7 @@ from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.seeding import seeded
 from umbel.clients.settings import options_of, read
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.clients.trainers.exported import Exported
 from umbel.core.errors import ConfigError, RunError
 from umbel.core.options import dashed
 from umbel.privacy.bounds.examples import zeros
@@ -157,6 +158,10 @@ class PrivateSgd(ExamplePrivacy):
     def ready(self, weights: Weights, options: Options) -> nn.Module:
         """The trained module."""
         return self.trainer.ready(weights, options)
+
+    def exported(self, weights: Weights, options: Options) -> Exported:
+        """The trained module for other formats."""
+        return self.trainer.exported(weights, options)
 
     def evaluate(self, weights: Weights, examples: Any, options: Options) -> Evaluated:
         return self.trainer.evaluate(weights, examples, options)

@@ -43,6 +43,7 @@ from umbel.clients.data.arrays import not_a_number, plain_array
 from umbel.clients.data.examples import Examples
 from umbel.clients.seeding import seeded
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
+from umbel.clients.trainers.exported import Exported
 from umbel.clients.trainers.sums import (
     KNOWN,
     SHARE,
@@ -232,6 +233,17 @@ class SklearnTrainer:
         """The estimator at the end where it is made of sums."""
         sums = sums_of(self.estimator, self._inputs, self.classes)
         return None if sums is None else _Step("", sums=sums, outputs=sums.outputs)
+
+    def exported(self, weights: Weights, options: Options) -> Exported:
+        """The estimator of `ready` as a chain of matrices.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        from umbel.clients.trainers.sklearn_module import module_of
+
+        model = self.ready(weights, options)
+        return module_of(model, int(getattr(model, "n_features_in_", self.features)))
 
     @cached_property
     def _rate(self) -> str | None:

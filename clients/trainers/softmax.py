@@ -18,6 +18,7 @@ from umbel.clients.data.arrays import not_a_number, plain_array
 from umbel.clients.data.examples import Examples, each_of
 from umbel.clients.data.features import Rows
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Tree, Weights
+from umbel.clients.trainers.exported import Exported
 from umbel.core.errors import ConfigError
 from umbel.core.options import checked
 from umbel.privacy.bounds.bundle import UNIT_STEP, Bundle, OuterProducts, UnitRows, Vectors
@@ -101,6 +102,10 @@ class SoftmaxTrainer:
         """Softmax regression of features."""
         return SoftmaxModel(self, weights)
 
+    def exported(self, weights: Weights, options: Options) -> Exported:  # noqa: ARG002
+        """From features to logits, without the rounding of features that only training needs."""
+        return Exported(_Softmax(self.prepare, weights).eval(), "logits")
+
     def _rate(self, job: Job) -> float:
         if job.learning_rate is not None:
             return job.learning_rate
@@ -143,6 +148,28 @@ class SoftmaxTrainer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": {}}
+
+
+class _Softmax(torch.nn.Module):
+    """Prepared features with a one for the bias, scaled to length 1, times the weights."""
+
+    def __init__(self, prepare: Prepare | None, weights: Weights) -> None:
+        super().__init__()
+        self.prepare = prepare
+        self.weight = torch.nn.Parameter(weights.parameters[WEIGHT].float())
+        self.names = {name: f"buffer_{place}" for place, name in enumerate(weights.buffers)}
+        for name, held in self.names.items():
+            self.register_buffer(held, weights.buffers[name].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        ready = x.float().flatten(1)
+        if self.prepare is not None:
+            buffers = {name: getattr(self, held) for name, held in self.names.items()}
+            ready = self.prepare(ready, buffers)
+        rows = torch.cat([ready, torch.ones_like(ready[:, :1])], 1)
+        unit: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        logits: Tensor = unit @ self.weight.T
+        return logits
 
 
 @dataclass(frozen=True)

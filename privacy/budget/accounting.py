@@ -50,6 +50,7 @@ from umbel.privacy.budget.beyond import (
 )
 from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge
 from umbel.privacy.budget.renyi import has_curve, renyi_epsilon
+from umbel.privacy.budget.selection import SelectionDpEvent, selection_epsilon
 from umbel.privacy.validate import count, fraction, inside_unit, positive
 
 FINE = 1e-4
@@ -62,7 +63,7 @@ ORDERS = (*(1 + x / 10 for x in range(6, 100)), *range(11, 64), 128, 256, 512, 1
 sampling, and they matter only where epsilon is far beyond use."""
 
 Accountant = Literal["pld", "rdp"]
-Part = Literal["pld", "rdp-replace", "rdp-tree", "renyi"]
+Part = Literal["pld", "rdp-replace", "rdp-tree", "renyi", "rdp-selection"]
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,8 @@ def _parts(
                 part = "rdp-replace"
             case SingleEpochTreeAggregationDpEvent():
                 part = "rdp-tree"
+            case SelectionDpEvent():
+                part = "rdp-selection"
             case event if has_curve(event):
                 part = "renyi"
             case _ if accountant == "rdp":
@@ -242,6 +245,13 @@ def _part(
     """Epsilon of the events that one accountant takes, and what computed it."""
     if part == "renyi":
         return renyi_epsilon(events, delta), part
+    if part == "rdp-selection":
+        if relation is REPLACE:
+            raise ValueError(
+                "the best of a random number of runs is accounted under add-or-remove only, and "
+                "cannot be added to releases under replace-one; keep them in two populations"
+            )
+        return selection_epsilon(events, relation, delta), "rdp"
     if part == "pld":
         return _by_table(events, relation, delta, interval)
     under = REPLACE if part == "rdp-replace" else ZERO_OUT

@@ -24,6 +24,7 @@ from dp_accounting import (
     ZCDpEvent,
 )
 
+from umbel.privacy.budget.selection import SelectionDpEvent
 from umbel.privacy.noise.skellam import SkellamDpEvent
 from umbel.privacy.validate import count, fraction, nonnegative, positive
 
@@ -107,6 +108,13 @@ def to_json(event: DpEvent) -> dict[str, Any]:
             }
         case ZCDpEvent() if event.xi == 0:
             return {"mechanism": "concentrated", "rho": event.rho}
+        case SelectionDpEvent():
+            return {
+                "mechanism": "best-of-many",
+                "distribution": event.distribution,
+                "mean": event.mean,
+                "of": [{"times": times, "event": to_json(one)} for one, times in event.run],
+            }
         case SelfComposedDpEvent():
             return {"mechanism": "repeated", "times": event.count, "of": to_json(event.event)}
     raise ValueError(
@@ -163,6 +171,10 @@ def _read(value: Mapping[str, Any]) -> DpEvent:
             )
         case "concentrated":
             return ZCDpEvent(positive(rho=value["rho"]))
+        case "best-of-many":
+            run = tuple((_read(one["event"]), count(times=one["times"])) for one in value["of"])
+            mean = positive(mean=value["mean"])
+            return SelectionDpEvent(run, mean, str(value["distribution"]))
         case "repeated":
             return SelfComposedDpEvent(_read(value["of"]), count(times=value["times"]))
         case unknown:

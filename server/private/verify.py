@@ -297,7 +297,7 @@ def _record_problems(run: RunDirectory, certificate: Mapping[str, Any]) -> Itera
     for row in certificate["guarantees"]:
         if row["unit"] != "record":
             yield f"unit against {row['against']} is {row['unit']!r}, but it should be 'record'"
-        if not _same(row["epsilon"], told["epsilon"]):
+        if not same(row["epsilon"], told["epsilon"]):
             yield (
                 f"epsilon against {row['against']} is {row['epsilon']}, but the nodes' statements "
                 f"come to {told['epsilon']}"
@@ -391,13 +391,13 @@ def _number_problems(rows: Sequence[Entry], certificate: Mapping[str, Any]) -> I
             charges["server"], charges["model-user"], who, row["delta"], cross_check=True
         )
         again = guarantee(result, who, certificate["mechanism"])
-        if not _same(row["epsilon"], again["epsilon"]):
+        if not same(row["epsilon"], again["epsilon"]):
             yield (
                 f"epsilon against {who} is {row['epsilon']}, but the ledger adds up to "
                 f"{again['epsilon']:.6g}"
             )
         checks = (row["epsilon_rdp"], again["epsilon_rdp"])
-        if (None in checks and checks != (None, None)) or not _same(*(c or 0.0 for c in checks)):
+        if (None in checks and checks != (None, None)) or not same(*(c or 0.0 for c in checks)):
             yield f"epsilon_rdp against {who} is {checks[0]}, but it should be {checks[1]}"
         for name in ("unit", "relation", "sampling"):
             if row[name] != again[name]:
@@ -420,7 +420,7 @@ def _total_problems(rows: Sequence[Entry], certificate: Mapping[str, Any]) -> It
             charges["server"], charges["model-user"], who, certificate["mechanism"]["delta"]
         )
         again = total_row(result, who)
-        if not _same(said[who]["epsilon"], again["epsilon"]):
+        if not same(said[who]["epsilon"], again["epsilon"]):
             yield (
                 f"the population's total against {who} is {said[who]['epsilon']}, but its ledger "
                 f"adds up to {again['epsilon']:.6g}"
@@ -429,7 +429,8 @@ def _total_problems(rows: Sequence[Entry], certificate: Mapping[str, Any]) -> It
             yield f"the population's total against {who} is not of that delta and relation"
 
 
-def _same(one: float, other: float) -> bool:
+def same(one: float, other: float) -> bool:
+    """Whether two epsilons agree but for the last digits of another accountant's version."""
     if math.isinf(one) or math.isinf(other):
         return one == other
     return abs(one - other) <= CLOSE * max(abs(one), abs(other)) + 1e-9
@@ -448,7 +449,7 @@ def _round_problems(
         None,
     )
     result = run.result().get("epsilon")
-    if result is not None and (main is None or not _same(result, main)):
+    if result is not None and (main is None or not same(result, main)):
         yield f"result.json says epsilon {result}, the certificate {main}"
     if certificate["mechanism"]["against"] == "server":
         return

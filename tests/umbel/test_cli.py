@@ -60,7 +60,10 @@ def test_a_new_app_runs_at_once(umbel: WarmCommand, tmp_path: Path) -> None:
     ended = umbel.command("run", "my-app", "-c", "rounds=4", "--workers", 0, cwd=tmp_path)
     assert ended.status == 0, ended.err
     assert re.search(r"^4 rounds in [\d.]+ s \(all rounds done\)\naccuracy \d", ended.out)
-    report = ended.out.splitlines()[-1].removeprefix("report: ")
+    *_, report, more = ended.out.splitlines()
+    report = report.removeprefix("report: ")
+    for command in ("predict", "export", "compress"):
+        assert f"umbel {command} {Path(report).parent}" in more
     assert (tmp_path / report).is_file()
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import click
 import typer
 
+from umbel.commands import deliver as deliver_commands
 from umbel.commands import run as run_commands
 from umbel.commands import runs as runs_command
 from umbel.commands import server as server_commands
@@ -35,6 +36,7 @@ _GROUPS = {
     "privacy": "Plan a private run: epsilon of a schedule, noise for a budget.",
     "bench": "Benchmarks of this installation.",
     "data": "Data sets: list them, fetch them.",
+    "registry": "Models by name: versions, tags, and where each comes from.",
     "client": "Be a node of a federation: stay connected, train when asked.",
 }
 """Command groups, each in a module `umbel.commands.{name}` of its own, as `app`."""
@@ -186,6 +188,10 @@ app.command("runs")(runs_command.runs)
 app.command("report")(run_commands.report)
 app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)
+app.command("export")(deliver_commands.export)
+app.command("compress")(deliver_commands.compress)
+app.command("tune")(deliver_commands.tune)
+app.command("predict")(deliver_commands.predict)
 app.command("server")(server_commands.server)
 app.command("status")(server_commands.status)
 app.command("submit")(server_commands.submit)

@@ -38,12 +38,23 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a run's certificate: who signed it, and every number again, from its ledger."""
+    """Check a certificate: who signed it, and every number again.
+
+    Of a run, from its ledger; of a folder of `umbel export` or `umbel compress`, from what is
+    public, and whether the file in it is made of the certified model.
+    """
+    from umbel.deliver.parcel import is_parcel
     from umbel.server.output import strict
     from umbel.server.private.coordinator_key import published_key
-    from umbel.server.private.verify import check
+    from umbel.server.private.verify import Checked, check
 
-    checked = check(run, key=None if key is None else published_key(key))
+    public = None if key is None else published_key(key)
+    if is_parcel(run):
+        from umbel.deliver.checking import Delivered, check_delivery
+
+        checked: Checked | Delivered = check_delivery(run, key=public)
+    else:
+        checked = check(run, key=public)
     problems = checked.problems
     if as_json:
         typer.echo(strict.dumps(checked.to_json()))
@@ -52,7 +63,8 @@ def verify(
             typer.echo(line)
         for problem in problems:
             typer.echo(f"problem: {problem}")
-        typer.echo("the certificate does not hold" if problems else "the certificate holds")
+        what = "the delivery" if is_parcel(run) else "the certificate"
+        typer.echo(f"{what} does not hold" if problems else f"{what} holds")
     if problems:
         raise typer.Exit(CHECK_FAILED)
 

@@ -1,0 +1,1 @@
+"""A model made small: pruned, factored, distilled, rounded."""

@@ -1,0 +1,1 @@
+"""A model that answers: files as inputs, and HTTP."""
