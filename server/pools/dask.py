@@ -52,7 +52,9 @@ def from_options(options: Mapping[str, Any]) -> Pool:
     """
     import dask
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters becomes a sentence
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.split(".")[0] == "distributed":
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters becomes a sentence
     _, _, address = str(options["pool"]).partition("://")
     if not address:
         raise ConfigError(
@@ -93,6 +95,7 @@ class DaskPool(Pool):
         resources: Mapping[str, float] | None = None,
     ) -> None:
         self._client, self._owned = client, owned
+        self._where = str(client.scheduler.address)
         self._resources = dict(resources or {}) or None
         self._shipment: Shipment | None = None
         self._sent_shipment: Any = None
@@ -105,17 +108,12 @@ class DaskPool(Pool):
         try:
             self._client.wait_for_workers(1, timeout=CONNECT_S)
         except (TimeoutError, OSError) as error:
-            where = self._where
             if owned:
                 self._client.close(timeout=2)
             raise ConfigError(
-                f"the Dask scheduler at {where} has no worker; start one with: dask worker "
-                f"{where} --nthreads 1"
+                f"the Dask scheduler at {self._where} has no worker; start one with: dask worker "
+                f"{self._where} --nthreads 1"
             ) from error
-
-    @property
-    def _where(self) -> str:
-        return str(getattr(self._client.scheduler, "address", "its address"))
 
     @property
     def workers(self) -> int:
@@ -134,8 +132,8 @@ class DaskPool(Pool):
 
     def _gone(self, why: BaseException) -> RunError:
         return RunError(
-            f"the Dask scheduler at {self._where} is gone ({described(why)}); start it again with "
-            "its workers, and go on with: umbel run --resume RUN"
+            f"the Dask scheduler at {self._where} is gone ({_first_line(why)}); start it again "
+            "with its workers, and go on with: umbel run --resume RUN"
         )
 
     def start(self, work: Work) -> None:
@@ -252,3 +250,8 @@ class DaskPool(Pool):
         self._sent_shipment = None
         if self._owned:
             self._client.close(timeout=5)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says in one line, without where it was raised."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
