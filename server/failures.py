@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from umbel.server.output.progress import Progress
-from umbel.strategies.collect import Limited, Rejected
+from umbel.strategies.aggregator import Judged, Limited, Rejected
 
 REASONS_TOLD = 5
 """Different reasons that a person is told during a run; the run's log has all of them."""
@@ -47,6 +47,18 @@ class Failures:
             if reason not in self._told and len(self._told) < REASONS_TOLD:
                 self._told.add(reason)
                 self.progress.note(f"round {number}: node {node} failed: {reason}")
+
+    def judged(self, judged: Sequence[Judged]) -> dict[str, list[dict[str, Any]]]:
+        """Nodes whose updates the rule has weighed down or left out, for the run's line."""
+        rows = [
+            {
+                "node": self.names.get(one.node_id, str(one.node_id)),
+                "influence": one.influence,
+                "rule": one.why,
+            }
+            for one in judged
+        ]
+        return {"judged": rows} if rows else {}
 
     def limited(self, number: int, limited: Sequence[Limited]) -> dict[str, list[dict[str, Any]]]:
         """Nodes that count for less than they said, for the run's line; nothing where none does.

@@ -20,7 +20,9 @@ import torch
 
 from umbel.core.errors import ConfigError, StackError
 from umbel.core.options import Options, dashed
+from umbel.core.registry import OWN
 from umbel.strategies.aggregator import Aggregate
+from umbel.strategies.aggregators.named import RobustOptions
 from umbel.strategies.exchange import CapsExamples, Masks, is_own
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions
@@ -45,6 +47,7 @@ class Asked:
     run: RunOptions
     privacy: PrivacyOptions
     secure: SecureOptions
+    robust: RobustOptions
     proximal: float = 0.0
 
     @classmethod
@@ -58,6 +61,7 @@ class Asked:
             RunOptions.read(options),
             PrivacyOptions.read(options),
             SecureOptions.read(options),
+            RobustOptions.read(options),
             float(options.get(PROXIMAL, 0.0)),
         )
 
@@ -253,6 +257,14 @@ def _check_idle(stack: Stack, bottom: Facts, asked: Asked) -> None:
                 raise ConfigError(
                     f"{dashed(name)} is {value}, but nothing asks for noise, so nothing would be "
                     f"private; give a budget such as epsilon=3, or leave {dashed(name)} out"
+                )
+    if bottom.kind == "sum" and asked.run.aggregator in (OWN, "mean"):
+        for name, value in RobustOptions.defaults().items():
+            given = getattr(asked.robust, name.replace("-", "_"))
+            if given != value:
+                raise ConfigError(
+                    f"{name} is {given}, but {stack} averages and stands no liar; give "
+                    f"aggregator=median or another rule, or leave {name} out"
                 )
     if not asked.secure.secure and bottom.server_sees != "sum":
         for name in ("secure_mode", "secure_min_cohort", "secure_colluders"):

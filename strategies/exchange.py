@@ -107,6 +107,24 @@ class CapsExamples(Protocol):
 
 
 @runtime_checkable
+class LooksAtSums(Protocol):
+    """A rule that can do with sums over several nodes, in secret, in place of each update."""
+
+    def over_sums(self, mode: str, min_cohort: int) -> Exchange:
+        """The exchange that sums so, and feeds the rule; arguments as of `SecureSum`."""
+        ...
+
+
+@runtime_checkable
+class ComparesWithOwn(Protocol):
+    """A rule that compares updates with one that the server's own examples make."""
+
+    def compared_with(self, reference: Callable[[Message], Tensor]) -> Aggregator[Any]:
+        """The rule with the way from a request of the round to the server's own update."""
+        ...
+
+
+@runtime_checkable
 class Advises(Protocol):
     """An exchange that has something to say before a run starts."""
 
@@ -167,6 +185,11 @@ def is_own(part: object) -> bool:
     if not type(part).__module__.startswith("umbel.strategies."):
         return False
     return not isinstance(part, Feeds) or is_own(part.aggregator)
+
+
+def compares(exchange: Exchange) -> bool:
+    """Whether an exchange feeds a rule that needs an update of the server's own."""
+    return isinstance(exchange, Feeds) and isinstance(exchange.aggregator, ComparesWithOwn)
 
 
 def takes_sums(exchange: Exchange) -> bool:

@@ -28,6 +28,7 @@ _LOCAL = "umbel.strategies.private.local_gaussian.LocalGaussian"
 _CLIP = "umbel.strategies.private.clip.Clip"
 _ADAPTIVE = "umbel.strategies.private.adaptive_clip.AdaptiveClip"
 _SUM = "umbel.strategies.secure.secure_sum.SecureSum"
+_BUCKETS = "umbel.strategies.secure.buckets.SecureBuckets"
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Outlook:
         sealed = isinstance(self.stack.collect, Seals)
         noise = self._noisy is not None and not self.seeded
         return {
-            "sealed": _is(self.stack.collect, _SUM),
+            "sealed": any(_is(self.stack.collect, kind) for kind in (_SUM, _BUCKETS)),
             "seeded": self.seeded,
             "central": self.stack.private and self._noisy is None,
             "metrics": _carried(self.stack, sealed, noise, "limits"),

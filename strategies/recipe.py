@@ -126,7 +126,7 @@ def _summed_in_secret(stack: Stack, secure: SecureOptions, size: int) -> Stack:
     above = _with_bound(above, Clip(secure.secure_norm, name=free_name("clip", above)), size)
     limits = limits_of(secure.secure_metrics)
     by_examples = secure.secure_weighting == "examples"
-    if (by_examples or limits) and not _has(above, Weigh):
+    if isinstance(collect, Weighs) and (by_examples or limits) and not _has(above, Weigh):
         above.append(Weigh(secure.secure_weight_cap if by_examples else 0.0, limits))
     below = whole_steps(below, secure.secure_levels or FINE_LEVELS, "nearest")
     return Stack((*above, *below), collect)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from flwr.app import Context
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.data.inputs import Inputs
@@ -30,9 +31,11 @@ from umbel.clients.trainers.base import (
     check_honours,
     promising,
 )
+from umbel.core.contents import take_record
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
+from umbel.core.names import UPDATE
 from umbel.core.options import Options, Value, checked, override, renamed
-from umbel.core.records import Tree
+from umbel.core.records import Tree, from_array
 from umbel.server.buffered import BufferedRounds
 from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
@@ -42,10 +45,11 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
+from umbel.strategies.aggregators.named import RobustOptions
 from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
 from umbel.strategies.contract import Contract
-from umbel.strategies.exchange import Advises
+from umbel.strategies.exchange import Advises, ComparesWithOwn, Feeds, PlainExchange, compares
 from umbel.strategies.layout import shows_statistics
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
@@ -106,6 +110,7 @@ class Federation:
             options say (`optimizer`, `cohort`, `aggregator`, `method`) goes before them.
         sampler: who takes part in a round; see `umbel.Sampler`.
         aggregator: makes one result of the updates, in place of the bottom of the stack.
+        root: a few examples of the coordinator's own, from the options, for aggregator=fltrust.
         objective: changes the nodes' training, above the layers of the stack.
         tuned: the former name of `derived_options`.
     """
@@ -125,13 +130,14 @@ class Federation:
     sampler: Any = None
     aggregator: Any = None
     objective: Any = None
+    root: Callable[[Options], Any] | None = None
     tuned: InitVar[Callable[[Options], Mapping[str, Value]] | None] = None
 
     def __post_init__(self, tuned: Callable[[Options], Mapping[str, Value]] | None) -> None:
         if tuned is not None:
             object.__setattr__(self, "derived_options", tuned)
         check_trainer(self.trainer)
-        check_functions(self, "data", "test", "derived_options", "summary")
+        check_functions(self, "data", "test", "derived_options", "summary", "root")
         for kind, part in self._parts.items():
             check_given(kind, part)
 
@@ -166,6 +172,7 @@ class Federation:
             **PrivacyOptions.defaults(),
             **SecureOptions.defaults(),
             **MethodOptions.defaults(),
+            **RobustOptions.defaults(),
             **default_names(self._parts),
         }
         trainer = self.trainer_for({**known, **own, **renamed(given or {})})
@@ -271,6 +278,12 @@ class Federation:
         objective = part_for("objective", self.objective, options, lambda: self._first(options))
         if aggregator is not None:
             stack = replace(stack, collect=aggregator)
+        if compares(stack.collect) and self.root is None:
+            raise ConfigError(
+                f"{stack.collect.name} compares updates with one of the coordinator's own, and "
+                "this app has no examples to make it of; give Federation(root=...), a function of "
+                "the options, or take another aggregator"
+            )
         if objective is not None:
             stack = replace(stack, layers=(objective, *stack.layers))
         stack = compose(stack, asked or options, lambda: self._size(options))
@@ -324,7 +337,7 @@ class Federation:
             buffers=first.buffers,
             options=asked.run,
             privacy=asked.privacy,
-            stack=stack,
+            stack=self._with_root(stack, options),
             evaluate=None if stack.keeps_parts else self._central_evaluation(trainer, options),
             learning_rate=checked_rate(options),
             questions=questions,
@@ -334,6 +347,35 @@ class Federation:
             sampler=required_part("sampler", self.sampler, options),
             optimizer=required_part("optimizer", self.optimizer, options),
         )
+
+    def _with_root(self, stack: Stack, options: Options) -> Stack:
+        """The stack with the coordinator's own examples, where its rule compares with them."""
+        collect = stack.collect
+        if self.root is None or not isinstance(collect, Feeds):
+            return stack
+        rule = collect.aggregator
+        if not isinstance(rule, ComparesWithOwn):
+            return stack
+        own = Split(self.root(options))
+        handler = ClientHandler(
+            self.trainer, lambda *_: own, options=self.complete, stack=self.stack_for
+        )
+
+        def reference(request: Message) -> Tensor:
+            """What a node with these examples would send."""
+            place: dict[str, Value] = {"partition-id": 0, "num-partitions": 1}
+            try:
+                reply = handler.train(request, Context(0, 0, place, RecordDict(), dict(options)))
+            except Exception as error:
+                raise RunError(
+                    "the coordinator cannot train on its own root examples, which "
+                    f"{stack.collect.name} needs: {described(error)}; give examples of the kind "
+                    "that nodes train on"
+                ) from error
+            record = take_record(reply.content, UPDATE, ArrayRecord)
+            return from_array(record[UPDATE])
+
+        return replace(stack, collect=PlainExchange(rule.compared_with(reference)))
 
     def _quiet(self, trainer: Trainer, stack: Stack, options: Options) -> str:
         """Why nodes are not asked what they measure, or how they answer private means."""

@@ -25,6 +25,7 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.pools.base import Pool
 from umbel.server.pools.choose import DEFAULT, PoolLike, make_pool
 from umbel.server.pools.processes import ForkServer
+from umbel.strategies.aggregators.named import RobustOptions
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
@@ -195,6 +196,7 @@ def check_promise_stays(began: Options, changes: Options) -> None:
     shaping = {
         *PrivacyOptions.defaults(),
         *SecureOptions.defaults(),
+        *RobustOptions.defaults(),
         *("cohort", "cohort-size", "cohort-cap", "buffers"),
     }
     other = [

@@ -360,6 +360,13 @@ def _diverged(loss: float, piece: Piece) -> RunError:
     )
 
 
+def _devices(keras: Any) -> list[str]:
+    """The devices that the backend has; Keras does not list those of PyTorch."""
+    if keras.backend.backend() == "torch":
+        return ["cpu:0", *(f"gpu:{place}" for place in range(torch.cuda.device_count()))]
+    return [str(each).lower() for each in keras.distribution.list_devices()]
+
+
 def _device(keras: Any, name: str) -> AbstractContextManager[Any]:
     """The device that a setting names.
 
@@ -368,7 +375,7 @@ def _device(keras: Any, name: str) -> AbstractContextManager[Any]:
     """
     if name == "auto":
         return nullcontext()
-    known = [str(each).lower() for each in keras.distribution.list_devices()]
+    known = _devices(keras)
     full = name if ":" in name else f"{name}:0"
     if full.lower() not in known and full.lower() != "cpu:0":
         raise ConfigError(

@@ -58,4 +58,5 @@ class RunLines(Watcher):
             **({"secure": dict(sum_.about)} if sum_.about else {}),
             **({} if sum_.revealed else {"aborted": sum_.aborted}),
             **self._failures.limited(done.number, sum_.limited),
+            **self._failures.judged(sum_.judged),
         }

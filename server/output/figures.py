@@ -42,11 +42,12 @@ class Round:
     train: dict[str, float]
     federated: dict[str, dict[str, float]]
     epsilon: float | None
+    judged: Sequence[tuple[str, float, str]] = ()
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> "Round":
         """Read a line that any version of any app may have written."""
-        failed = line.get("failed")
+        failed, judged = line.get("failed"), line.get("judged")
         return cls(
             number=int(_number(line.get("round")) or 0),
             seconds=_amount(line.get("seconds")),
@@ -71,6 +72,12 @@ class Round:
                 if (numbers := _numbers(part))
             },
             epsilon=_number(line.get("epsilon")),
+            judged=[
+                (str(entry.get("node", "?")), influence, str(entry.get("rule", "")))
+                for entry in (judged if isinstance(judged, list) else [])
+                if isinstance(entry, Mapping)
+                and (influence := _amount(entry.get("influence"))) is not None
+            ],
         )
 
     def has(self, name: str) -> bool:

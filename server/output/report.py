@@ -98,6 +98,7 @@ def write_report(run: Path, sections: Sequence[Section] = ()) -> Path:
             sections=sections,
             options=_pairs(config.get("options")),
             failures=_failures(rounds),
+            judged=_judged(rounds),
             about=_about(config, directory),
         )
     )
@@ -321,6 +322,26 @@ def _machine(value: object) -> dict[str, Any]:
         return {}
     names = {"cpus": "processors", "memory_gb": "memory (GB)", "gpu": "GPU"}
     return {names.get(str(key), str(key)): part for key, part in value.items()}
+
+
+def _judged(rounds: Sequence[Round]) -> tuple[Table, int]:
+    """Nodes that the aggregator left out or weighed down, least heard first; and who is left out
+    of the table. A round in which a node is not named counts as one in which it was heard."""
+    heard: dict[str, float] = {}
+    times: Counter[str] = Counter()
+    rules: dict[str, str] = {}
+    for one in rounds:
+        for node, influence, rule in one.judged:
+            heard[node] = heard.get(node, 0.0) + influence
+            times[node] += 1
+            rules[node] = rule
+    least = sorted(heard, key=lambda node: (heard[node] - times[node], node))
+    rows = [
+        (node, f"{times[node]:,}", f"{100 * heard[node] / times[node]:.0f} %", rules[node])
+        for node in least[:_FAILING_NODES]
+    ]
+    names = ("node", "rounds", "influence in them", "aggregator")
+    return Table(names, rows), max(0, len(least) - len(rows))
 
 
 def _failures(rounds: Sequence[Round]) -> tuple[Table, int]:

@@ -33,6 +33,10 @@ CONNECT_S = 20.0
 """Seconds to find the scheduler, and a first worker."""
 COUNT_EVERY_S = 1.0
 """How often the scheduler is asked how many workers there are."""
+TRIES = 5
+"""How often something is sent again that was lost with a worker."""
+PAUSE_S = 1.0
+"""Seconds in between, in which the scheduler hears of that."""
 AHEAD = 2
 """Groups for each worker that are handed over at the same time: a task takes ten milliseconds to
 get there and back, which the other hides."""
@@ -120,7 +124,7 @@ class DaskPool(Pool):
             try:
                 self._count = len(self._client.nthreads())
             except (OSError, TimeoutError, ValueError) as error:
-                raise self._gone() from error
+                raise self._gone(error) from error
             self._counted = time.monotonic()
         return self._count
 
@@ -128,10 +132,10 @@ class DaskPool(Pool):
     def slots(self) -> int:
         return max(1, AHEAD * self.workers)
 
-    def _gone(self) -> RunError:
+    def _gone(self, why: BaseException) -> RunError:
         return RunError(
-            f"the Dask scheduler at {self._where} is gone; start it again with its workers, and go "
-            "on with: umbel run --resume RUN"
+            f"the Dask scheduler at {self._where} is gone ({described(why)}); start it again with "
+            "its workers, and go on with: umbel run --resume RUN"
         )
 
     def start(self, work: Work) -> None:
@@ -162,14 +166,22 @@ class DaskPool(Pool):
             ) from error
 
     def _scattered(self, thing: Any) -> Any:
-        return self._client.scatter(thing, broadcast=True, hash=False, direct=False)
+        """The thing on a worker, from which others get it; tried again if that has just died."""
+        for left in reversed(range(TRIES)):
+            try:
+                return self._client.scatter([thing], hash=False, direct=False)[0]
+            except Exception:
+                if not left or self._client.status != "running":
+                    raise
+                threading.Event().wait(PAUSE_S)
+        raise AssertionError
 
     def submit(self, group: Group) -> Future[Results]:
         outer: Future[Results] = Future()
         try:
-            self._begin(group, outer, tries=2)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise self._gone() from error
+            self._begin(group, outer, TRIES)
+        except Exception as error:
+            raise self._gone(error) from error
         return outer
 
     def _begin(self, group: Group, outer: Future[Results], tries: int) -> None:
@@ -180,7 +192,7 @@ class DaskPool(Pool):
             inner = self._client.submit(
                 run_shipped,
                 self._sent_shipment,
-                self._client.scatter([bare], hash=False, direct=False)[0] if large else bare,
+                self._scattered(bare) if large else bare,
                 *arguments,
                 pure=False,
                 resources=self._resources,
@@ -210,7 +222,7 @@ class DaskPool(Pool):
             if lost and tries and self._client.status == "running":
                 self._send_again(group, outer, tries - 1)  # whoever held its contents has died
                 return
-            outer.set_exception(self._gone() if lost else error)
+            outer.set_exception(self._gone(error) if lost else error)
 
     def _send_again(self, group: Group, outer: Future[Results], tries: int) -> None:
         try:
@@ -218,8 +230,8 @@ class DaskPool(Pool):
                 self._contents.clear()
             self._sent_shipment = self._scattered(self._shipment)
             self._begin(group, outer, tries)
-        except Exception:
-            outer.set_exception(self._gone())
+        except Exception as error:
+            outer.set_exception(self._gone(error))
 
     def abandon(self, future: Future[Results]) -> None:
         inner = self._futures.pop(future, None)

@@ -7,13 +7,15 @@ spoils its bucket, so the rule has to stand `size` times as large a share of lia
 Buckets are drawn by the seed and the number of the round, among those who came.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
 from umbel.core.errors import StackError
 from umbel.strategies.aggregator import Aggregate, RoundSpec
 from umbel.strategies.aggregators.each import Choice, EachRule, Kept, Rows
+from umbel.strategies.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class Bucketing(EachRule):
         """The rule that looks at buckets."""
         assert self.rule is not None
         return self.rule
+
+    def over_sums(self, mode: str, min_cohort: int) -> Exchange:
+        """The same over secure sums of the buckets, of which the server sees no less."""
+        # Secure sums take a while to import, which other runs need not wait.
+        from umbel.strategies.secure.buckets import SecureBuckets
+        from umbel.strategies.secure.secure_sum import SecureSum
+
+        rule = replace(self.over, liars=self.liars * self.size)
+        sums = SecureSum(mode=cast(Any, mode), min_cohort=min_cohort)
+        return SecureBuckets(rule, self.size, sums, self.seed)
 
     def need(self, liars: int) -> tuple[int, str]:
         least, sum_ = self.over.need(liars)

@@ -7,7 +7,7 @@ Stands any share of liars below all, as far as the server's examples are like th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -34,6 +34,10 @@ class FLTrust(EachRule):
     reference: Reference | None = field(default=None, repr=False)
     name: str = "fltrust"
     STANDS: ClassVar[float] = 1.0
+
+    def compared_with(self, reference: Reference) -> "FLTrust":
+        """The rule with the server's own update."""
+        return replace(self, reference=reference)
 
     def need(self, liars: int) -> tuple[int, str]:
         return liars + 1, f"{liars} + 1"

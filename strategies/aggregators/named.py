@@ -9,11 +9,13 @@ Every function here makes a rule of a run's complete options; each imports its o
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from umbel.core.errors import ConfigError
 from umbel.core.limits import at_least, check_limits, option, up_to_one
 from umbel.core.options import OptionGroup, Options
+from umbel.core.registry import provide
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def rule_named(name: str, options: Options) -> Any:
         raise ConfigError(f"aggregator is {name!r}; it can be {', '.join(RULES)}")
     asked = RobustOptions.read(options)
     seed = int(options.get("seed", 0))
-    if asked.bucket_size > 1 and not options.get("secure"):
+    if asked.bucket_size > 1:
         from umbel.strategies.aggregators.bucketing import Bucketing
 
         if name == "fltrust":
@@ -133,5 +135,16 @@ def rule_named(name: str, options: Options) -> Any:
     return RULES[name](asked)
 
 
+def _mean(_: Options) -> Any:
+    from umbel.strategies.collect import PlainSum
+
+    return PlainSum()
+
+
 def _all(asked: RobustOptions) -> RobustOptions:
     return RobustOptions(0.0, asked.bucket_size, asked.norm_bound, asked.clipping_radius)
+
+
+provide("aggregator", "mean", _mean)
+for _name in RULES:
+    provide("aggregator", _name, partial(rule_named, _name))

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from umbel.core.errors import ConfigError
-from umbel.strategies.exchange import Exchange, Masks, Weighs, takes_sums
+from umbel.strategies.exchange import (
+    Exchange,
+    Feeds,
+    LooksAtSums,
+    Masks,
+    Weighs,
+    is_own,
+    takes_sums,
+)
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.distributed_noise import DistributedNoise
 from umbel.strategies.secure.distributed_skellam import (
@@ -51,6 +59,14 @@ def secret_sum(collect: Exchange, secure: SecureOptions, weighting: str) -> Exch
     """
     if isinstance(collect, Masks) and isinstance(collect, Weighs):
         return collect.weighted(weighting)
+    rule = collect.aggregator if isinstance(collect, Feeds) and is_own(collect) else None
+    if isinstance(rule, LooksAtSums):
+        return rule.over_sums(secure.secure_mode, secure.secure_min_cohort or 3)
+    if rule is not None and rule.kind == "each":
+        raise ConfigError(
+            f"secure=true lets the server see sums only, and {collect.name} looks at each update; "
+            "give bucket-size=N, so that it looks at sums of N nodes, or leave out secure=true"
+        )
     if not takes_sums(collect):
         raise ConfigError(
             f"secure=true lets the server see a sum only, but the app collects with "

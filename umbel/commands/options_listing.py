@@ -17,6 +17,7 @@ from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
+from umbel.strategies.aggregators.named import RobustOptions
 from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
@@ -29,6 +30,7 @@ GROUPS: Mapping[str, type[Any]] = {
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
     "method": MethodOptions,
+    "robust aggregation": RobustOptions,
 }
 """Who reads an option, and the group that holds it."""
 
