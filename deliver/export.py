@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from umbel.clients.trainers.base import ReadyTrainer
 from umbel.core.errors import CheckError, ConfigError
 from umbel.core.errors import described as error_text
 from umbel.deliver import claims, papers
@@ -206,8 +207,10 @@ def _keras(model: TrainedModel, file: Path) -> None:
     Raises:
         ConfigError: the trainer has no Keras model.
     """
-    ready = getattr(model.trainer, "ready", None)
-    made = None if ready is None else ready(model.weights, model.options)
+    trainer = model.trainer
+    made: Any = None
+    if isinstance(trainer, ReadyTrainer):
+        made = trainer.ready(model.weights, model.options)
     keras = any(kind.__module__.partition(".")[0] == "keras" for kind in type(made).__mro__)
     if made is None or not keras:
         raise ConfigError(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from umbel.clients.data.examples import Examples
 from umbel.clients.data.features import Rows
 from umbel.clients.data.inputs import Inputs, Plain
 from umbel.clients.pytorch.batches import open_source, to_model
@@ -82,7 +83,7 @@ class TrainedModel:
         """
         if self.examples is None:
             return None
-        x = getattr(self.examples, "x", None)
+        x = self.examples.x if isinstance(self.examples, Examples) else None
         if isinstance(x, Rows):
             return HeldOut(x.tensor().float().numpy(), np.asarray(self.examples.y))
         inputs, targets = open_source(self.examples, torch.device("cpu")).batch(None)
@@ -132,8 +133,8 @@ class TrainedModel:
             return self.inputs  # type: ignore[return-value]  # one of both is there
         shape = tuple(held_out.x.shape[1:])
         if self.inputs is None:
-            stored = getattr(getattr(self.examples, "x", None), "dtype", None)
-            pixels = str(stored).removeprefix("torch.") == "uint8"
+            own = self.examples.x if isinstance(self.examples, Examples) else held_out.x
+            pixels = str(own.dtype).removeprefix("torch.") == "uint8"
             return Plain(shape, "uint8" if pixels else str(held_out.x.dtype))
         if self.inputs.shape != shape:
             raise ConfigError(

@@ -166,7 +166,12 @@ FOREIGN = {
     ("server/pools/dask.py", "address"),
 }
 """Attributes of other libraries' objects that happen to be called like some of ours."""
-ABOUT_OTHERS = ("clients/frameworks/", "clients/trainers/sklearn.py", "clients/trainers/keras.py")
+ABOUT_OTHERS = (
+    "clients/frameworks/",
+    "clients/trainers/sklearn.py",
+    "clients/trainers/sklearn_module.py",
+    "clients/trainers/keras.py",
+)
 """Files whose subject is the objects of another library, of whatever kind a user gives."""
 
 

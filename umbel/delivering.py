@@ -5,7 +5,7 @@ from typing import Any
 
 from umbel.core.options import Options
 from umbel.deliver.trained import TrainedModel
-from umbel.federation import Federation
+from umbel.federation import Federation, TestsCentrally
 from umbel.loading import opened
 
 
@@ -35,8 +35,10 @@ def trained_model(run: Path | str, app: Path | str | Federation | None = None) -
 
 def held_out_of(federation: Federation, options: Options) -> object:
     """The examples that judge the model; None where the app has none."""
-    given = federation.test or getattr(federation.data, "central_test", None)
-    return None if given is None else given(options)
+    if federation.test is not None:
+        return federation.test(options)
+    data = federation.data
+    return data.central_test(options) if isinstance(data, TestsCentrally) else None
 
 
 def _told(federation: Federation, what: str) -> Any:

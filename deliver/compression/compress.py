@@ -35,6 +35,8 @@ from umbel.server.output.rundir import RunDirectory
 
 Array = np.ndarray[Any, Any]
 Int8 = Literal["none", "dynamic", "static"]
+FURTHER, FROM_NOTHING = 2e-3, 1e-2
+"""Learning rates of Adam: of a model that is good already, and of one with its first weights."""
 BEST = 0.01
 """Without a target, the smallest file counts that loses no more than this of the metric."""
 
@@ -298,6 +300,7 @@ class Workshop:
                     self.data.y,
                     output=self.signature.output,
                     epochs=self._epochs,
+                    learning_rate=FROM_NOTHING if recipe.student else FURTHER,
                 )
                 details = {"examples": len(self.data.x), "epochs": self._epochs}
                 steps.append(Step(what, self.data.kind, details))

@@ -173,7 +173,7 @@ def _pair(
 ) -> tuple[Layer, Layer, list[nn.Module]] | None:
     """A layer, the one layer that takes what it gives, and the normalisations between them."""
     first = layers.get(str(node.target)) if node.op == "call_module" else None
-    if not isinstance(first, LAYERS) or getattr(first, "groups", 1) != 1:
+    if not isinstance(first, LAYERS) or _groups(first) != 1:
         return None
     norms: list[nn.Module] = []
     here = node
@@ -181,7 +181,7 @@ def _pair(
         here = next(iter(here.users))
         part = layers.get(str(here.target)) if here.op == "call_module" else None
         if isinstance(part, LAYERS):
-            fits = getattr(part, "groups", 1) == 1 and _inputs(part) % _outputs(first) == 0
+            fits = _groups(part) == 1 and _inputs(part) % _outputs(first) == 0
             return (first, part, norms) if fits else None
         if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
             norms.append(part)
@@ -204,6 +204,10 @@ def _keeps_units_called(node: fx.Node) -> bool:
     return node.op == "call_method" and (
         node.target == "relu" or (node.target == "flatten" and node.args[1:] == (1,))
     )
+
+
+def _groups(layer: Layer) -> int:
+    return 1 if isinstance(layer, nn.Linear) else layer.groups
 
 
 def _inputs(layer: Layer) -> int:

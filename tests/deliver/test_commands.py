@@ -53,8 +53,6 @@ def test_from_a_run_to_its_use(umbel: WarmCommand, tmp_path: Path) -> None:
         (("export", "run", "--to", "tflite"), "it can be onnx, torch-export, safetensors, keras"),
         (("compress", "run", "--int8", "--int8-dynamic"), "two ways of rounding"),
         (("compress", "run", "--prune", "2"), "give a share from 0 to below 1"),
-        (("compress", "run", "--int8-dynamic", "--target", "x<1"), "what is measured is size"),
-        (("tune", APPS / "digits", "--space", "rounds=(1,2)"), "--space cannot be read at"),
         (("registry", "tag", "digits", "production"), "names no version"),
         (("registry", "list", "cats"), "the registry has no model 'cats'"),
     ):

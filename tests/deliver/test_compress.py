@@ -215,7 +215,7 @@ def test_a_smaller_model_of_the_app_learns_from_the_large_one(tmp_path: Path) ->
     )
     run(federation, options={"rounds": 3}, nodes=2, out=tmp_path / "run")
     found = compress(
-        tmp_path / "run", recipe=Recipe(student={"hidden": 8}), app=federation, epochs=20
+        tmp_path / "run", recipe=Recipe(student={"hidden": 8}), app=federation, epochs=100
     )
     assert found.delivered.bytes < found.original.size
     assert found.chosen.metrics["accuracy"] > found.original.metrics["accuracy"] - 0.15
