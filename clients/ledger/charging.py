@@ -16,6 +16,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -29,7 +30,7 @@ from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.release import ChargesNode, Promise, Release
 from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY
 from umbel.strategies.stack import Stack
-from umbel.strategies.transform import Facts, Stateless
+from umbel.strategies.transform import Facts, Stateless, Transform
 from umbel.transport.codec import decode, encode
 
 if TYPE_CHECKING:  # what accounts for privacy takes a second to import
@@ -269,10 +270,10 @@ def releases_of(
     return found
 
 
-def _claims(layer: object) -> bool:
+def _claims(layer: Transform[Any]) -> bool:
     """Whether a layer has a claim of its own, whatever that says."""
-    kind: Any = type(layer)
-    return kind.claim is not Stateless.claim
+    claim = layer.claim  # asked of the layer, because one that stands for another has it from there
+    return not (isinstance(claim, MethodType) and claim.__func__ is Stateless.claim)
 
 
 def _is_ours(layer: object) -> bool:

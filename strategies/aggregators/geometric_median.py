@@ -15,7 +15,7 @@ from torch import Tensor
 
 from umbel.strategies.aggregators.each import Choice, EachRule, Rows
 
-STEPS = 100
+STEPS = 1000
 SETTLED = 1e-10
 """Steps end where the weights change by less."""
 

@@ -1,6 +1,5 @@
 """`umbel bench robust`: nodes that lie, against rules that are to stand them."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +41,7 @@ def robust(
     from umbel.core.options import parse
     from umbel.federation import FederationServerApp
     from umbel.running import example
+    from umbel.server.output import strict
     from umbel.strategies.aggregators.named import RULES
 
     console = Console(stderr=True)
@@ -70,6 +70,6 @@ def robust(
     for name in found["fallen"]:
         console.print(f"{name} lost more than {floor:g} of its accuracy")
     if as_json:
-        print(json.dumps(found))
+        typer.echo(strict.dumps(found))
     if found["fallen"]:
         raise typer.Exit(FALLEN)
