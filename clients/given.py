@@ -8,7 +8,7 @@ from torch import nn
 
 from umbel.clients.trainers.base import Options, SaysUse, Trainer
 from umbel.core.errors import ConfigError, UmbelError, described
-from umbel.core.registry import is_function
+from umbel.core.registry import is_function, takes_one
 
 METHODS = ("initial", "train", "evaluate")
 
@@ -71,6 +71,8 @@ def check_trainer(trainer: Any) -> None:
     ConfigError: it is no trainer; the sentence says how to make one of it.
     """
     if is_function(trainer):
+        if not takes_one(trainer):
+            raise _no_trainer(trainer, "it takes no options")
         return  # of the options; what it gives is looked at when they are known
     name = getattr(trainer, "__name__", type(trainer).__name__)
     kind = trainer if inspect.isclass(trainer) else type(trainer)

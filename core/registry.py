@@ -129,6 +129,17 @@ def is_function(part: Any) -> bool:
     return inspect.isroutine(part) or isinstance(part, functools.partial)
 
 
+def takes_one(function: Any) -> bool:
+    """Whether a function can be called with one value; one that does not say so is taken at it."""
+    try:
+        inspect.signature(function).bind(None)
+    except ValueError:  # of a built-in one
+        return True
+    except TypeError:
+        return False
+    return True
+
+
 def refuse_class(kind: str, part: Any) -> None:
     """Raises:
     ConfigError: a class is given in place of one of its objects.

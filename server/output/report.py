@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from umbel.core.options import renamed
 from umbel.server.evaluation import direction
 from umbel.server.output.figures import Round, metric_text, plots_of, size_text
 from umbel.server.output.plots import Plot
@@ -155,10 +156,10 @@ def _no_measurements(config: Mapping[str, Any], rounds: Sequence[Round]) -> list
     reason = str(config.get(NOT_ASKED, ""))
     if not reason:
         options = config.get("options")
-        every = options.get("federated-every", 0) if isinstance(options, Mapping) else 0
+        every = renamed(options).get("client-eval-every", 0) if isinstance(options, Mapping) else 0
         if not isinstance(every, int) or every >= 0:
             return []
-        reason = f"nodes are not asked to evaluate the model, because federated-every is {every}"
+        reason = f"nodes are not asked to evaluate the model, because client-eval-every is {every}"
     return [f"Nothing is shown of single nodes: {reason}."]
 
 

@@ -288,7 +288,7 @@ def test_ipv6_and_names_carry_enrolment_and_training(
 ) -> None:
     if not socket.has_ipv6:
         pytest.skip("this machine has no IPv6")
-    monkeypatch.setattr("tests.server.conftest.Doors", doors_at(f"{host}:0"))
+    monkeypatch.setattr("tests.server.conftest.ListenConfig", doors_at(f"{host}:0"))
     lab = Lab(tmp_path / "lab")
     lab.address = f"{host}:{lab.listener.port}"
     try:

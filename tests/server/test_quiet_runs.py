@@ -114,7 +114,7 @@ def test_who_asks_for_no_evaluation_reads_that(app: Path, tmp_path: Path) -> Non
     given = {**PLAIN, "federated-every": -1}
     run(app, options=given, nodes=3, workers=0, out=tmp_path, progress=SilentProgress())
     page = write_report(tmp_path).read_text()
-    assert reason_of("federated-every is -1.") in page
+    assert reason_of("client-eval-every is -1.") in page
 
 
 def test_what_a_node_says_of_itself_when_it_connects() -> None:
