@@ -25,7 +25,12 @@ from umbel.core.errors import StackError
 from umbel.privacy.validate import positive
 from umbel.strategies.contexts import Broadcast, NodeContext, RoundContext
 from umbel.strategies.facts import Facts
-from umbel.strategies.methods.needs import need_whole, steps_of
+from umbel.strategies.methods.needs import (
+    check_momentum,
+    effective_steps,
+    need_whole,
+    steps_of,
+)
 from umbel.strategies.transform import Stateless
 
 
@@ -59,8 +64,7 @@ class FedNova(Stateless):
             positive(unit=self.unit)
         except ValueError as error:
             raise StackError(str(error)) from error
-        if not 0 <= self.momentum < 1:
-            raise StackError(f"momentum is {self.momentum}; it must be from 0 up to 1")
+        check_momentum(self.momentum)
 
     def init(self, size: int) -> NovaState:  # noqa: ARG002
         return {"steps": 1.0}
@@ -73,7 +77,8 @@ class FedNova(Stateless):
         return Broadcast({"steps": state["steps"]})
 
     def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
-        part = self._effective(steps_of(ctx, self.name)) / float(ctx.config["steps"])
+        steps = effective_steps(steps_of(ctx, self.name), self.momentum)
+        part = steps / float(ctx.config["steps"])
         return torch.cat([update / part, update.new_tensor([self.unit * part])])
 
     def decode(
@@ -85,8 +90,3 @@ class FedNova(Stateless):
         steps = max(1.0, state["steps"] * mean) if math.isfinite(mean) else state["steps"]
         ctx.report("steps", steps)
         return total[:-1] * (steps / state["steps"]), {"steps": steps}
-
-    def _effective(self, steps: int) -> float:
-        """The l1 norm of what one step's gradient adds to the update, over the rate."""
-        rho = self.momentum
-        return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)

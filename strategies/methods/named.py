@@ -43,6 +43,10 @@ def _fedprox(_: MethodOptions, options: Options, model: FirstModel) -> None:  # 
         )  # and with it, the option makes the layer
 
 
+def _scaffold(_: MethodOptions, options: Options, model: FirstModel) -> Scaffold:  # noqa: ARG001
+    return Scaffold(float(options.get("momentum", 0.0)))
+
+
 def _fednova(_: MethodOptions, options: Options, model: FirstModel) -> FedNova:  # noqa: ARG001
     return FedNova(float(options.get("momentum", 0.0)))
 
@@ -66,7 +70,7 @@ def _sizes(parameters: Tree) -> dict[str, int]:
 METHODS: Mapping[str, Make] = {
     "fedavg": lambda *_: None,
     "fedprox": _fedprox,
-    "scaffold": lambda *_: Scaffold(),
+    "scaffold": _scaffold,
     "feddyn": lambda own, *_: FedDyn(own.feddyn_alpha),
     "fednova": _fednova,
     "fedexp": lambda own, *_: FedExP(own.fedexp_eps),

@@ -28,6 +28,21 @@ def steps_of(ctx: NodeContext, name: str) -> int:
     return ctx.steps
 
 
+def effective_steps(steps: int, momentum: float) -> float:
+    """How many plain steps reach as far as these with momentum, under one constant gradient.
+
+    The l1 norm of what each step's gradient adds to the update, over the learning rate (Wang et al.
+    2020, https://arxiv.org/abs/2007.07481, section 3.3, for SGD with momentum).
+    """
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+
+
+def check_momentum(momentum: float) -> None:
+    """Raises StackError unless it is from 0 up to 1."""
+    if not 0 <= momentum < 1:
+        raise StackError(f"momentum is {momentum}; it must be from 0 up to 1")
+
+
 def rate_of(ctx: NodeContext) -> float:
     """The learning rate of the node's steps.
 

@@ -8,8 +8,10 @@
 Karimireddy, Kale, Mohri, Reddi, Stich and Suresh 2020 (https://arxiv.org/abs/1910.06378, algorithm
 1, option II). The update and the change of the control have one joint bound where they are clipped:
 noise is spent on both, and a secure sum hides both. The factor `rate` brings the change to the
-length of one step, so that it does not fill the bound. A clipped change reaches the server short,
-while its node remembers all of it.
+length of one step, so that it does not fill the bound. With momentum, which the paper's nodes have
+not, steps are counted by how far they reach (`effective_steps`); an update is no mean gradient
+otherwise, and controls ten times too long drive the model away. A clipped change reaches the server
+short, while its node remembers all of it.
 
 Each node keeps its c_i. One that was away goes on with an old c_i, which is what the paper's nodes
 do that are not sampled; one that is new, or lost its memory, begins with c_i = 0.
@@ -23,7 +25,13 @@ from torch import Tensor
 
 from umbel.strategies.contexts import Broadcast, NodeContext, RoundContext
 from umbel.strategies.facts import Facts
-from umbel.strategies.methods.needs import need_whole, rate_of, steps_of
+from umbel.strategies.methods.needs import (
+    check_momentum,
+    effective_steps,
+    need_whole,
+    rate_of,
+    steps_of,
+)
 from umbel.strategies.objective import Correction, Objective
 
 
@@ -37,13 +45,20 @@ class ControlState(TypedDict):
 class Scaffold(Objective):
     """SCAFFOLD with both halves.
 
+    Args:
+        momentum: of the nodes' SGD, from 0 up to 1.
+
     Raises:
-        StackError: it stands below a layer that changes updates.
+        StackError: a value out of range, or it stands below a layer that changes updates.
 
     Metrics: `control`, the length of the server's control variate.
     """
 
+    momentum: float = 0.0
     name: str = "scaffold"
+
+    def __post_init__(self) -> None:
+        check_momentum(self.momentum)
 
     def init(self, size: int) -> ControlState:
         return {"control": torch.zeros(size)}
@@ -60,7 +75,8 @@ class Scaffold(Objective):
 
     def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
         own, rate = ctx.recall("own", update), rate_of(ctx)
-        moved = update / (steps_of(ctx, self.name) * rate)
+        steps = effective_steps(steps_of(ctx, self.name), self.momentum)
+        moved = update / (steps * rate)
         change = -ctx.sent["control"].to(update) - moved
         ctx.memory["own"] = own + change
         return torch.cat([update, change * rate])

@@ -70,17 +70,24 @@ def near(found: Tensor, wanted: Tensor, within: float = 1e-8) -> bool:
 
 
 def descended(
-    part: Examples, start: Tensor, steps: int, rate: float, correction: Correction | None
+    part: Examples,
+    start: Tensor,
+    steps: int,
+    rate: float,
+    correction: Correction | None,
+    momentum: float = 0.0,
 ) -> Tensor:
     """The model after gradient descent on one node's loss and a correction."""
     hessian, right, model = curvature(part), slope(part), start
+    velocity = torch.zeros_like(start)
     for _ in range(steps):
         gradient = hessian @ model - right
         if correction is not None:
             anchor = start if correction.anchor is None else correction.anchor
             gradient = gradient + correction.strength * (model - anchor)
             gradient = gradient if correction.offset is None else gradient + correction.offset
-        model = model - rate * gradient
+        velocity = momentum * velocity + gradient
+        model = model - rate * velocity
     return model
 
 
@@ -94,6 +101,7 @@ class Run:
         steps: each node's local steps.
         weights: what each update counts.
         rate: of the nodes' steps.
+        momentum: of them.
     """
 
     stack: Stack
@@ -101,6 +109,7 @@ class Run:
     steps: Sequence[int]
     weights: Sequence[float] | None = None
     rate: float = RATE
+    momentum: float = 0.0
     model: Tensor = field(default_factory=lambda: torch.zeros(SIZE, dtype=torch.float64))
     number: int = 0
     states: Any = None
@@ -167,10 +176,11 @@ class Run:
             told = replace(
                 told, start_loss=float((part.x @ self.model - part.y[:, 0]).square().mean())
             )
-        update = descended(part, start, self.steps[node], self.rate, correction) - start
+        how = (self.steps[node], self.rate)
+        update = descended(part, start, *how, correction, self.momentum) - start
         for layer in self.stack.twice:
             ctx = own_context(told, layer.name, memory)
             own, pull = layer.second(self.model, ctx)
-            layer.keep(descended(part, own, self.steps[node], self.rate, pull), ctx)
+            layer.keep(descended(part, own, *how, pull, self.momentum), ctx)
         told = replace(told, steps=self.steps[node])
         return self.stack.encode(update, dict(told.config), memory, {}, told)[0]

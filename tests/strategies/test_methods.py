@@ -29,6 +29,7 @@ from umbel.strategies.methods.feddyn import FedDyn
 from umbel.strategies.methods.fedexp import FedExP
 from umbel.strategies.methods.fednova import FedNova
 from umbel.strategies.methods.fedprox import FedProx
+from umbel.strategies.methods.needs import effective_steps
 from umbel.strategies.methods.qfedavg import QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold
 from umbel.strategies.objective import Correction
@@ -96,6 +97,15 @@ def test_scaffold_reaches_it_when_few_take_part() -> None:
     assert near(found, optimum(nodes()))
 
 
+def test_scaffold_with_momentum_reaches_it_too() -> None:
+    """Momentum makes ten steps reach farther; controls must not be that much longer."""
+    rate = RATE / 10
+    found = run(Scaffold(0.9), rate=rate, momentum=0.9).rounds(400)
+    assert near(found, optimum(nodes()), 1e-6)
+    deaf = run(Scaffold(), rate=rate, momentum=0.9).rounds(400)
+    assert not near(deaf, optimum(nodes()), 1e-2)
+
+
 def test_scaffold_of_one_step_with_everybody_is_gradient_descent() -> None:
     trial, model = run(Scaffold(), steps=[1] * NODES), torch.zeros(SIZE, dtype=torch.float64)
     parts = nodes()
@@ -137,7 +147,8 @@ def test_fednova_with_equal_steps_is_averaging() -> None:
 
 def test_fednova_counts_what_momentum_adds() -> None:
     """a = sum over steps of what one gradient adds: three steps at 0.5 are 1.75 + 1.5 + 1."""
-    assert FedNova(0.5)._effective(3) == pytest.approx(1.75 + 1.5 + 1.0, abs=1e-12)
+    assert effective_steps(3, 0.5) == pytest.approx(1.75 + 1.5 + 1.0, abs=1e-12)
+    assert effective_steps(7, 0.0) == 7
 
 
 def test_fedprox_stops_where_it_should() -> None:
