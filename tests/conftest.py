@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from umbel.core import registry
+
 if TYPE_CHECKING:
     from tests.fakes import SharedNursery, WarmCommand
 
@@ -37,6 +39,12 @@ def own_data_folder(
 ) -> None:
     """No test knows the populations of another."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(autouse=True)
+def own_registered_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers by name ends with it."""
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
 
 @pytest.fixture(scope="session")
