@@ -1,7 +1,10 @@
 """The settings of local training that mean the same in every framework."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
+from umbel.clients.settings import read
+from umbel.clients.trainers.base import Options
 from umbel.core.errors import ConfigError
 from umbel.core.limits import at_least, check_limits, option
 
@@ -39,3 +42,19 @@ class LocalSettings:
         check_limits(self)
         if self.local_epochs == 0 and self.local_steps == 0:
             raise ConfigError("local-epochs and local-steps are both 0; set one of them above 0")
+
+
+L = TypeVar("L", bound=LocalSettings)
+
+
+def local_settings(defaults: L, options: Options, learning_rate: float | None) -> L:
+    """A trainer's settings with the options' changes; a round's learning rate wins.
+
+    Raises:
+        ConfigError: an option has the wrong type or is out of its range.
+    """
+    if learning_rate is not None:
+        options = {**options, "learning-rate": learning_rate}
+    settings = read(defaults, options)
+    settings.validate()
+    return settings

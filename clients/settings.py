@@ -23,6 +23,17 @@ def options_of(settings: Any, kind: type[Any]) -> dict[str, bool | int | float |
     return {dashed(f.name): getattr(settings, f.name) for f in fields(kind)}
 
 
+def settings_of(trainer: Any, kind: type[D]) -> D:
+    """The settings that a trainer's own attributes of their names make.
+
+    Args:
+        trainer: has an attribute for each field of `kind`.
+        kind: the dataclass whose fields are options.
+    """
+    names = (field.name for field in fields(kind))  # type: ignore[arg-type]  # D is a dataclass by contract
+    return kind(**{name: getattr(trainer, name) for name in names})
+
+
 def read(settings: D, options: Options) -> D:
     """The settings with those replaced that the options name; other options are not looked at.
 
@@ -30,7 +41,7 @@ def read(settings: D, options: Options) -> D:
         ConfigError: an option has another type than its default.
     """
     changes: dict[str, Any] = {}
-    for field in fields(settings):  # type: ignore[arg-type]  # D is a dataclass by contract
+    for field in fields(settings):  # type: ignore[arg-type]  # likewise
         name = dashed(field.name)
         if name in options:
             changes[field.name] = checked(name, options[name], getattr(settings, field.name))

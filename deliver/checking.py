@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from umbel.core.files import file_problems, sha256
 from umbel.deliver.claims import certified_model, delivered_text
-from umbel.deliver.parcel import CLAIMS, contents, read_parcel, sha256, steps_of
+from umbel.deliver.parcel import CLAIMS, contents, read_parcel, steps_of
 from umbel.deliver.tensors import origin_of
 from umbel.privacy.budget.events import RELATIONS, Charge, from_json
 from umbel.server.output.strict import loads_strictly, revived
@@ -91,13 +92,8 @@ def check_delivery(folder: Path, *, key: str | None = None) -> Delivered:
 
 def _file_problems(folder: Path, delivery: Mapping[str, Any]) -> Iterator[str]:
     said, found = delivery["files"], contents(folder)
-    for name in sorted(said.keys() | found.keys()):
-        if name not in found:
-            yield f"{name} is missing"
-        elif name not in said:
-            yield f"{name} is not one of the files that were delivered"
-        elif said[name] != found[name]:
-            yield f"{name} is not what it was when it was delivered"
+    was = "what it was when it was delivered"
+    yield from file_problems(said, found, "delivered", lambda _: was)
     model = certified_model(folder)
     if model.is_file() and sha256(model) != delivery["model"]:
         yield f"{CLAIMS}/{model.name} is not the model that this was made of"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from umbel.core.errors import UmbelError
-from umbel.deliver.parcel import CLAIMS, FILE, Step, contents, sha256
+from umbel.core.files import sha256
+from umbel.deliver.parcel import CLAIMS, FILE, Step, contents
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.strict import loads_strictly
 from umbel.server.private.certificate import CARD, signed_text

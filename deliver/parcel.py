@@ -12,7 +12,6 @@
 `claims/` holds what is public of a certified run: not its ledger, which names nodes.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from umbel.core.errors import ConfigError
+from umbel.core.files import sha256
 
 FILE = "delivery.json"
 CLAIMS = "claims"
@@ -77,12 +77,6 @@ class Step:
         if self.data != "none":
             line += f"; examples: {self.data}"
         return f"{line} ({numbers})" if numbers else line
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fresh_folder(path: Path, *, replace: bool = False) -> Path:

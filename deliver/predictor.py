@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from umbel.core.errors import ConfigError
+from umbel.core.files import sha256
 from umbel.deliver.onnx_graph import OnnxPredictor
-from umbel.deliver.parcel import contents, is_parcel, read_parcel, sha256
+from umbel.deliver.parcel import contents, is_parcel, read_parcel
 from umbel.deliver.signature import Signature
 
 Array = np.ndarray[Any, Any]

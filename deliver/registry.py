@@ -166,7 +166,8 @@ def lineage_of(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is neither, or damaged.
     """
-    from umbel.deliver.parcel import CLAIMS, is_parcel, read_parcel, sha256
+    from umbel.core.files import sha256
+    from umbel.deliver.parcel import CLAIMS, is_parcel, read_parcel
 
     if is_parcel(path):
         delivery = read_parcel(path)

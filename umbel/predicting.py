@@ -13,7 +13,8 @@ from typing import Any
 import typer
 
 from umbel.core.errors import ConfigError
-from umbel.deliver.parcel import FILE, is_parcel, sha256
+from umbel.core.files import sha256
+from umbel.deliver.parcel import FILE, is_parcel
 from umbel.deliver.predictor import Predictor, exported_of, open_delivered
 from umbel.deliver.registry import resolved
 from umbel.deliver.serving.reading import read_inputs

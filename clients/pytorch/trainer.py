@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from umbel.clients.local_settings import local_settings
 from umbel.clients.pytorch import batched as torch_cohort
 from umbel.clients.pytorch.batches import to_device, to_model
 from umbel.clients.pytorch.compact import settled
@@ -44,7 +45,7 @@ from umbel.clients.pytorch.module import (
 from umbel.clients.pytorch.parallel import ProcessGroup, rank_device, spread
 from umbel.clients.pytorch.settings import TorchSettings, choose_device
 from umbel.clients.seeding import seeded
-from umbel.clients.settings import options_of, read
+from umbel.clients.settings import options_of, settings_of
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
 from umbel.clients.trainers.exported import Exported, Output, TakenOutput
 from umbel.core.errors import ConfigError, RunError
@@ -106,8 +107,7 @@ class TorchTrainer(TorchSettings):
             _check_given(name, getattr(self, name))
         object.__setattr__(self, "OPTIONS", options_of(self, TorchSettings))
         object.__setattr__(self, "objective", objective(self.loss))
-        defaults = {name: getattr(self, name) for name in TorchSettings.__dataclass_fields__}
-        object.__setattr__(self, "defaults", TorchSettings(**defaults))
+        object.__setattr__(self, "defaults", settings_of(self, TorchSettings))
         object.__setattr__(self, "bench", ModuleCache(self.model))
 
     def settings(self, options: Options, learning_rate: float | None = None) -> TorchSettings:
@@ -116,11 +116,7 @@ class TorchTrainer(TorchSettings):
         Raises:
             ConfigError: an option has the wrong type or is out of its range.
         """
-        if learning_rate is not None:
-            options = {**options, "learning-rate": learning_rate}
-        settings = read(self.defaults, options)
-        settings.validate()
-        return settings
+        return local_settings(self.defaults, options, learning_rate)
 
     def check_options(self, options: Options) -> None:
         """Raises ConfigError where a setting cannot be used."""

@@ -36,14 +36,14 @@ from umbel.clients.frameworks.jax_step import (
     to_tensor,
     words,
 )
-from umbel.clients.local_settings import LocalSettings
+from umbel.clients.local_settings import LocalSettings, local_settings
 from umbel.clients.pytorch.batches import plan
 from umbel.clients.pytorch.correcting import proximal
 from umbel.clients.pytorch.loop import diverged_on
 from umbel.clients.pytorch.losses import Objective, objective
 from umbel.clients.pytorch.settings import BATCHED
 from umbel.clients.seeding import seeded
-from umbel.clients.settings import options_of, read
+from umbel.clients.settings import options_of, settings_of
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.limits import one_of, option
@@ -121,8 +121,7 @@ class JaxTrainer(JaxSettings):
                     + (": optimizer=optax.adam" if name == "optimizer" else "")
                 )
         object.__setattr__(self, "OPTIONS", options_of(self, JaxSettings))
-        defaults = {name: getattr(self, name) for name in JaxSettings.__dataclass_fields__}
-        object.__setattr__(self, "defaults", JaxSettings(**defaults))
+        object.__setattr__(self, "defaults", settings_of(self, JaxSettings))
         object.__setattr__(self, "objective", _objective(self.loss))
         object.__setattr__(self, "programs", _Programs())
 
@@ -132,10 +131,7 @@ class JaxTrainer(JaxSettings):
         Raises:
             ConfigError: an option has the wrong type or is out of its range.
         """
-        if learning_rate is not None:
-            options = {**options, "learning-rate": learning_rate}
-        settings = read(self.defaults, options)
-        settings.validate()
+        settings = local_settings(self.defaults, options, learning_rate)
         for name in ("momentum", "weight_decay"):
             if getattr(settings, name) and self.optimizer is not None:
                 raise ConfigError(

@@ -31,13 +31,13 @@ from umbel.clients.frameworks.keras_model import (
     opened,
     takes_options,
 )
-from umbel.clients.local_settings import LocalSettings
+from umbel.clients.local_settings import LocalSettings, local_settings
 from umbel.clients.pytorch.batches import plan
 from umbel.clients.pytorch.correcting import proximal
 from umbel.clients.pytorch.loop import diverged_on
 from umbel.clients.pytorch.losses import NAMED, Objective, objective
 from umbel.clients.seeding import seeded
-from umbel.clients.settings import options_of, read
+from umbel.clients.settings import options_of, settings_of
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
 from umbel.core.errors import ConfigError, RunError
 from umbel.core.limits import at_least, option
@@ -111,8 +111,7 @@ class KerasTrainer(KerasSettings):
         named = self.loss if isinstance(self.loss, str) and self.loss in NAMED else None
         loss = Objective("its own", _unused, "any") if named is None else objective(named)
         object.__setattr__(self, "OPTIONS", options_of(self, KerasSettings))
-        defaults = {name: getattr(self, name) for name in KerasSettings.__dataclass_fields__}
-        object.__setattr__(self, "defaults", KerasSettings(**defaults))
+        object.__setattr__(self, "defaults", settings_of(self, KerasSettings))
         object.__setattr__(self, "objective", loss)
         object.__setattr__(self, "bench", _Bench())
 
@@ -122,10 +121,7 @@ class KerasTrainer(KerasSettings):
         Raises:
             ConfigError: an option has the wrong type or is out of its range.
         """
-        if learning_rate is not None:
-            options = {**options, "learning-rate": learning_rate}
-        settings = read(self.defaults, options)
-        settings.validate()
+        settings = local_settings(self.defaults, options, learning_rate)
         scheduled = options.get("schedule", "constant") != "constant" or options.get(
             "warmup-rounds"
         )

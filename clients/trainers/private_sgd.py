@@ -30,7 +30,7 @@ from umbel.clients.pytorch.losses import Loss
 from umbel.clients.pytorch.settings import TorchSettings, choose_device
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.seeding import seeded
-from umbel.clients.settings import options_of, read
+from umbel.clients.settings import options_of, read, settings_of
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Tree, Weights
 from umbel.clients.trainers.exported import Exported
 from umbel.core.errors import ConfigError, RunError
@@ -172,8 +172,7 @@ class PrivateSgd(ExamplePrivacy):
         Raises:
             ConfigError: a value is out of its range.
         """
-        defaults = {name: getattr(self, name) for name in ExamplePrivacy.__dataclass_fields__}
-        promise = read(ExamplePrivacy(**defaults), options)
+        promise = read(settings_of(self, ExamplePrivacy), options)
         promise.validate()
         return promise
 

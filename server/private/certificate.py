@@ -17,15 +17,14 @@ and the statements (`umbel.server.private.verify`). The report, its drawings and
 are made after it; `seal.json` covers them (`umbel.server.private.seal`).
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from umbel.core.files import sha256
 from umbel.privacy.budget.accounting import Spent
 from umbel.privacy.budget.events import ZERO_OUT, Charge, relation_name, to_json
 from umbel.server.output.rundir import RunDirectory, versions
@@ -226,9 +225,3 @@ def signed_text(certificate: Mapping[str, Any]) -> bytes:
     """What the signature is over: everything but itself, in one form only."""
     rest = {name: value for name, value in certificate.items() if name != "signature"}
     return canonical(rest).encode()
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from umbel.core.errors import UmbelError
+from umbel.core.files import sha256
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.strict import loads_strictly
-from umbel.server.private.certificate import hashes, sha256, signed_text
+from umbel.server.private.certificate import hashes, signed_text
 from umbel.server.private.coordinator_key import (
     coordinator_key,
     key_path,

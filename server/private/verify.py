@@ -12,6 +12,7 @@ from typing import Any
 from dp_accounting import GaussianDpEvent, NoOpDpEvent
 
 from umbel.core.errors import ConfigError, UmbelError
+from umbel.core.files import file_problems, sha256
 from umbel.core.text import plain as plain_text
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.events import RELATIONS, Charge
@@ -24,7 +25,6 @@ from umbel.server.private.certificate import (
     event_rows,
     guarantee,
     hashes,
-    sha256,
     signed_text,
     starts,
     total_row,
@@ -210,19 +210,15 @@ def _file_problems(run: RunDirectory, certificate: Mapping[str, Any]) -> Iterato
     said, found = certificate["files"], hashes(run)
     if said["model.safetensors"] != certificate["model"]["sha256"]:
         yield "the certificate names two models"
-    for name in sorted(said.keys() | found.keys()):
-        if name not in found:
-            yield f"{name} is missing"
-        elif name not in said:
-            yield f"{name} is not one of the files that were certified"
-        elif said[name] != found[name]:
-            what = (
-                "the model that the certificate is about"
-                if name.startswith("model")
-                else ("what it was when the run was certified")
-            )
-            yield f"{name} is not {what}"
+    yield from file_problems(said, found, "certified", _certified)
     yield from _seal_problems(run, certificate)
+
+
+def _certified(name: str) -> str:
+    """What a file was when it was certified."""
+    if name.startswith("model"):
+        return "the model that the certificate is about"
+    return "what it was when the run was certified"
 
 
 def _seal_problems(run: RunDirectory, certificate: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,6 @@ from torch import nn
 
 import umbel
 from umbel import ConfigError, Examples, Federation, Split, TorchTrainer
-from umbel.core import registry
 from umbel.core.registry import names
 from umbel.strategies.methods.named import KIND
 
@@ -71,8 +70,7 @@ def test_memories_survive_a_stop(method: str, tmp_path: Path) -> None:
         umbel.run(FEDERATION, options={"rounds": 6, "method": "fedavg"}, resume=folder)
 
 
-def test_an_app_brings_its_own_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})  # what is registered here ends here
+def test_an_app_brings_its_own_by_name(tmp_path: Path) -> None:
     umbel.register("objective", "strong-pull", umbel.FedProx(5.0))
     near = run(tmp_path / "near", "strong-pull").model().state_dict()
     free = run(tmp_path / "free", "fedavg").model().state_dict()
