@@ -473,7 +473,7 @@ class FederationServerApp(ServerApp):
         }
         if private is not None:
             session.result |= private.finish(outcome)
-        elif rounds.statements.about_records:
+        elif rounds.parts.statements.about_records:
             from umbel.server.private.records import certify_records
 
             session.result |= certify_records(session.run, outcome, privacy, federation.data)
