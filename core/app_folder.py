@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from umbel.core.app_syntax import check_syntax
 from umbel.core.errors import ConfigError, described
 from umbel.core.options import Value, flatten, read_toml
 
@@ -57,6 +58,11 @@ class AppFolder:
     options: Mapping[str, Value]
     nodes: int | None
     pool: str | None = None
+
+    def check_syntax(self) -> None:
+        """Refuse files that are no Python, without importing any; ConfigError says which."""
+        modules = [reference.partition(":")[0] for reference in (self.server, self.client)]
+        check_syntax(self.path, modules)
 
     def server_app(self) -> "ServerApp":
         """Import the server's app; ConfigError says what went wrong."""

@@ -16,49 +16,39 @@ their updates is in the model twice.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import TracebackType
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
-from flwr.serverapp import Grid
 
 from umbel.core.names import NO_REPLY, UPDATE
 from umbel.core.records import from_array, to_array
 from umbel.server.checkpoint import Position
+from umbel.server.collecting import Collected, Collector
 from umbel.server.drive import ROUND_TTL, Phases, drive, mailbox
-from umbel.server.output.progress import Progress
-from umbel.server.output.rundir import RunDirectory
-from umbel.server.roster import NodeRef
-from umbel.server.rounds import Collected, Rounds
-from umbel.server.training_spec import Outcome, TrainingSpec
+from umbel.server.parts import RunParts
+from umbel.server.training_spec import TrainingSpec
 from umbel.strategies.aggregator import Rejected
 from umbel.strategies.samplers import FixedSize
 from umbel.strategies.transform import Facts
 
 
-class BufferedRounds(Rounds):
-    """Runs a job asynchronously over a grid.
+def counting_on_a_buffer(job: TrainingSpec, nodes: int) -> TrainingSpec:
+    """The job whose rounds have, as far as facts go, the nodes that each ends after."""
+    return replace(job, sampler=FixedSize(min(job.asynchronous.async_buffer, nodes)))
+
+
+class BufferedCollector(Collector):
+    """Keeps nodes at work, and collects whoever answers until the buffer is full.
 
     Args:
-        job: what is trained; `job.asynchronous` says how.
-        grid: the engine.
-        nodes: the population, in a fixed order.
-        run: where the run is written down.
-        progress: where a person watches.
+        parts: of the run; `parts.job.asynchronous` says how.
     """
 
-    def __init__(
-        self,
-        job: TrainingSpec,
-        grid: Grid,
-        nodes: Sequence[NodeRef],
-        run: RunDirectory,
-        progress: Progress,
-    ) -> None:
-        self._how = job.asynchronous
-        # As far as facts go, a round has the nodes that it ends after.
-        sampler = FixedSize(min(self._how.async_buffer, len(nodes)))
-        super().__init__(replace(job, sampler=sampler), grid, nodes, run, progress)
-        self._box = mailbox(grid, None)
+    def __init__(self, parts: RunParts) -> None:
+        super().__init__(parts)
+        self._how = parts.job.asynchronous
+        self._box = mailbox(parts.grid, None)
         self._asked: dict[int, int] = {}
         """The round for which a node that is at work was asked, by node id."""
         self._heard: set[int] = set()
@@ -67,19 +57,26 @@ class BufferedRounds(Rounds):
         """Of the present round: who has answered, by how many rounds the replies are behind, and
         whose were too far behind."""
 
-    def fit(self) -> Outcome:
-        with self._box:
-            return super().fit()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Whoever is still at work is not waited for."""
+        self._box.cancel()
 
-    def _collect(self, position: Position, number: int, before: Facts, phases: Phases) -> Collected:
+    def collect(self, position: Position, number: int, before: Facts, phases: Phases) -> Collected:
+        """Ask on until so many good replies have come; arguments are those of `Collector`."""
+        parts = self.parts
         with phases("sample"):
-            nodes = self.population.present
-            requests = self._requests.to_train(position, number, nodes, before)
-            size = self._requests.size_of(requests[:1])
-        facts = self.job.stack.check(before, position.layers)
+            nodes = parts.population.present
+            requests = parts.requests.to_train(position, number, nodes, before)
+            size = parts.requests.size_of(requests[:1])
+        facts = parts.job.stack.check(before, position.layers)
         self._heard, self._behind, self._late = set(), [], []
         at_work = len(self._asked)
-        gathering = self.job.stack.collect.gather(requests, self._spec(number, facts))
+        gathering = parts.job.stack.collect.gather(requests, self.spec(number, facts))
         with phases("train"):
             sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
         sent = len(self._asked) + len(self._heard) - at_work
@@ -97,7 +94,8 @@ class BufferedRounds(Rounds):
         if not messages:
             return
         number = int(messages[0].metadata.group_id)
-        order = np.random.default_rng([self.job.options.seed, number, 7]).permutation(len(messages))
+        seed = [self.parts.job.options.seed, number, 7]
+        order = np.random.default_rng(seed).permutation(len(messages))
         following = iter([messages[i] for i in order])
         self._send(following)
         for reply in self._box:
@@ -116,9 +114,8 @@ class BufferedRounds(Rounds):
             full = len(self._behind) >= self._how.async_buffer
             if not full:
                 self._send(following)
-            self.progress.message_done(len(self._behind), self._how.async_buffer)
-            self.statements.hear(reply)
-            self.population.hear(reply)
+            self.parts.progress.message_done(len(self._behind), self._how.async_buffer)
+            self.hear(reply)
             with phases("aggregate", within="train"):
                 yield reply
             del reply  # while the next is awaited, this one must not take room
@@ -136,7 +133,7 @@ class BufferedRounds(Rounds):
                 continue
             group = request.metadata.group_id
             self._asked[node] = int(group)
-            ttl = self.job.options.round_timeout or ROUND_TTL
+            ttl = self.parts.job.options.round_timeout or ROUND_TTL
             self._box.send([Message(request.content, node, "train", ttl=ttl, group_id=group)])
 
 

@@ -23,12 +23,11 @@ from umbel.core.options import Options, dashed
 from umbel.core.registry import OWN
 from umbel.strategies.aggregator import Aggregate
 from umbel.strategies.aggregators.named import RobustOptions
+from umbel.strategies.declared import Proximal, RoundsToo, shapes
 from umbel.strategies.exchange import CapsExamples, Masks, is_own
-from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
-from umbel.strategies.secure.quantize import Quantize
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Claim, Facts, RoundContext
 
@@ -103,7 +102,7 @@ def with_proximal(stack: Stack, mu: float) -> Stack:
         return stack
     from umbel.strategies.methods.fedprox import FedProx
 
-    if any(isinstance(layer, FedProx) for layer in stack.layers):
+    if any(isinstance(layer, Proximal) for layer in stack.layers):
         raise ConfigError(
             f"proximal-mu is {mu:g}, but the app's own stack {stack} has FedProx already; leave "
             "the option out"
@@ -129,11 +128,11 @@ def _rounded_once(stack: Stack) -> Stack:
     Its grid follows from the number of coordinates; the grid of clipping alone would take all of
     an update that is much shorter than the norm, a little in each of very many coordinates.
     """
-    quantised = [i for i, layer in enumerate(stack.layers) if isinstance(layer, Quantize)]
+    quantised = [i for i, layer in enumerate(stack.layers) if shapes(layer, "quantises")]
     if not quantised:
         return stack
     layers = [
-        replace(layer, grid=False) if isinstance(layer, Clip) and i < quantised[-1] else layer
+        layer.without_rounding() if isinstance(layer, RoundsToo) and i < quantised[-1] else layer
         for i, layer in enumerate(stack.layers)
     ]
     return replace(stack, layers=tuple(layers))

@@ -26,16 +26,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from umbel.core.errors import ConfigError, StackError
+from umbel.strategies.declared import ClipsUpdates, ReleasesMetrics, adapts, shapes, weighs
 from umbel.strategies.exchange import Exchange, Masks, Weighs, is_own
-from umbel.strategies.private.adaptive_clip import AdaptiveClip
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.private.options import PrivacyOptions, limits_of
 from umbel.strategies.private.private_metrics import PrivateMetrics
 from umbel.strategies.private.private_stack import clip_layer, free_name, noise_layer
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.secure.options import SecureOptions
-from umbel.strategies.secure.quantize import Quantize
-from umbel.strategies.secure.rotate import Rotate
 from umbel.strategies.secure.secure_stack import secret_sum, share_layer, whole_steps
 from umbel.strategies.secure.weigh import Weigh
 from umbel.strategies.stack import Stack
@@ -87,8 +85,8 @@ def _private_already(
             "the private layers"
         )
     _own_bound(stack.layers, privacy, size)
-    inside = [layer for layer in stack.layers if isinstance(layer, PrivateMetrics)]
-    missing = limits_of(privacy.release_metrics).keys() - {k for m in inside for k in m.limits}
+    inside = [layer for layer in stack.layers if isinstance(layer, ReleasesMetrics)]
+    missing = limits_of(privacy.release_metrics).keys() - {k for m in inside for k in m.releases}
     if missing:
         raise ConfigError(
             f"release-metrics asks for {min(missing)}, but the app's own private stack does not "
@@ -108,7 +106,7 @@ def _with_privacy(
     _own_bound(above, privacy, size)
     above = _with_bound(above, clip_layer(privacy, above), size)
     limits = limits_of(privacy.release_metrics)
-    if limits and not _has(above, PrivateMetrics):
+    if limits and not any(isinstance(layer, ReleasesMetrics) for layer in above):
         above.append(PrivateMetrics(limits))
     if secret:
         below = whole_steps(below, secure.secure_levels or NOISED_LEVELS, "stochastic")
@@ -126,7 +124,7 @@ def _summed_in_secret(stack: Stack, secure: SecureOptions, size: int) -> Stack:
     above = _with_bound(above, Clip(secure.secure_norm, name=free_name("clip", above)), size)
     limits = limits_of(secure.secure_metrics)
     by_examples = secure.secure_weighting == "examples"
-    if isinstance(collect, Weighs) and (by_examples or limits) and not _has(above, Weigh):
+    if isinstance(collect, Weighs) and (by_examples or limits) and not any(map(weighs, above)):
         above.append(Weigh(secure.secure_weight_cap if by_examples else 0.0, limits))
     below = whole_steps(below, secure.secure_levels or FINE_LEVELS, "nearest")
     return Stack((*above, *below), collect)
@@ -137,14 +135,8 @@ def _summed_in_secret(stack: Stack, secure: SecureOptions, size: int) -> Stack:
 
 def _parts(layers: Sequence[Transform[Any]]) -> tuple[Layers, Layers]:
     """The layers above the first that rotates or quantises, and the rest."""
-    place = next(
-        (i for i, layer in enumerate(layers) if isinstance(layer, Rotate | Quantize)), len(layers)
-    )
+    place = next((i for i, layer in enumerate(layers) if shapes(layer)), len(layers))
     return list(layers[:place]), list(layers[place:])
-
-
-def _has(layers: Sequence[Transform[Any]], kind: type[Any]) -> bool:
-    return any(isinstance(layer, kind) for layer in layers)
 
 
 def _through(layers: Sequence[Transform[Any]], size: int) -> Facts:
@@ -173,14 +165,13 @@ def _own_bound(layers: Sequence[Transform[Any]], privacy: PrivacyOptions, size: 
         return  # it is said where the finished stack is checked
     if not bounded:
         return
-    adaptive = _has(layers, AdaptiveClip)
+    adaptive = any(map(adapts, layers))
     if privacy.clipping == "adaptive" and not adaptive:
         raise ConfigError(
             "clipping=adaptive asks for another clipping than the app's stack has; leave it out, "
             "or put AdaptiveClip into the stack"
         )
-    norms = [layer.norm for layer in layers if isinstance(layer, Clip)]
-    norms += [layer.initial for layer in layers if isinstance(layer, AdaptiveClip)]
+    norms = [layer.clips_to for layer in layers if isinstance(layer, ClipsUpdates)]
     given = privacy.clipping_norm != PrivacyOptions.clipping_norm
     if given and norms and privacy.clipping_norm not in norms:
         raise ConfigError(
@@ -206,7 +197,7 @@ def _go_together(stack: Stack, privacy: PrivacyOptions, secret: bool) -> None:
         )
     refused = {
         f"mechanism={privacy.mechanism}": privacy.mechanism != "gaussian",
-        "clipping=adaptive": privacy.clipping == "adaptive" or _has(stack.layers, AdaptiveClip),
+        "clipping=adaptive": privacy.clipping == "adaptive" or any(map(adapts, stack.layers)),
     }
     for what, is_so in refused.items():
         if secret and is_so:

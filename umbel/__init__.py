@@ -6,8 +6,6 @@ Names are imported when they are first used, so that `import umbel` is quick. Th
 
 import importlib
 import re
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +25,6 @@ def _homes() -> dict[str, str]:
 
 _HOMES = _homes()
 __all__ = sorted([*_HOMES, "__version__"])
-
-
-class _Moved(types.ModuleType):
-    """`umbel.run` as a module, for code that imports from it as from earlier releases."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # who looks through all modules wants none of its contents
-            raise AttributeError(name)
-        return getattr(importlib.import_module("umbel.running"), name)
-
-
-# `import umbel.run` finds it here, and leaves the function `umbel.run` as it is.
-sys.modules.setdefault("umbel.run", _Moved("umbel.run", _Moved.__doc__))
-
 
 former.install()
 

@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from umbel.clients.pytorch.one_step import OneStep
-from umbel.clients.pytorch.trainer import TorchTrainer
-from umbel.clients.trainers.base import Trainer
+from umbel.clients.trainers.base import StartsFromModule, Trainer
 from umbel.clients.trainers.exported import TakenOutput
-from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options
 from umbel.deliver.compression.compress import (
@@ -240,10 +237,8 @@ def _beginning_with(trainer: Trainer, net: nn.Module) -> Trainer:
     Raises:
         ConfigError: its model is no PyTorch module.
     """
-    if isinstance(trainer, TorchTrainer):
-        return replace(trainer, model=lambda: copy.deepcopy(net))
-    if isinstance(trainer, OneStep | PrivateSgd):
-        return replace(trainer, trainer=replace(trainer.trainer, model=lambda: copy.deepcopy(net)))
+    if isinstance(trainer, StartsFromModule):
+        return trainer.starting_from(net)
     raise ConfigError(
         f"{type(trainer).__name__} trains no PyTorch module, so nodes cannot train a smaller one; "
         "use --data held-out"

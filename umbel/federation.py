@@ -36,7 +36,6 @@ from umbel.core.errors import ConfigError, RunError, UmbelError, described
 from umbel.core.names import UPDATE
 from umbel.core.options import Options, Value, checked, override, renamed
 from umbel.core.records import Tree, from_array
-from umbel.server.buffered import BufferedRounds
 from umbel.server.output.report import NOT_ASKED, write_report
 from umbel.server.output.session import Session, current
 from umbel.server.private.population import place_of
@@ -447,8 +446,7 @@ class FederationServerApp(ServerApp):
             from umbel.server.private.unprotected import unprotected
 
             job = unprotected(job, privacy, nodes, session, federation.data, start)
-        loop = BufferedRounds if job.asynchronous.on else Rounds
-        rounds = loop(job, grid, nodes, session.run, session.progress)
+        rounds = Rounds(job, grid, nodes, session.run, session.progress)
         job = rounds.job  # without the first model, which only the rounds need from here on
         if private is not None:
             private.job = job
@@ -475,7 +473,7 @@ class FederationServerApp(ServerApp):
         }
         if private is not None:
             session.result |= private.finish(outcome)
-        elif rounds.statements.about_records:
+        elif rounds.parts.statements.about_records:
             from umbel.server.private.records import certify_records
 
             session.result |= certify_records(session.run, outcome, privacy, federation.data)

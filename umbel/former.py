@@ -25,6 +25,7 @@ ADDRESSES = {
     "clients.trainer": "clients.trainers.base",
     "server.asking": "server.queries",
     "server.embedded.workers": "server.pools.processes",
+    "run": "running",
     "strategies.app": "core.app_folder",
     "strategies.errors": "core.errors",
     "strategies.layer": "strategies.transform",
@@ -32,6 +33,9 @@ ADDRESSES = {
     "strategies.records": "core.records",
 }
 """Former addresses of what people import, and today's, below `umbel`."""
+
+TAKEN = {"run"}
+"""Those of them that are a public name today: importing the module must leave `umbel.run` alone."""
 
 NAMES = {"Featured": "PrecomputedFeatures", "Recipe": "FeatureMap"}
 """Public names as they were, and today's."""
@@ -64,10 +68,23 @@ class _Former(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.__spec__ = self._specs.pop(former.name)
 
 
+class _Taken(types.ModuleType):
+    """A module under an address that is a public name's: the import system finds it, binds nothing,
+    and its contents are imported when they are asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # who looks through all modules wants none of its contents
+            raise AttributeError(name)
+        address = ADDRESSES[self.__name__.removeprefix("umbel.")]
+        return getattr(importlib.import_module(f"umbel.{address}"), name)
+
+
 def install() -> None:
     """Let the former addresses be imported."""
     if not any(isinstance(finder, _Former) for finder in sys.meta_path):
         sys.meta_path.append(_Former())
+    for address in TAKEN:
+        sys.modules.setdefault(f"umbel.{address}", _Taken(f"umbel.{address}", _Taken.__doc__))
 
 
 def ChosenTrainer(  # noqa: N802 - it was a class

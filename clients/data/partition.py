@@ -9,7 +9,7 @@ Every partitioner obeys one law: each example goes to exactly one node, no node 
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -178,6 +178,16 @@ class BySize:
         return f"by size, power law with exponent {self.exponent:g}"
 
 
+@runtime_checkable
+class DividesGroups(Protocol):
+    """A partitioner that is given the data set's groups in place of labels, where it has any."""
+
+    @property
+    def by_groups(self) -> bool:
+        """Whether it is."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class ByKey:
     """All examples of one key (a hospital, a person) stay together on one node.
@@ -192,6 +202,7 @@ class ByKey:
 
     keys: Labels | None = None
     min_examples: int = 1
+    by_groups: ClassVar[bool] = True
 
     def split(self, labels: Labels | int, parts: int, seed: int = 0) -> list[Rows]:
         """See `Partitioner.split`; the labels are the keys where none were given."""

@@ -13,7 +13,7 @@ from umbel.clients.data import datasets
 from umbel.clients.data.datasets import DataSet
 from umbel.clients.data.examples import ArrayLike, Examples, Node, Split
 from umbel.clients.data.inputs import Inputs
-from umbel.clients.data.partition import ByKey, Iid, Partitioner, Rows, generator_of
+from umbel.clients.data.partition import DividesGroups, Iid, Partitioner, Rows, generator_of
 from umbel.clients.data.sealed import check_open
 from umbel.clients.trainers.base import Options
 from umbel.core.errors import ConfigError
@@ -120,7 +120,8 @@ class Partitioned:
         if known is None or known[0] != key:
             data = self.load()
             labels = data.train.y
-            if isinstance(partitioner, ByKey) and data.groups is not None:
+            grouped = isinstance(partitioner, DividesGroups) and partitioner.by_groups
+            if grouped and data.groups is not None:
                 labels = data.groups
             known = (key, partitioner.split(labels, partitions, key[2]))
             self._memory["rows"] = known

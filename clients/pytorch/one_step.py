@@ -7,8 +7,8 @@ afterwards, as it would be alone.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ class OneStep:
                 f"OneStep needs a loss for each example, and {self.trainer.objective.name} gives "
                 "only their mean; use cross-entropy, binary-cross-entropy or mse"
             )
+
+    def starting_from(self, module: torch.nn.Module) -> Self:
+        """A trainer like this one whose first model is a copy of `module`."""
+        return replace(self, trainer=self.trainer.starting_from(module))
 
     def initial(self, options: Options, seed: int) -> Weights:
         return self.trainer.initial(options, seed)

@@ -8,10 +8,11 @@ of threads): shuffles, dropout and augmentations are drawn from the job's seed, 
 generators are put back afterwards.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -121,6 +122,10 @@ class TorchTrainer(TorchSettings):
     def check_options(self, options: Options) -> None:
         """Raises ConfigError where a setting cannot be used."""
         self.settings(options)
+
+    def starting_from(self, module: torch.nn.Module) -> Self:
+        """A trainer like this one whose first model is a copy of `module`."""
+        return replace(self, model=lambda: copy.deepcopy(module))
 
     def initial(self, options: Options, seed: int) -> Weights:
         """The first model: parameters drawn from `seed`, buffers as every node builds them."""

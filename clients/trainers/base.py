@@ -227,6 +227,15 @@ class KeepsStatistics(Protocol):
 
 
 @runtime_checkable
+class StartsFromModule(Protocol):
+    """A trainer whose first model can be a given PyTorch module."""
+
+    def starting_from(self, module: Any) -> "Trainer":
+        """A trainer like this one whose first model is a copy of the `torch.nn.Module`."""
+        ...
+
+
+@runtime_checkable
 class RecordPrivate(Protocol):
     """A trainer that promises privacy for each single record of a node."""
 

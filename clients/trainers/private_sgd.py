@@ -13,8 +13,8 @@ node's records is treated as public. The loss of training is private and not rep
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -137,6 +137,10 @@ class PrivateSgd(ExamplePrivacy):
         """Raises ConfigError where a setting cannot be used, or would be ignored."""
         _refuse_ignored(self.trainer.settings(options))
         self.privacy(options)
+
+    def starting_from(self, module: torch.nn.Module) -> Self:
+        """A trainer like this one whose first model is a copy of `module`."""
+        return replace(self, trainer=self.trainer.starting_from(module))
 
     def initial(self, options: Options, seed: int) -> Weights:
         """The first model of the trainer.

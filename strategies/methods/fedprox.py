@@ -36,5 +36,10 @@ class FedProx(Objective):
         except ValueError as error:
             raise StackError(str(error)) from error
 
+    @property
+    def proximal(self) -> float:
+        """The strength."""
+        return self.mu
+
     def begin(self, start: Tensor, ctx: NodeContext) -> Correction:  # noqa: ARG002
         return Correction(anchor=start, strength=self.mu)

@@ -20,7 +20,7 @@ expected cohort, a public number.
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class AdaptiveClip(IdleNode, Unclaimed):
     rate: float = 0.2
     share: float = 0.1
     name: str = "adaptive-clip"
+    adapts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         try:
@@ -80,6 +81,11 @@ class AdaptiveClip(IdleNode, Unclaimed):
             inside_unit(share=self.share)
         except ValueError as error:
             raise StackError(str(error)) from error
+
+    @property
+    def clips_to(self) -> float:
+        """The first norm."""
+        return self.initial
 
     def init(self, size: int) -> NormState:  # noqa: ARG002
         return {"norm": float(self.initial)}

@@ -13,7 +13,8 @@ measures every update again as it arrives: the bound holds for nodes that do not
 This layer alone is a robustness measure; it claims no privacy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -43,12 +44,22 @@ class Clip(Stateless):
     norm: float
     name: str = "clip"
     grid: bool = True
+    adapts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         try:
             positive(clipping_norm=self.norm)
         except ValueError as error:
             raise StackError(str(error)) from error
+
+    @property
+    def clips_to(self) -> float:
+        """The norm."""
+        return self.norm
+
+    def without_rounding(self) -> Self:
+        """For a stack that quantises further down."""
+        return replace(self, grid=False)
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         facts = bounded(facts, self.norm)

@@ -58,6 +58,11 @@ class PrivateMetrics(Stateless):
         except ValueError as error:
             raise StackError(str(error)) from error
 
+    @property
+    def releases(self) -> Mapping[str, float]:
+        """The limits."""
+        return self.limits
+
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         bound = need_bound(facts, self.name)
         if facts.grid is not None and facts.grid > grid_step(bound):

@@ -18,7 +18,7 @@ Random bits are AES in counter mode keyed by the operating system.
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Quantize(Stateless):
     levels: int = 256
     rounding: Literal["nearest", "stochastic"] = "nearest"
     name: str = "quantize"
+    for_sums: ClassVar[Literal["quantises"]] = "quantises"
     entropy: Entropy = field(default_factory=Entropy, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ sum's coordinates small, so that the modulus can be.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ class Rotate(Stateless):
 
     name: str = "rotate"
     isometry: ClassVar[bool] = True
+    for_sums: ClassVar[Literal["rotates"]] = "rotates"
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
         if facts.l2_bound is None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from umbel.core.errors import ConfigError
+from umbel.strategies.declared import shapes
 from umbel.strategies.exchange import (
     Exchange,
     Feeds,
@@ -46,7 +47,7 @@ def whole_steps(
     below: Sequence[Transform[Any]], levels: int, rounding: str
 ) -> list[Transform[Any]]:
     """The layers at the bottom of a stack, with those that make whole numbers of updates."""
-    if any(isinstance(layer, Quantize) for layer in below):
+    if any(shapes(layer, "quantises") for layer in below):
         return list(below)
     return [*(below or [Rotate()]), Quantize(levels, cast(Any, rounding))]
 

@@ -43,6 +43,7 @@ class Weigh(Stateless):
     limits: Mapping[str, float] = field(default_factory=dict)
     name: str = "weigh"
     needs: ClassVar[frozenset[str]] = frozenset({"metrics"})
+    weighs_inside: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         values = [("weight cap", self.cap), *((f"limit of {k}", v) for k, v in self.limits.items())]

@@ -175,3 +175,19 @@ def test_a_folder_that_is_not_there_says_how_to_make_one(tmp_path: Path) -> None
         ConfigError, match=r"there is no folder .*; make an app with: umbel new nada"
     ):
         open_app(tmp_path / "nada")
+
+
+def test_what_is_no_python_is_seen_without_importing_anything(tmp_path: Path) -> None:
+    """Also in files that these import at their top; a file that nobody imports may wait."""
+    server = "import json\nfrom helpers.more import x\nraise SystemExit('imported')\n"
+    path = folder(tmp_path, server_app=server, unused="def broken(:\n")
+    (path / "helpers").mkdir()
+    (path / "helpers" / "__init__.py").write_text("")
+    (path / "helpers" / "more.py").write_text("import server_app\nx = 1\n")
+    open_app(path).check_syntax()
+    (path / "helpers" / "more.py").write_text("x = 1\n\ndef broken(:\n")
+    with pytest.raises(ConfigError, match=r"does not import: SyntaxError.*more\.py, line 3"):
+        open_app(path).check_syntax()
+    (path / "helpers" / "more.py").write_bytes(b"x = 1\0\n")
+    with pytest.raises(ConfigError, match=r"does not import: .*more\.py"):
+        open_app(path).check_syntax()

@@ -10,11 +10,11 @@ from flwr.app import Message
 
 from umbel import Examples, Federation, FunctionTrainer
 from umbel.core.errors import ConfigError, RunError
-from umbel.server.buffered import BufferedRounds
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.embedded.mailbox import EmbeddedMailbox
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.rounds import Rounds
 from umbel.server.training_spec import Outcome
 
 NODES = 8
@@ -88,7 +88,7 @@ def fit(tmp_path: Path) -> Fit:
         )
         with kind(federation.client_app(), NODES, run_config=options) as grid:
             job = federation.job(options, NODES)
-            rounds = BufferedRounds(job, grid, grid.roster(), directory, SilentProgress())
+            rounds = Rounds(job, grid, grid.roster(), directory, SilentProgress())
             return rounds.fit(), directory.rounds()
 
     return run
@@ -169,11 +169,9 @@ def test_a_killed_run_goes_on_and_counts_nothing_twice(tmp_path: Path) -> None:
             if self.left == 0:
                 raise Killed
 
-    def rounds(grid: EmbeddedGrid, at: int) -> BufferedRounds:
-        made = BufferedRounds(
-            federation.job(options, NODES), grid, grid.roster(), directory, Dying(at)
-        )
-        made._checkpoints._took = 0.0
+    def rounds(grid: EmbeddedGrid, at: int) -> Rounds:
+        made = Rounds(federation.job(options, NODES), grid, grid.roster(), directory, Dying(at))
+        made.parts.checkpoints._took = 0.0
         return made
 
     with (

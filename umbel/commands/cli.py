@@ -110,7 +110,7 @@ def run_command(
         raise ConfigError("--resume names the run to continue; leave out APP and --out")
     options = parse(config or [])
     if path is not None:
-        open_app(path)  # what is no app is refused before anything heavy is imported
+        open_app(path).check_syntax()  # refused before anything heavy is imported
 
     from umbel.running import Interrupted, run
     from umbel.server.output import strict
