@@ -33,7 +33,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed import superlink
 from umbel.benchmarks.speed.apps import write_echo
-from umbel.benchmarks.speed.processes import anonymous, resident
+from umbel.benchmarks.speed.processes import anonymous, proportional, resident, tree
 from umbel.clients.process.membership import open_channel
 from umbel.core.app_folder import open_app
 from umbel.core.contents import take_record
@@ -54,10 +54,14 @@ TARGETS = {
     "large": 0.5,
     "models_2": 5.0,
     "models_20": 5.0,
+    "node": 5.0,
     "core": 5.0,
     "own": 300.0,
 }
 _PATIENCE_S = 180.0
+_WATCHED = 2
+"""Of how many nodes the memory is looked at: to look takes processor time."""
+_SAMPLE_S = 0.05
 _SERVER = "from flwr.serverapp import ServerApp\n\napp = ServerApp()\n"
 
 
@@ -94,11 +98,20 @@ def measure(
 def memory(
     *, parameters: int = LARGE, nodes: Sequence[int] = (2, 20), rounds: int = 3
 ) -> dict[str, Any]:
-    """The coordinator's peak memory beyond its app, in models, by number of nodes."""
-    found: dict[str, Any] = {"parameters": parameters, "models": {}}
+    """What a large model takes of memory, at its peak.
+
+    Returns:
+        `parameters`, and in models, by number of nodes: `models` of the coordinator beyond its
+        app; `node` of the node that takes most, its two processes together with pages that they
+        share counted once, beyond the same with ten floats.
+    """
+    found: dict[str, Any] = {"parameters": parameters, "models": {}, "node": {}}
     for count in nodes:
-        [timed] = _with_nodes(count, [(parameters, rounds)])
-        found["models"][str(count)] = timed["peak_bytes"] / (4 * parameters)
+        [small] = _with_nodes(count, [(SMALL, rounds)])
+        [large] = _with_nodes(count, [(parameters, rounds)])
+        more = large["node_bytes"] - small["node_bytes"]
+        found["models"][str(count)] = large["peak_bytes"] / (4 * parameters)
+        found["node"][str(count)] = more / (4 * parameters)
     return found
 
 
@@ -123,7 +136,8 @@ def figures(*, quick: bool = False, flower: bool = False) -> list[Figure]:
     """The figures of `umbel bench speed --link`; `quick` only shows that it works."""
     size = 100_000 if quick else LARGE
     rounds = measure(parameters=size, rounds=5 if quick else 200, large_rounds=3 if quick else 11)
-    models = memory(parameters=size, nodes=(2,) if quick else (2, 20))["models"]
+    peaks = memory(parameters=size, nodes=(2,) if quick else (2, 20))
+    models = peaks["models"]
     still = idle(nodes=20, seconds=1) if quick else idle()
     theirs = superlink.measure(parameters=size, quick=quick) if flower else {}
     targets = {} if quick else TARGETS
@@ -132,6 +146,7 @@ def figures(*, quick: bool = False, flower: bool = False) -> list[Figure]:
         "round_10": rounds["empty_round_s"]["10"] * 1e3,
         "large": rounds["large_round_s"],
         **{f"models_{nodes}": value for nodes, value in models.items()},
+        "node": peaks["node"]["2"],
         "core": 100 * still["core_share"],
         "own": still["own_bytes"] / 1e6,
         "resident": still["resident_bytes"] / 1e6,
@@ -143,6 +158,7 @@ def figures(*, quick: bool = False, flower: bool = False) -> list[Figure]:
         "large": (f"{size:,} float32 to 2 nodes and back, added up", "s"),
         "models_2": (f"memory beyond the app, {size:,} parameters, 2 nodes", "models"),
         "models_20": (f"memory beyond the app, {size:,} parameters, 20 nodes", "models"),
+        "node": (f"memory of a node, {size:,} parameters", "models"),
         "core": (f"{idle_nodes}: share of a core", "%"),
         "own": (f"{idle_nodes}: memory of its own", "MB"),
         "resident": (f"{idle_nodes}: with the pages of program files", "MB"),
@@ -244,6 +260,7 @@ def _with_nodes(count: int, jobs: Sequence[tuple[int, int]]) -> list[dict[str, A
         process, port = stack.enter_context(_coordinator(folder, full))
         enrolment = Enrolment(folder / "state")
         authority = enrolment.authority()
+        nodes = []
         for number in range(count):
             name = f"n{number}"
             join = enrolment.add(name, authority, f"127.0.0.1:{port}")
@@ -256,8 +273,22 @@ def _with_nodes(count: int, jobs: Sequence[tuple[int, int]]) -> list[dict[str, A
             node = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
             stack.callback(node.wait)
             stack.callback(node.terminate)
+            nodes.append(node.pid)
         enrolment.close()
-        return _read_result(process)
+        peak, over = [0], threading.Event()
+        watch = threading.Thread(target=_watch_nodes, args=(nodes[:_WATCHED], peak, over))
+        watch.start()
+        try:
+            found = _read_result(process)
+        finally:
+            over.set()
+            watch.join()
+        return [{**each, "node_bytes": peak[0]} for each in found]
+
+
+def _watch_nodes(nodes: Sequence[int], peak: list[int], over: threading.Event) -> None:
+    while not over.wait(_SAMPLE_S):
+        peak[0] = max(peak[0], *(sum(map(proportional, tree(node))) for node in nodes))
 
 
 @contextlib.contextmanager
