@@ -13,10 +13,8 @@ from umbel.clients.gate import Guarded, Known
 from umbel.core.contents import find_record
 from umbel.core.errors import StackError
 from umbel.core.names import CONFIG, EXAMPLES, METRICS, STATISTICS
-from umbel.strategies.exchange import Exchange, is_own
 from umbel.strategies.node_policy import NodePolicy, PolicyError
 from umbel.strategies.protection import Protection
-from umbel.strategies.transform import Facts
 
 
 def admit(
@@ -70,17 +68,11 @@ def _protection(known: Known, told: Mapping[str, Any]) -> Protection:
 
 def _check_measures(policy: NodePolicy, known: Known, protection: Protection) -> None:
     """Metrics inside an update cannot be taken out of it; beside it they can, but for a weight."""
-    collect = known.stack.collect
     if known.outlook.quiet:
         policy.check_level("metrics", protection.metrics)
         policy.check_level("counts", protection.counts)
-    elif _counts_matter(collect):
+    elif known.outlook.counts_matter:
         policy.check_level("counts", "clear")
-
-
-def _counts_matter(collect: Exchange) -> bool:
-    """Whether the coordinator uses numbers of examples, or nobody can say that it does not."""
-    return not is_own(collect) or collect.check(Facts(size=1)).weight_bound is None
 
 
 def without_measures(reply: Message, policy: NodePolicy) -> Message:

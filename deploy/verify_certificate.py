@@ -52,6 +52,8 @@ RELATIONS = {
 }
 WEAKEST = ("add-or-remove-one", "zero-out-one", "replace-one")
 RENYI = (*range(2, 65), 72, 80, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+SELECTION_ORDERS = (1.5, 2, 2.5, *range(3, 33), *range(34, 65, 3), 80, 96, 128, 192, 256, 512, 1024)
+SHAPES = {"poisson": math.inf, "geometric": 1.0, "logarithmic": 0.0}
 ORDERS = (*(1 + x / 10 for x in range(6, 100)), *range(11, 64), 128, 256, 512, 1024)
 FINE, COARSE, FEW = 1e-4, 1e-3, 24
 
@@ -195,6 +197,8 @@ def spent(charges, delta, interval=FINE, by_rdp=False):
         part = {"sampled-without-replacement": "rdp-replace", "tree": "rdp-tree"}.get(kind, "pld")
         if kind in ("skellam", "concentrated"):
             part = "renyi"
+        elif kind == "best-of-many":
+            part = "rdp-selection"
         elif part == "pld" and by_rdp:
             part = "rdp-replace" if relation == "replace-one" else "rdp-tree"
         parts.setdefault(part, Counter())[event] += times
@@ -210,6 +214,8 @@ def cost(part, events, relation, delta, interval):
             for order in RENYI
         ]
         return float(rdp.compute_epsilon(RENYI, totals, delta)[0])
+    if part == "rdp-selection":
+        return by_selection(events, relation, delta)
     if part == "pld":
         return by_table(events, relation, delta, interval)
     return by_rdp(events, part == "rdp-replace", delta)
@@ -221,6 +227,57 @@ def by_rdp(events, replace, delta):
     for event, times in events.items():
         accountant.compose(dp_event(json.loads(event), 2 if replace else 1), times)
     return float(accountant.get_epsilon(delta))
+
+
+def by_selection(events, relation, delta):
+    """The best results of random numbers of runs (Papernot and Steinke 2022, theorems 2 and 6)."""
+    if relation == "replace-one":
+        raise ValueError("a search cannot be added to releases under replace-one")
+    total = np.zeros(len(SELECTION_ORDERS))
+    for event, times in events.items():
+        total += times * np.asarray(selection(json.loads(event), relation))
+    return float(rdp.compute_epsilon(SELECTION_ORDERS, total, delta)[0])
+
+
+def selection(event, relation):
+    """Renyi divergences of one search, at SELECTION_ORDERS."""
+    mean, shape = float(event["mean"]), SHAPES[event["distribution"]]
+    if not (mean >= 1 and math.isfinite(mean)) or not event["of"]:
+        raise ValueError("a search has at least one run, and a run has releases")
+    accountant = rdp.RdpAccountant(SELECTION_ORDERS, RELATIONS[relation])
+    for one in event["of"]:
+        accountant.compose(dp_event(one["event"], 1), one["times"])
+    curve = list(zip(SELECTION_ORDERS, accountant._rdp.tolist(), strict=True))
+    if math.isinf(shape):
+        more = [mean * rdp_delta(curve, math.log1p(1 / (order - 1))) for order, _ in curve]
+    else:
+        gamma = parameter(mean, shape)
+        least = min((1 + shape) * ((1 - 1 / a) * b - math.log(gamma) / a) for a, b in curve)
+        more = [least] * len(curve)
+    found = [b + x + math.log(mean) / (a - 1) for (a, b), x in zip(curve, more, strict=True)]
+    return list(np.minimum.accumulate(found[::-1])[::-1])
+
+
+def rdp_delta(curve, epsilon):
+    """Canonne, Kamath and Steinke 2020, proposition 12."""
+    logs = [
+        (a - 1) * (b - epsilon + math.log1p(-1 / a)) - math.log(a)
+        for a, b in curve
+        if math.isfinite(b)
+    ]
+    return math.exp(min(min(logs, default=0.0), 0.0))
+
+
+def parameter(mean, shape):
+    """The parameter of the truncated negative binomial distribution with this mean."""
+    if mean <= 1 or shape == 1:
+        return 1 / mean
+    low, high = -60.0, -1e-12  # of its logarithm; the mean falls as it grows
+    for _ in range(200):
+        middle = (low + high) / 2
+        found = math.expm1(-middle) / -middle  # the logarithmic distribution
+        low, high = (middle, high) if found > mean else (low, middle)
+    return math.exp((low + high) / 2)
 
 
 def by_table(events, relation, delta, interval):
@@ -327,6 +384,8 @@ def dp_event(event, distance):
             return dp.GaussianDpEvent(event["noise_multiplier"] / distance)
         case "poisson-sampled" if distance == 1:
             return dp.PoissonSampledDpEvent(event["sampling_rate"], dp_event(event["of"], 1))
+        case "repeated":
+            return dp.SelfComposedDpEvent(dp_event(event["of"], distance), event["times"])
         case "tree":
             return dp.SingleEpochTreeAggregationDpEvent(event["noise_multiplier"], event["steps"])
         case "sampled-without-replacement":

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from umbel.core.errors import StackError
 from umbel.strategies.collect import Seals
+from umbel.strategies.exchange import is_own
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Facts, Transform, needs_of
 
@@ -125,6 +126,12 @@ class Outlook:
     def quiet(self) -> bool:
         """Whether nothing may travel beside updates."""
         return quiet(self.stack)
+
+    @cached_property
+    def counts_matter(self) -> bool:
+        """Whether the coordinator uses numbers of examples, or nobody can say that it does not."""
+        collect = self.stack.collect
+        return not is_own(collect) or collect.check(Facts(size=1)).weight_bound is None
 
     @cached_property
     def _fixed(self) -> dict[str, Any]:

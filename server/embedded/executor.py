@@ -107,7 +107,7 @@ class Executor:
     def together(self, tasks: Sequence[Task]) -> list[Done] | None:
         """Run tasks as one; None where the app cannot, or rather would not, do that."""
         app = self.app
-        if not isinstance(app, TrainsMany) or len(tasks) < 2:
+        if len(tasks) < 2 or not isinstance(app, TrainsMany):  # the second asks 50 µs
             return None
         with self._threads():
             contexts = [self._context(task) for task in tasks]

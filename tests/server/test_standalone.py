@@ -1,7 +1,9 @@
 """The verifier that needs nothing of Umbel says what `umbel verify` says, of good runs and bad."""
 
 import importlib.util
+import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +26,10 @@ from dp_accounting import (
 from tests.server.test_certificate import certificate, finished, put
 from tests.server.test_private_run import Lab
 from tests.server.test_records import Clinics
+from umbel.privacy.budget import events
 from umbel.privacy.budget.accounting import poisson, spent
 from umbel.privacy.budget.events import REPLACE, ZERO_OUT, Charge, relation_name, to_json
+from umbel.privacy.budget.selection import SHAPES, SelectionDpEvent
 from umbel.privacy.noise.skellam import SkellamDpEvent
 from umbel.server.output.report import write_report
 from umbel.server.output.rundir import RunDirectory
@@ -62,8 +66,33 @@ RELEASES: list[dict[Charge, int]] = [
     {Charge(ZCDpEvent(0.01), ZERO_OUT): 3},
     {Charge(SelfComposedDpEvent(GaussianDpEvent(4.0), 5)): 2},
     {Charge(NonPrivateDpEvent()): 1},
+    *(
+        {
+            Charge(SelectionDpEvent(((poisson(2.0, 0.1), 8),), 12.5, distribution)): 2,
+            Charge(GaussianDpEvent(9.0)): 1,
+        }
+        for distribution in SHAPES
+    ),
+    {
+        Charge(
+            SelectionDpEvent(((SelfComposedDpEvent(GaussianDpEvent(9.0), 4), 2),), 1.0, "poisson"),
+            ZERO_OUT,
+        ): 1
+    },
     {},
 ]
+
+
+def test_every_mechanism_that_a_ledger_can_hold_is_added_up_here() -> None:
+    source = inspect.getsource(events)
+    named = set(re.findall(r'"mechanism": "([a-z-]+)"', source))
+    walked = {
+        name
+        for charges in RELEASES
+        for charge in charges
+        for name in re.findall(r'"mechanism": "([a-z-]+)"', json.dumps(to_json(charge.event)))
+    }
+    assert len(named) > 8 and named - {"nothing"} <= walked
 
 
 @pytest.mark.parametrize("charges", RELEASES)

@@ -64,6 +64,26 @@ def test_workers_killed_from_outside_between_rounds(pool: EmbeddedGrid) -> None:
     assert all(isinstance(said, dict) for said in rounds[1].values())
 
 
+def test_a_replaced_worker_draws_other_numbers_than_the_dead_one(
+    nursery: SharedNursery, tmp_path: Path
+) -> None:
+    """Both are forked from one process, and so begin with equal generators."""
+    node, drawn = FIRST_NODE + 1, []
+    with EmbeddedGrid(
+        APPS / "unruly", 6, workers=1, nursery=nursery, log=tmp_path / "log.txt"
+    ) as grid:
+        workers = []
+        for _ in range(3):  # each of these workers does nothing before it draws
+            [reply] = grid.send_and_receive([Message(RecordDict(), node, "query.draw")])
+            drawn.append(tuple(reply.content["said"]["drawn"]))  # type: ignore[index, arg-type]
+            workers += grid.worker_pids
+            said = train(grid, nodes=[2], die=[2])[2]
+            assert "died; another has taken its place" in said
+        assert len(set(workers)) == 3
+    for numbers in zip(*drawn, strict=True):  # of Python, NumPy and torch
+        assert len(set(numbers)) == 3
+
+
 def test_every_node_may_die(pool: EmbeddedGrid) -> None:
     said = train(pool, die=[0, 1, 2, 3, 4, 5])
     assert all("died" in reason for reason in said.values())
