@@ -46,5 +46,6 @@ def node_of(context: Context) -> Node:
 
 def job_seed(seed: int, number: int, partition: int) -> int:
     """The seed of one node's work in one round, the same on every engine."""
-    words = np.random.SeedSequence([seed, number, partition]).generate_state(1, np.uint64)
-    return int(words[0] >> np.uint64(1))
+    parts = [seed, number, partition]
+    words = np.array(parts, np.uint32) if max(parts) < 1 << 32 else parts  # a list takes longer
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
