@@ -14,27 +14,19 @@ the node's gate first (`umbel.clients.gate`).
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.gate import guarded
 from umbel.clients.given import trainer_of
 from umbel.clients.holding import Holder
-from umbel.clients.ledger.charging import (
-    Charging,
-    answered,
-    charging_layers,
-    leaves,
-    promise_of,
-    releases_of,
-)
+from umbel.clients.ledger.charging import answered, leaves
+from umbel.clients.plan import Plan, without_values
 from umbel.clients.pooling import (
     Questions,
     answer_pool,
@@ -47,60 +39,15 @@ from umbel.clients.pooling import (
     questions_of,
     training_bundles,
 )
-from umbel.clients.statistics import TRAINED, answer_statistics, statistics_of
-from umbel.clients.trainers.base import (
-    CohortTrainer,
-    Job,
-    Options,
-    Trained,
-    Trainer,
-    Tree,
-    Weights,
-    own_promise,
-    promising,
-)
-from umbel.core.contents import find_record, take_record
+from umbel.clients.received import Received, job_seed, node_of
+from umbel.clients.statistics import answer_statistics, statistics_of
+from umbel.clients.trainers.base import CohortTrainer, Options, Trainer, Weights, promising
 from umbel.core.errors import ConfigError
 from umbel.core.names import ASK, POOL
-from umbel.core.records import (
-    Manifest,
-    from_array,
-    from_kept,
-    kept_array,
-    record_of,
-    same_bits,
-    to_array,
-)
-from umbel.strategies.collect import (
-    BUFFERS,
-    COUNTED,
-    EXAMPLES,
-    METRICS,
-    UPDATE,
-    Considers,
-    Sealing,
-    Seals,
-)
-from umbel.strategies.contexts import SENT, NodeContext
-from umbel.strategies.contract import Contract
-from umbel.strategies.layout import (
-    CONFIG,
-    HELLO,
-    MODEL,
-    PARAMETERS,
-    STATISTICS,
-    averaged_buffers,
-    local_buffers,
-)
-from umbel.strategies.protection import Outlook, hides, quiet
-from umbel.strategies.release import Promise
-from umbel.strategies.run_options import RunOptions
-from umbel.strategies.schedules import checked_rate
+from umbel.strategies.collect import COUNTED, EXAMPLES, METRICS
+from umbel.strategies.layout import CONFIG, HELLO, STATISTICS
 from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack, own_context
-
-LOCAL = "umbel.buffers"
-"""The node's own record of the buffers that stay on it."""
 
 OptionsKey = tuple[tuple[tuple[str, Any], ...], tuple[type, ...]]
 """A run's options as something to look up by; the types tell 1 from True."""
@@ -125,7 +72,7 @@ class ClientHandler:
     stack: Callable[[Options], Stack]
     questions: Questions = ()
     app_digest: str = ""
-    _plans: dict[OptionsKey, "Plan"] = field(default_factory=dict, repr=False)
+    _plans: dict[OptionsKey, Plan] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def _holder(self) -> Holder:
@@ -151,7 +98,7 @@ class ClientHandler:
         """
         plan = self.plan(contexts[0])
         if isinstance(plan.trainer, CohortTrainer) and len(messages) > 1:
-            tasks: list[_Received] = []
+            tasks: list[Received] = []
             before = None
             for message, context in zip(messages, contexts, strict=True):
                 before = plan.receive(message, context, self._split(plan, context), before)
@@ -241,7 +188,7 @@ class ClientHandler:
         bundles = training_bundles(plan.trainer, task.weights, examples, task.job)
         return answer_pool(message, bundles, plan.stack, plan.manifest.size)
 
-    def plan(self, context: Context) -> "Plan":
+    def plan(self, context: Context) -> Plan:
         """What messages under the options of a context are answered with.
 
         Raises:
@@ -256,20 +203,20 @@ class ClientHandler:
                 options,
                 self.stack(options),
                 trainer,
-                _without_values(trainer.initial(options, int(options["seed"]))),
+                without_values(trainer.initial(options, int(options["seed"]))),
                 promising(trainer, options),
                 self.app_digest,
             )
         return self._plans[key]
 
-    def _begin(self, plan: "Plan", task: "_Received") -> "_Received":
+    def _begin(self, plan: Plan, task: Received) -> Received:
         """The task with what the layers ask for before training."""
         if "start-loss" in plan.stack.needs:
             found = plan.trainer.evaluate(task.weights, task.split.train, plan.options)
             task = replace(task, start_loss=found.metrics.get("loss"))
         return plan.begin(task)
 
-    def _train_again(self, plan: "Plan", task: "_Received") -> None:
+    def _train_again(self, plan: Plan, task: Received) -> None:
         """Train the models that stay on the node, for layers that have such."""
         for layer in plan.stack.twice:
             ctx = own_context(plan.told(task), layer.name, task.context.state)
@@ -279,7 +226,7 @@ class ClientHandler:
             trained = plan.trainer.train(weights, task.split.train, job)
             layer.keep(plan.manifest.flatten(trained.weights.parameters), ctx)
 
-    def _split(self, plan: "Plan", context: Context) -> Split:
+    def _split(self, plan: Plan, context: Context) -> Split:
         key, node = (context.node_id, _options_key(context)), node_of(context)
         return self._holder.split(
             key,
@@ -288,247 +235,6 @@ class ClientHandler:
             lambda: job_seed(int(plan.options["seed"]), 0, node.partition),
             context.state,
         )
-
-
-@dataclass(frozen=True)
-class _Received:
-    """One request, unpacked; `sent` is the model as it came."""
-
-    message: Message
-    context: Context
-    split: Split
-    weights: Weights
-    vector: Tensor
-    job: Job
-    account: Charging
-    sent: bytes
-    start_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What depends on the options alone, made once a process.
-
-    Attributes:
-        options: complete ones.
-        stack: as they build it.
-        trainer: of these options.
-        first: the first model, its parameters without values.
-        promise: the trainer, where it promises privacy for single records.
-        app_digest: of the app's files.
-    """
-
-    options: Options
-    stack: Stack
-    trainer: Trainer
-    first: Weights
-    promise: Trainer | None = None
-    app_digest: str = ""
-
-    @functools.cached_property
-    def quiet(self) -> bool:
-        """Whether nothing may travel beside an update."""
-        return self.promise is not None or quiet(self.stack)
-
-    @property
-    def records(self) -> bool:
-        """Whether training protects single records, with noise that nobody can repeat."""
-        return own_promise(self.promise) and int(self.options.get("insecure-noise-seed", -1)) < 0
-
-    @functools.cached_property
-    def contract(self) -> Contract:
-        """What this node acts on besides the messages of a round."""
-        first = self.first
-        return Contract.of(
-            self.options, self.stack, first.parameters, first.buffers, self.app_digest
-        )
-
-    @functools.cached_property
-    def outlook(self) -> Outlook:
-        """What protects updates, as far as the stack alone tells."""
-        return Outlook(self.stack, self.manifest.size)
-
-    @functools.cached_property
-    def _considers(self) -> Considers | None:
-        # Kept, as is what follows: to ask for a protocol's methods takes longer than its work.
-        return self.stack.collect if isinstance(self.stack.collect, Considers) else None
-
-    @functools.cached_property
-    def _seals(self) -> Seals | None:
-        return self.stack.collect if isinstance(self.stack.collect, Seals) else None
-
-    def check_askable(self) -> None:
-        """Raises:
-        ConfigError: the exact answer to a private mean would tell what protected updates hide.
-        """
-        if self.promise is not None or hides(self.stack):
-            raise ConfigError(
-                "a private mean takes its noise at the coordinator, which would see this node's "
-                f"exact answer; under {self.stack} nothing exact leaves a node, so ask none"
-            )
-
-    def consider(self, message: Message, context: Context) -> RecordDict | None:
-        """Before training: the refusal of what could not be sent afterwards; None is none.
-
-        Raises:
-            ConfigError: running statistics would travel beside a protected update.
-        """
-        if self.synced_buffers.size and self.quiet:
-            raise ConfigError(
-                "buffers=mean would send running statistics in the clear beside protected "
-                "updates; use buffers=local, or a model with group normalisation"
-            )
-        if self._considers is None:
-            return None
-        return self._considers.consider(message, context, self._sealing(message))
-
-    def _sealing(self, message: Message) -> Sealing:
-        told: Mapping[str, Any] = find_record(message.content, CONFIG, ConfigRecord) or {}
-        return Sealing(self.contract.blob, self.outlook.under(told).shares)
-
-    @functools.cached_property
-    def manifest(self) -> Manifest:
-        return Manifest.of(self.first.parameters)
-
-    @functools.cached_property
-    def _promise(self) -> Promise:
-        return promise_of(self.options)
-
-    @functools.cached_property
-    def _run(self) -> RunOptions:
-        return RunOptions.read(self.options)
-
-    @functools.cached_property
-    def _rate(self) -> float | None:
-        """The learning rate before the schedule; None where the trainer has none."""
-        return checked_rate(self.options)
-
-    @functools.cached_property
-    def charging(self) -> tuple[Any, ...]:
-        """The layers that the node's ledger is charged for."""
-        return charging_layers(self.stack)
-
-    @functools.cached_property
-    def synced_buffers(self) -> Manifest:
-        """The buffers that are averaged."""
-        return Manifest.of(averaged_buffers(self.first.buffers, str(self.options["buffers"])))
-
-    def receive(
-        self, message: Message, context: Context, split: Split, before: _Received | None = None
-    ) -> _Received:
-        """A request, unpacked; it shares the model with the one before if both were sent one."""
-        config = take_record(message.content, CONFIG, ConfigRecord)
-        if config["manifest"] != self.manifest.digest:
-            raise ConfigError(
-                f"this node's model has {self.manifest.size} parameters in another layout than "
-                "the server's; start both with the same app and options"
-            )
-        model = take_record(message.content, MODEL, ArrayRecord)
-        sent = model[PARAMETERS].data
-        if before is not None and before.sent is sent:
-            vector, parameters = before.vector, before.weights.parameters
-        else:
-            vector = from_array(model[PARAMETERS])
-            parameters = self.manifest.unflatten(vector)
-        buffers = dict(self.first.buffers) | self.kept(context)
-        if BUFFERS in model:
-            buffers |= self.synced_buffers.unflatten(from_array(model[BUFFERS]))
-        buffers |= public_of(message)
-        number = int(config["round"])  # type: ignore[arg-type]
-        account = Charging(message, context, self.options)
-        job = Job(
-            round=number,
-            seed=job_seed(int(self.options["seed"]), number, node_of(context).partition),
-            options=self.options,
-            learning_rate=self._run.rate_in(number, self._rate),
-            node=context.node_config,
-            memory=context.state,
-            ledger=account,
-        )
-        weights = Weights(parameters, buffers)
-        return _Received(message, context, split, weights, vector, job, account, sent)
-
-    def begin(self, task: _Received) -> _Received:
-        """The task as the layers want it: where training begins, what is added to gradients."""
-        if not (self.stack.objectives or self.stack.personal):
-            return task
-        told, state = self.told(task), task.context.state
-        task = self._with_model(task, self.stack.starts(task.vector, told, state))
-        correction = self.stack.begin(task.vector, told, state)
-        return replace(task, job=replace(task.job, correction=correction))
-
-    def with_own_model(self, task: _Received) -> _Received:
-        """The task with the model that this node uses."""
-        if not self.stack.personal:
-            return task
-        own = self.stack.own(task.vector, self.told(task), task.context.state)
-        return self._with_model(task, own)
-
-    def _with_model(self, task: _Received, vector: Tensor) -> _Received:
-        if vector is task.vector:
-            return task
-        weights = Weights(self.manifest.unflatten(vector), task.weights.buffers)
-        return replace(task, vector=vector, weights=weights)
-
-    def told(self, task: _Received) -> NodeContext:
-        """What the layers are told of a round, before training."""
-        message, number, rate = task.message, task.job.round, task.job.learning_rate
-        model = take_record(message.content, MODEL, ArrayRecord)
-        sent = {
-            name.removeprefix(SENT): from_array(array)
-            for name, array in model.items()
-            if name.startswith(SENT)
-        }
-        config: Mapping[str, Any] = take_record(message.content, CONFIG, ConfigRecord)
-        return NodeContext(config=config, sent=sent, round=number, learning_rate=rate or 0.0)
-
-    def reply(self, task: _Received, trained: Trained) -> Message:
-        update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
-        config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
-        measured = {**trained.metrics, EXAMPLES: trained.examples}
-        buffers, examples = trained.weights.buffers, trained.examples
-        told = replace(self.told(task), steps=trained.steps, start_loss=task.start_loss)
-        del trained  # a model; from here on only its difference is needed
-        encoded, said = self.stack.encode(update, config, task.context.state, measured, told)
-        del update
-        record, size = record_of({UPDATE: to_array(encoded)}), encoded.numel()
-        del encoded
-        if self.synced_buffers.size:
-            sent = averaged_buffers(buffers, str(self.options["buffers"]))
-            record[BUFFERS] = to_array(self.synced_buffers.flatten(sent))
-        public = public_of(task.message)
-        own = {k: v for k, v in buffers.items() if k not in public}
-        self._keep(task.context, own, examples)
-        metrics = MetricRecord({**said})
-        content = RecordDict({UPDATE: record, METRICS: metrics})
-        if self._seals is not None:
-            mine = self._sealing(task.message)
-            content = self._seals.seal(content, task.message, task.context, mine)
-        releases = (
-            releases_of(self.stack, self.charging, config, size, self._promise)
-            if self.charging
-            else []
-        )
-        content = task.account.finish(content, releases, sealed=self._seals is not None)
-        return Message(content, reply_to=task.message)
-
-    def _keep(self, context: Context, buffers: Tree, examples: int) -> None:
-        local = local_buffers(buffers, str(self.options["buffers"]))
-        changed = {
-            name: tensor
-            for name, tensor in local.items()
-            if not same_bits(tensor, self.first.buffers[name])
-        }
-        if changed:
-            context.state[LOCAL] = record_of({k: kept_array(v) for k, v in changed.items()})
-            context.state[TRAINED] = MetricRecord({EXAMPLES: examples})
-
-    def kept(self, context: Context) -> Tree:
-        """The buffers that the node has kept of its own trainings."""
-        record = find_record(context.state, LOCAL, ArrayRecord)
-        if record is None:
-            return {}
-        return {name: from_kept(record[name], self.first.buffers[name]) for name in record}
 
 
 class FederationClientApp(ClientApp):
@@ -589,25 +295,6 @@ class FederationClientApp(ClientApp):
         return self.half.train_many(messages, contexts)
 
 
-def _without_values(first: Weights) -> Weights:
-    """The first model's layout: its parameters come with every message, its buffers may not."""
-    layout = {name: tensor.to("meta") for name, tensor in first.parameters.items()}
-    return Weights(layout, first.buffers)
-
-
 def _options_key(context: Context) -> OptionsKey:
     config = context.run_config
     return tuple(config.items()), tuple(map(type, config.values()))
-
-
-def node_of(context: Context) -> Node:
-    """Who a context belongs to; a node without a partition has all of its own data."""
-    config = context.node_config
-    return Node(int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)), config)
-
-
-def job_seed(seed: int, number: int, partition: int) -> int:
-    """The seed of one node's work in one round, the same on every engine."""
-    parts = [seed, number, partition]
-    words = np.array(parts, np.uint32) if max(parts) < 1 << 32 else parts  # a list takes longer
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1

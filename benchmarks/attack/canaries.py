@@ -138,7 +138,7 @@ def honest_stack(federation: Attackable, options: Options) -> Stack:
 def aside(federation: Attackable) -> dict[str, Any]:
     """Changes that leave out what an app does beside training, which may need its own data."""
     aside = {"test": None, "summary": None, "questions": ()}
-    known = {field.name for field in fields(federation)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(federation)}
     return {name: value for name, value in aside.items() if name in known}
 
 

@@ -180,7 +180,7 @@ def beside(federation: Attackable, options: Options, nodes: int = NODES) -> Verd
         listening.append(_Listening(app))
         return listening[-1]
 
-    own: Any = replace(federation, **aside(federation))  # type: ignore[type-var]
+    own: Any = replace(federation, **aside(federation))
     given = {**one_round(federation, options, 0), "client-eval-every": 1}
     play(own, nodes, given, around=around)
     heard = sorted({name for one in listening for name in one.names})
@@ -237,7 +237,7 @@ def errors(federation: Attackable, options: Options, nodes: int = NODES) -> Verd
     """Let the app fail, and see what its error tells."""
     trainer = federation.trainer_for(federation.complete(options))
     failing = {**aside(federation), "trainer": _Failing(trainer)}
-    own: Any = replace(federation, **failing)  # type: ignore[type-var]
+    own: Any = replace(federation, **failing)
     try:
         said = _reasons(play(own, nodes, one_round(federation, options, 0)))
     except UmbelError as error:

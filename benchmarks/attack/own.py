@@ -186,7 +186,7 @@ class _Own:
         flat = Pool("own", x.flatten(1), y, x[:0], y[:0], int(y.max()) + 2, None)
         data: Callable[[Node, Options], Any] = lambda node, _: Split(examples[node.partition])  # noqa: E731
         changes = {**aside(self.federation), "data": data}
-        one: Any = replace(self.federation, **changes)  # type: ignore[type-var]
+        one: Any = replace(self.federation, **changes)
         given = {**self.options, "rounds": 1, "cohort": "all", "sampling": "all"}
         given["client-eval-every"] = -1
         given |= {"local-steps": 1, "momentum": 0.0, "batch-size": 0}

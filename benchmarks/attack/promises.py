@@ -188,7 +188,7 @@ def sampling(
     data = Coins(np.zeros(nodes, dtype=bool))
     changes = {**aside(federation), "trainer": trainer, "data": _Folded(data)}
     try:
-        played = play(replace(federation, **changes), nodes, given)  # type: ignore[type-var]
+        played = play(replace(federation, **changes), nodes, given)
     except UmbelError as error:
         return [not_tested("sampling", "model-user", str(error), rate)]
     mechanism = played.mechanism

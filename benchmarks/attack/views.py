@@ -18,9 +18,9 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -46,6 +46,8 @@ Adversary = Literal["server", "malicious-server", "other-node", "model-user"]
 
 class Attackable(Protocol):
     """What is attacked: `umbel.Federation`, which must be a dataclass with a field `stack`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def data(self) -> Callable[[Node, Options], Any]: ...

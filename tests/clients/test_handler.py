@@ -12,8 +12,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from tests.fakes import APPS, PlusOne, Times, request
-from umbel.clients.handler import LOCAL, job_seed, node_of
 from umbel.clients.holding import SEEN
+from umbel.clients.plan import LOCAL
+from umbel.clients.received import job_seed, node_of
 from umbel.core.app_folder import load
 from umbel.core.errors import ConfigError
 from umbel.core.records import Manifest, from_array, to_array

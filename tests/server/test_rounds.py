@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.fakes import APPS, PlusOne, SharedNursery, Times
 from umbel.clients.data.examples import Node
-from umbel.clients.handler import job_seed
+from umbel.clients.received import job_seed
 from umbel.core.app_folder import load
 from umbel.core.errors import ConfigError, RunError
 from umbel.federation import Federation

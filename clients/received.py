@@ -1,0 +1,50 @@
+"""One request to a node, unpacked, and whose it is."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Context, Message
+from torch import Tensor
+
+from umbel.clients.data.examples import Node, Split
+from umbel.clients.ledger.charging import Charging
+from umbel.clients.trainers.base import Job, Weights
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request, unpacked.
+
+    Attributes:
+        message: as it came.
+        context: of the node.
+        split: the node's examples.
+        weights: where training begins.
+        vector: their parameters, shape (size,).
+        job: for the trainer.
+        account: charges the node's ledger.
+        sent: the model's bytes as they came.
+        start_loss: of these weights on the node's examples, where a layer asks for it.
+    """
+
+    message: Message
+    context: Context
+    split: Split
+    weights: Weights
+    vector: Tensor
+    job: Job
+    account: Charging
+    sent: bytes
+    start_loss: float | None = None
+
+
+def node_of(context: Context) -> Node:
+    """Who a context belongs to; a node without a partition has all of its own data."""
+    config = context.node_config
+    return Node(int(config.get("partition-id", 0)), int(config.get("num-partitions", 1)), config)
+
+
+def job_seed(seed: int, number: int, partition: int) -> int:
+    """The seed of one node's work in one round, the same on every engine."""
+    words = np.random.SeedSequence([seed, number, partition]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
