@@ -3,6 +3,7 @@
 Nothing here has a thread of its own: whoever waits for replies listens to the processes (`wait`).
 """
 
+import contextlib
 import os
 import selectors
 import signal
@@ -296,7 +297,8 @@ class Processes(Pool):
         return worker
 
     def _terminate(self, worker: _Worker) -> None:
-        self._selector.unregister(worker.pipe)
+        with contextlib.suppress(KeyError, ValueError):  # a second Ctrl-C may cut this short
+            self._selector.unregister(worker.pipe)
         worker.pipe.close()
         try:
             os.kill(worker.pid, signal.SIGKILL)
