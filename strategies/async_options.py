@@ -6,6 +6,7 @@ from umbel.core.errors import ConfigError
 from umbel.core.limits import at_least, check_limits, one_of, option
 from umbel.core.options import OptionGroup, dashed
 from umbel.strategies.collect import Seals
+from umbel.strategies.declared import OfOneRound
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.stack import Stack
 
@@ -79,6 +80,13 @@ class AsyncOptions(OptionGroup):
                 f"mode=async cannot sum in secret: {stack.collect.name} needs a cohort whose nodes "
                 f"are there together; {cure}, or leave secure out"
             )
+        for layer in stack.layers:
+            if isinstance(layer, OfOneRound) and layer.of_one_round:
+                raise ConfigError(
+                    "mode=async adds up updates that began in different rounds, and "
+                    f"{layer.name} sends other coordinates in each; {cure}, or leave the "
+                    "compression out"
+                )
         if run.cohort != "all":
             raise ConfigError(
                 f"cohort is {run.cohort!r}, but mode=async has no cohorts; leave it out, and say "

@@ -75,6 +75,16 @@ class Proximal(Protocol):
         ...
 
 
+@runtime_checkable
+class OfOneRound(Protocol):
+    """A layer whose vectors can be added up within one round only."""
+
+    @property
+    def of_one_round(self) -> bool:
+        """Whether vectors of two rounds mean different things."""
+        ...
+
+
 def shapes(layer: object, how: Literal["rotates", "quantises"] | None = None) -> bool:
     """Whether a layer shapes updates for sums, in the way `how` where one is named."""
     return isinstance(layer, ShapesForSums) and how in (None, layer.for_sums)

@@ -50,6 +50,7 @@ from umbel.strategies.aggregator import Aggregator as Aggregator
 from umbel.strategies.aggregator import Contribution as Contribution
 from umbel.strategies.aggregator import Judged as Judged
 from umbel.strategies.collect import PlainSum as PlainSum
+from umbel.strategies.compression.random_k import RandomK as RandomK
 from umbel.strategies.contexts import Broadcast as Broadcast
 from umbel.strategies.contexts import NodeContext as NodeContext
 from umbel.strategies.contexts import RoundContext as RoundContext

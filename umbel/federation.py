@@ -47,6 +47,7 @@ from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
 from umbel.strategies.aggregators.named import RobustOptions
 from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
+from umbel.strategies.compression.options import CompressionOptions
 from umbel.strategies.contract import Contract
 from umbel.strategies.exchange import Advises, ComparesWithOwn, Feeds, PlainExchange, compares
 from umbel.strategies.layout import shows_statistics
@@ -171,6 +172,7 @@ class Federation:
             **PrivacyOptions.defaults(),
             **SecureOptions.defaults(),
             **MethodOptions.defaults(),
+            **CompressionOptions.defaults(),
             **RobustOptions.defaults(),
             **default_names(self._parts),
         }
@@ -283,8 +285,9 @@ class Federation:
                 "this app has no examples to make it of; give Federation(root=...), a function of "
                 "the options, or take another aggregator"
             )
-        if objective is not None:
-            stack = replace(stack, layers=(objective, *stack.layers))
+        compression = CompressionOptions.read(options).layer(int(options["seed"]))
+        first = [layer for layer in (objective, compression) if layer is not None]
+        stack = replace(stack, layers=(*first, *stack.layers))
         stack = compose(stack, asked or options, lambda: self._size(options))
         check_honours(self.trainer_for(options), stack)
         return stack

@@ -26,6 +26,7 @@ from umbel.server.pools.base import Pool
 from umbel.server.pools.choose import DEFAULT, PoolLike, make_pool
 from umbel.server.pools.processes import ForkServer
 from umbel.strategies.aggregators.named import RobustOptions
+from umbel.strategies.compression.options import CompressionOptions
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
@@ -178,12 +179,14 @@ def check_method_stays(began: Options, changes: Options) -> None:
     Raises:
         ConfigError: which option, and what it was.
     """
-    for name in ("method", "proximal-mu", *MethodOptions.defaults()):
+    kept = {**MethodOptions.defaults(), **CompressionOptions.defaults()}
+    for name in ("method", "proximal-mu", *kept):
         before = began.get(name, changes.get(name))
         if name in changes and changes[name] != before:
             raise ConfigError(
-                f"a run that goes on keeps its method, so {name}={changes[name]} (it was {before}) "
-                "cannot change; leave it out, or begin a new run"
+                "a run that goes on keeps what its nodes remember something for, so "
+                f"{name}={changes[name]} (it was {before}) cannot change; leave it out, or begin a "
+                "new run"
             )
 
 

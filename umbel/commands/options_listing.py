@@ -19,6 +19,7 @@ from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
 from umbel.strategies.aggregators.named import RobustOptions
 from umbel.strategies.async_options import AsyncOptions
+from umbel.strategies.compression.options import CompressionOptions
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
@@ -30,6 +31,7 @@ GROUPS: Mapping[str, type[Any]] = {
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
     "method": MethodOptions,
+    "compression": CompressionOptions,
     "robust aggregation": RobustOptions,
 }
 """Who reads an option, and the group that holds it."""

@@ -1,0 +1,1 @@
+"""Layers that send less than the whole update."""
