@@ -76,7 +76,7 @@ class Compared:
 
     Attributes:
         run: its directory.
-        name: the directory's name, or its path where two have that name.
+        name: the directory's name, with folders above it where two have that name.
         config: its `config.json`.
         rounds: what it wrote of each round.
         epsilon: what has been charged; None where nothing is.
@@ -239,10 +239,10 @@ class Comparison:
             sentence += f" Drawn are the first {_DRAWN} runs."
         unit = f"{name} (%)" if scale == 100 else name
         title = f"{title_text(name)} by round"
-        drawn = draw_lines(
-            "compared", title, sentence, lines, unit=unit, logarithmic=direction(name) <= 0
+        logarithmic = direction(name) <= 0
+        return draw_lines(
+            "compared", title, sentence, lines, unit=unit, logarithmic=logarithmic, wide=True
         )
-        return Plot(drawn.name, title, sentence, drawn.svg, drawn.png, wide=True)
 
 
 def compare(folders: Sequence[Path], target: Target | None = None) -> Comparison:
@@ -267,11 +267,7 @@ def compare(folders: Sequence[Path], target: Target | None = None) -> Comparison
         if folder.resolve() in seen:
             raise ConfigError(f"{folder} is given twice; give each run once")
         seen.add(folder.resolve())
-    names = [folder.resolve().name for folder in folders]
-    runs = [
-        _read(folder, name if names.count(name) == 1 else str(folder))
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    runs = list(map(_read, folders, _names(folders)))
     return Comparison(runs, _metric(runs, target), target)
 
 
@@ -301,6 +297,16 @@ def write_page(found: Comparison, file: Path) -> Path:
         )
     )
     return RunDirectory(file.parent).write_bytes(file.name, page.encode("utf-8", "replace"))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The ends of the paths, as long as it takes for each to have its own."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts))):
+        names = [str(Path(*each[-length:])) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder.resolve()) for folder in folders]
 
 
 def _read(folder: Path, name: str) -> Compared:
