@@ -335,7 +335,7 @@ def _marks(axes: Any, marks: Mapping[str, float], rule: Callable[..., Any]) -> N
     for (label, value), color in zip(shown.items(), (INK, VERMILION), strict=False):
         rule(value, color=color, linewidth=1.2, linestyle=(0, (4, 2)), label=clean(label))
     if shown:
-        _legend(axes, list(shown))
+        _legend(axes, _columns(list(shown)))
 
 
 def _columns(labels: Sequence[str], wide: bool = False) -> int:
