@@ -93,6 +93,7 @@ def draw_lines(
     unit: str,
     zero: bool = False,
     logarithmic: bool = False,
+    wide: bool = False,
 ) -> Plot:
     """Lines over rounds.
 
@@ -105,7 +106,10 @@ def draw_lines(
         zero: the y axis starts at zero.
         logarithmic: the y axis may have a logarithmic scale; it gets one where the values are
             positive and spread over more than a factor of 50.
+        wide: see `Plot`; there is room for many lines with long labels.
     """
+    labels = [line.label for line in lines]
+    columns = _columns(labels, wide)
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -122,9 +126,10 @@ def draw_lines(
         axes.set_ylabel(label)
         _rounds_axis(axes)
         if len(lines) > 1:
-            _legend(axes, [line.label for line in lines])
+            _legend(axes, columns)
 
-    return Plot(name, title, sentence, *_render(name, title, draw))
+    size = (11.6, 3.4 + 0.2 * -(-len(lines) // columns)) if wide else (5.6, 3.1)
+    return Plot(name, title, sentence, *_render(name, title, draw, size), wide=wide)
 
 
 def draw_stack(
@@ -172,7 +177,7 @@ def draw_stack(
             axes.set_xlim(x[0] - 3, x[0] + 3)
             axes.set_xticks(x)
         if len(layers) > 1:
-            _legend(axes, list(layers))
+            _legend(axes, _columns(list(layers)))
 
     return Plot(name, title, sentence, *_render(name, title, draw))
 
@@ -330,11 +335,19 @@ def _marks(axes: Any, marks: Mapping[str, float], rule: Callable[..., Any]) -> N
     for (label, value), color in zip(shown.items(), (INK, VERMILION), strict=False):
         rule(value, color=color, linewidth=1.2, linestyle=(0, (4, 2)), label=clean(label))
     if shown:
-        _legend(axes, list(shown))
+        _legend(axes, _columns(list(shown)))
 
 
-def _legend(axes: Any, labels: Sequence[str]) -> None:
-    columns = len(labels) if sum(len(label) + 6 for label in labels) <= 74 else 3
+def _columns(labels: Sequence[str], wide: bool = False) -> int:
+    """Of a legend: one row where all fit, else as many as do."""
+    widths = [len(clean(label)) + 6 for label in labels]
+    room = 154 if wide else 74
+    if sum(widths) <= room:
+        return len(labels)
+    return max(1, room // max(widths)) if wide else 3
+
+
+def _legend(axes: Any, columns: int) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.015, 1.0),

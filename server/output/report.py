@@ -11,16 +11,13 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from umbel.core.options import renamed
 from umbel.server.evaluation import direction
 from umbel.server.output.figures import Round, metric_text, plots_of, size_text
+from umbel.server.output.pages import Table, environment
 from umbel.server.output.plots import Plot
 from umbel.server.output.progress import count, duration, headline, number
 from umbel.server.output.rundir import RunDirectory
@@ -36,19 +33,6 @@ NOT_ASKED = "nodes_not_asked"
 """Of `config.json`: why nodes do not evaluate the model, where they were to do it."""
 _KNOWN = {"app", "options", "versions", "machine", "model", "command", "provenance", NOT_ASKED}
 _FAILING_NODES = 20
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under column names; `heads` may be empty.
-
-    Attributes:
-        heads: one name a column.
-        rows: cells as text, each row as long as `heads` where there are heads.
-    """
-
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -87,8 +71,8 @@ def write_report(run: Path, sections: Sequence[Section] = ()) -> Path:
     rounds = [Round.of(line) for line in directory.rounds()]
     plots = plots_of(rounds, directory.nodes())
     page = (
-        _environment()
-        .from_string(_template())
+        environment()
+        .get_template("report.html")
         .render(
             title=_title(config),
             lead=_lead(config, result, rounds),
@@ -111,18 +95,6 @@ def write_report(run: Path, sections: Sequence[Section] = ()) -> Path:
 
         seal(directory)
     return written
-
-
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["drawing"] = lambda plot: Markup(plot.svg)  # ours, and escaped by it
-    return environment
-
-
-def _template() -> str:
-    return (
-        resources.files("umbel.server.output").joinpath("report.html").read_text(encoding="utf-8")
-    )
 
 
 def _title(config: Mapping[str, Any]) -> str:

@@ -19,8 +19,9 @@ from hypothesis.extra import numpy as arrays
 
 from umbel.core.errors import ConfigError
 from umbel.server.output.figures import Round, is_share, metric_text, plots_of, size_text
+from umbel.server.output.pages import Table
 from umbel.server.output.plots import BLUE, Line, clean, draw_lines, thin
-from umbel.server.output.report import Section, Table, write_report
+from umbel.server.output.report import Section, write_report
 from umbel.server.output.rundir import RunDirectory
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png>$\\frac{1$"

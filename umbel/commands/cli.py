@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import click
 import typer
 
+from umbel.commands import compare as compare_command
 from umbel.commands import deliver as deliver_commands
 from umbel.commands import run as run_commands
 from umbel.commands import runs as runs_command
@@ -185,6 +186,7 @@ def new_command(
 
 
 app.command("runs")(runs_command.runs)
+app.command("compare")(compare_command.compare)
 app.command("report")(run_commands.report)
 app.command("verify")(run_commands.verify)
 app.command("key")(run_commands.key)

@@ -39,7 +39,11 @@ def runs(folders: Folders = None, as_json: AsJson = False) -> None:
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
     """The lines of the table: titles, then a line for each run."""
     titles = ("run", "state", "app", "engine", "rounds", "accuracy", "epsilon")
-    rows = [titles, *map(_cells, found)]
+    return aligned([titles, *map(_cells, found)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines in which the columns stand below one another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
