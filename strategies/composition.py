@@ -279,7 +279,8 @@ def check_rounds(stack: Stack, facts: Facts, rounds: int = 2) -> None:
     """Refuse a stack that would not last: the facts of its first rounds, as its layers make them.
 
     A layer may ask of a round what only the one before can show, such as a bound that does not
-    move. So the server's half is played on a few coordinates, with a sum of ones and no node.
+    move. So the server's half is played on a few coordinates, with no node and a sum of ones, or
+    of less where that is longer than updates may be.
 
     Args:
         stack: with all noise decided.
@@ -307,9 +308,9 @@ def _play(stack: Stack, facts: Facts, rounds: int) -> None:
         except StackError as error:
             raise StackError(f"{error} (in round {number})") from error
         cohort = max(1.0, facts.expected_replies)
-        sum_ = Aggregate(
-            torch.ones(bottom.size, dtype=torch.float64), cohort, round(cohort), cohort
-        )
+        each = 1.0 if bottom.l2_bound is None else min(1.0, bottom.l2_bound)
+        total = torch.full((bottom.size,), each, dtype=torch.float64)
+        sum_ = Aggregate(total, cohort, round(cohort), cohort)
         generator = torch.Generator().manual_seed(number)
         rnd = RoundContext(
             number, cohort, round(cohort), cohort, bottom, generator, learning_rate=1.0

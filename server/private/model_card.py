@@ -124,17 +124,16 @@ def _head(
     certificate: Mapping[str, Any],
     metrics: Mapping[str, float],
 ) -> str:
-    """YAML, every text in double quotes as JSON writes it."""
-    quoted = json.dumps
+    """YAML, every text in double quotes."""
     lines = [
         "---",
-        f"model_name: {quoted(name)}",
+        f"model_name: {_quoted(name)}",
         "library_name: umbel",
-        f"license: {quoted(told['licence'])}",
+        f"license: {_quoted(told['licence'])}",
         "tags: [federated-learning, differential-privacy]",
-        f"metrics: [{', '.join(quoted(metric) for metric in sorted(metrics))}]",
-        f"run: {quoted(certificate['run'])}",
-        f"date: {quoted(certificate['issued'])}",
+        f"metrics: [{', '.join(_quoted(metric) for metric in sorted(metrics))}]",
+        f"run: {_quoted(certificate['run'])}",
+        f"date: {_quoted(certificate['issued'])}",
         "privacy:",
     ]
     for row in certificate["guarantees"]:
@@ -148,6 +147,15 @@ def _head(
             f"    relation: {row['relation']}",
         ]
     return "\n".join([*lines, "---"])
+
+
+def _quoted(text: str) -> str:
+    """Text in double quotes, as JSON and YAML both read it.
+
+    Beyond the first 65,536 characters JSON escapes in halves, which YAML does not put together.
+    """
+    plain = json.dumps(text, ensure_ascii=False)
+    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in plain)
 
 
 def _inline(answer: str) -> str:

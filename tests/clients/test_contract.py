@@ -8,7 +8,14 @@ import torch
 
 from tests.clients.liar import NODES, Liar, federation
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.contract import PARTS, UNKNOWN, Contract, described, settings_digest
+from umbel.strategies.contract import (
+    PARTS,
+    PROTOCOL,
+    UNKNOWN,
+    Contract,
+    described,
+    settings_digest,
+)
 from umbel.strategies.layout import PARAMETERS
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.secure.quantize import Quantize
@@ -160,6 +167,14 @@ def test_a_contract_is_the_same_in_every_process_and_tells_every_setting() -> No
     assert settings_digest("x", {"a": b"1"}) != settings_digest("x", {"a": "1"})
     assert settings_digest("x", {"a": "1"}) != settings_digest("y", {"a": "1"})
     assert "0x" not in described(Quantize(8))  # no address of an object
+
+
+def test_a_node_of_another_protocol_does_not_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions that reckon in other ways are no neighbours, and hear in what they differ."""
+    mine = Contract.of({}, Stack(), {}, {})
+    monkeypatch.setattr("umbel.strategies.contract.PROTOCOL", PROTOCOL + 1)
+    later = Contract.of({}, Stack(), {}, {})
+    assert mine.differs(later) == ["protocol"] and mine.blob != later.blob
 
 
 def test_an_app_of_other_files_does_not_sum() -> None:

@@ -5,9 +5,11 @@ import copy
 import json
 import math
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -266,6 +268,21 @@ def test_a_ledger_that_cannot_be_written_lets_nothing_leave(tmp_path: Path) -> N
     (tmp_path / LEDGER).write_bytes(b"this is no database" * 100)
     with pytest.raises((RunError, ConfigError), match="ledger"):
         dp_sgd(tmp_path).ask(1)
+
+
+def test_a_ledger_of_a_later_format_lets_nothing_leave(tmp_path: Path) -> None:
+    """What an older version does not understand, it does not count as nothing spent."""
+    node = dp_sgd(tmp_path)
+    assert update_of(node.ask(1)) is not None
+    path = LedgerFile(tmp_path).path
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version=2")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"of format 2; this version of Umbel knows 1"):
+        LedgerFile(tmp_path).budget()
+    with pytest.raises((ConfigError, RunError), match=r"of format 2"):
+        node.ask(2)
+    assert path.read_bytes() == before
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,28 @@ def test_a_run_of_private_records_has_a_certificate_and_a_card(clinics: Clinics)
     assert verify(directory.path) == []
 
 
+def test_the_head_of_a_card_is_yaml_whatever_its_author_wrote(clinics: Clinics) -> None:
+    yaml: Any = pytest.importorskip("yaml")
+    licence = 'Ours \U0001fa7a: "as is" # 1 \\ é\u200b\x9f\ue000'
+    with (clinics.app / "pyproject.toml").open("a", encoding="utf-8") as more:
+        more.write(f"licence = {json.dumps(licence, ensure_ascii=False)}\n")
+    clinics.run(bad="2:silent", rounds=1)
+    directory = clinics.directory()
+    text = (directory.path / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert text.startswith("---\n")
+    head = yaml.safe_load(text.split("---\n")[1])
+    value = clinics.certificate()
+    assert head["license"] == licence and head["run"] == value["run"]
+    assert head["tags"] == ["federated-learning", "differential-privacy"]
+    told = [(row["against"], row["unit"], row["epsilon"], row["delta"]) for row in head["privacy"]]
+    assert told == [
+        (row["against"], row["unit"], float(row["epsilon"]), pytest.approx(row["delta"]))
+        for row in value["guarantees"]
+    ]
+    assert told and all(epsilon == float("inf") for *_, epsilon, _ in told)  # a node was silent
+    assert verify(directory.path) == []
+
+
 def test_statements_without_a_key_are_called_that(clinics: Clinics) -> None:
     clinics.run(bad="0:unsigned 1:unsigned")
     assert [row["signed"] for row in clinics.certificate()["statements"]["nodes"]] == [

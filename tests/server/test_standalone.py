@@ -23,6 +23,7 @@ from dp_accounting import (
     ZCDpEvent,
 )
 
+from tests.fakes import WarmCommand
 from tests.server.test_certificate import certificate, finished, put
 from tests.server.test_private_run import Lab
 from tests.server.test_records import Clinics
@@ -196,6 +197,39 @@ def test_both_find_the_same_forgeries(
         run = forged(number)
         (run / "certificate.json").write_text(text)
         assert alone.check(run)
+
+
+@pytest.mark.parametrize(
+    ("format_", "versions", "issuer"),
+    [
+        (1, {"umbel": "0.9.1"}, "Umbel 0.9.1"),
+        (1, None, "the version that issued it"),
+        (3, {"umbel": "9\x1b[2J\nholds"}, "Umbel 9"),
+    ],
+)
+def test_a_certificate_of_another_format_is_left_to_its_issuer(
+    umbel: WarmCommand,
+    alone: ModuleType,
+    finished: Path,
+    tmp_path: Path,
+    format_: int,
+    versions: Any,
+    issuer: str,
+) -> None:
+    """Nothing of it is checked, and both say so, whatever else is wrong with it."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    put(run, certificate(run) | {"format": format_, "versions": versions, "key": "nobody's"})
+    (run / "ledger.sqlite").unlink(missing_ok=True)
+    (problem,) = verify(run)
+    assert f"is of format {format_}, and this version checks format 2" in problem
+    assert "nothing of it was checked" in problem and f"check it with {issuer}" in problem
+    assert "What its run has spent counts on" in problem and problem.isprintable()
+    ended = umbel.command("verify", run, cwd=tmp_path / "here")
+    assert ended.status == 3 and problem in ended.out and "the certificate holds" not in ended.out
+    (other,) = alone.problems_of(run, None)
+    assert f"is of format {format_}, and this file checks format 2" in other
+    assert "nothing of it was checked" in other
 
 
 def test_both_read_the_statements_of_nodes(alone: ModuleType, tmp_path: Path) -> None:

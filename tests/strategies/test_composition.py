@@ -373,6 +373,15 @@ def test_a_stack_that_would_end_in_a_later_round_does_not_begin() -> None:
         composition.check_rounds(moving, BEFORE)
 
 
+@pytest.mark.parametrize("norm", [1e-30, 1e-5, 1.0, 1e30])
+@pytest.mark.parametrize("noise", [Gaussian(1.0), TreeGaussian(3, 2.0), BandedGaussian(2, 3, 2.0)])
+def test_a_norm_of_any_size_is_played_with_sums_of_its_size(
+    norm: float, noise: Transform[Any]
+) -> None:
+    """Ones under a norm of 1e-30 are further off than noise has places for."""
+    composition.check_rounds(Stack((Clip(norm), noise), FIXED), BEFORE)
+
+
 # ---- what is asked is in the stack
 
 
