@@ -21,17 +21,17 @@ def net():
     return LlamaForCausalLM(config)
 
 
-def data(node, options):
+def data(node, options):  # noqa: ARG001
     text = load_breast_cancer().DESCR.encode("ascii", "replace")  # a character is a token
     x = np.frombuffer(text, np.uint8)[: len(text) // 32 * 32].reshape(-1, 32).astype(np.int64)
     mine = x[node.partition :: node.partitions]
-    return Split(Examples(mine, mine))
+    return Split(Examples(mine[1:], mine[1:]), Examples(mine[:1], mine[:1]))
 
 
 federation = Federation(
     trainer=TransformersTrainer(net),
     data=data,
-    options={"rounds": 10, "learning-rate": 0.2, "momentum": 0.9, "clip-gradient": 1.0},
+    options={"rounds": 10, "learning-rate": 0.1, "momentum": 0.9, "batch-size": 4},
     name="text-transformers",
 )
 
