@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,9 @@ class Build:
         task = next((t for end, t in TASKS.items() if type(base).__name__.endswith(end)), None)
         try:
             config = peft.LoraConfig(**{"task_type": task, **self.lora})
-            adapted: nn.Module = peft.get_peft_model(base, config)
+            with warnings.catch_warnings():  # of names that peft and transformers do not share yet
+                warnings.simplefilter("ignore", FutureWarning)
+                adapted: nn.Module = peft.get_peft_model(base, config)
         except (TypeError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"the adapters lora={dict(self.lora)} do not match the base "

@@ -92,7 +92,7 @@ def run(trainer: Any, data: Any, where: Path, **options: Any) -> dict[str, Any]:
     known = {"nodes": 3, "rounds": 8, "momentum": 0.9, **options}
     named = {name.replace("_", "-"): value for name, value in known.items()}
     federation = Federation(trainer=trainer, data=data, options=named, name="tiny")
-    result: dict[str, Any] = umbel.run(federation)
+    result: dict[str, Any] = umbel.run(federation, out=str(where / "out"))
     return result
 
 
