@@ -37,10 +37,10 @@ test-clusters: $(VENV)/.clusters ## the tests on real clusters, which they start
 	$(BIN)/pytest -m clusters
 
 $(VENV)/.frameworks: $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[tensorflow,jax]'
+	$(BIN)/python -m pip install --quiet --editable '.[tensorflow,jax,transformers]'
 	@touch $@
 
-test-frameworks: $(VENV)/.frameworks ## the tests that need Keras, TensorFlow, JAX or Flax
+test-frameworks: $(VENV)/.frameworks ## the tests that need Keras, TensorFlow, JAX, Flax or transformers
 	$(BIN)/pytest -m frameworks
 
 check: $(READY) links ## ruff and mypy

@@ -18,6 +18,7 @@ from umbel.clients.data.partition import Iid as Iid
 from umbel.clients.data.partition import Shards as Shards
 from umbel.clients.data.partitioned import Partitioned as Partitioned
 from umbel.clients.data.scattering import Scattering as Scattering
+from umbel.clients.frameworks.adapters import base_digest as base_digest
 from umbel.clients.pytorch.compact import compact as compact
 from umbel.clients.pytorch.one_step import OneStep as OneStep
 from umbel.clients.pytorch.trainer import TorchTrainer as TorchTrainer
@@ -32,6 +33,7 @@ from umbel.clients.trainers.keras import KerasTrainer as KerasTrainer
 from umbel.clients.trainers.private_sgd import PrivateSgd as PrivateSgd
 from umbel.clients.trainers.sklearn import SklearnTrainer as SklearnTrainer
 from umbel.clients.trainers.softmax import SoftmaxTrainer as SoftmaxTrainer
+from umbel.clients.trainers.transformers import TransformersTrainer as TransformersTrainer
 from umbel.core.errors import CheckError as CheckError
 from umbel.core.errors import ConfigError as ConfigError
 from umbel.core.errors import Interrupted as Interrupted

@@ -15,6 +15,7 @@ OPTIONS = {
     "torch": ("PyTorch", _STEPS),
     "keras": ("Keras", _STEPS),
     "jax": ("JAX and Flax", _STEPS),
+    "transformers": ("Hugging Face Transformers", _STEPS.replace("0.1", "0.05")),
     "sklearn": ("scikit-learn", "learning-rate = 0.01\nlocal-epochs = 2"),
     "numpy": ("NumPy", "learning-rate = 1.0\nlocal-epochs = 5"),
 }

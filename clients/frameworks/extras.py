@@ -45,14 +45,28 @@ def needed(module: str, extra: str, who: str) -> Any:
             f"{who} would wait forever: this process was forked from one that had used {root} "
             "already; start processes by spawn, or use the framework in the child only"
         )
-    if importlib.util.find_spec(root) is None:
-        raise ConfigError(
-            f"{who} needs {root}, which is not installed; run: pip install 'umbel[{extra}]'"
-        )
+    _check_installed(root, extra, who)
     _limit_threads(root)
     found = importlib.import_module(module)
     _used.add(root)
     return found
+
+
+def installed(module: str, extra: str, who: str) -> Any:
+    """A package that builds on PyTorch, imported: it survives a fork as PyTorch does.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    _check_installed(module.partition(".")[0], extra, who)
+    return importlib.import_module(module)
+
+
+def _check_installed(root: str, extra: str, who: str) -> None:
+    if importlib.util.find_spec(root) is None:
+        raise ConfigError(
+            f"{who} needs {root}, which is not installed; run: pip install 'umbel[{extra}]'"
+        )
 
 
 def _limit_threads(root: str) -> None:

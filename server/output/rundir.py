@@ -43,7 +43,15 @@ LOCK = ".lock"
 """In a run's directory: who is at work on it holds this file locked."""
 _PACKAGES = (
     *("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio"),
-    *("keras", "tensorflow", "jax", "flax", "optax"),  # where they are installed
+    *(
+        "keras",
+        "tensorflow",
+        "jax",
+        "flax",
+        "optax",
+        "transformers",
+        "peft",
+    ),  # where they are installed
 )
 
 

@@ -175,7 +175,7 @@ def new_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to make.")],
     framework: Annotated[
         str,
-        typer.Option(metavar="NAME", help="torch, keras, jax, sklearn or numpy."),
+        typer.Option(metavar="NAME", help="torch, keras, jax, transformers, sklearn or numpy."),
     ] = "torch",
 ) -> None:
     """Make an app that runs at once."""
