@@ -49,7 +49,10 @@ _PROTOCOL = (
     str(_HERE.parent / "core"),
     str(_HERE.parent / "strategies"),
     str(_HERE / "ledger"),
-    *(str(_HERE / name) for name in ("handler.py", "admission.py", "pooling.py")),
+    *(
+        str(_HERE / name)
+        for name in ("handler.py", "plan.py", "received.py", "admission.py", "pooling.py")
+    ),
     str(_HERE / "trainers" / "private_sgd.py"),
 )
 """Where Umbel's own sentences come from that say nothing about a node's data."""
