@@ -16,7 +16,6 @@ their updates is in the model twice.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -57,12 +56,7 @@ class BufferedCollector(Collector):
         """Of the present round: who has answered, by how many rounds the replies are behind, and
         whose were too far behind."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Whoever is still at work is not waited for."""
         self._box.cancel()
 

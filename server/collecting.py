@@ -1,9 +1,7 @@
 """What a round collects: a cohort is asked, and its replies become one sum."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from flwr.app import Message
 
@@ -34,8 +32,8 @@ class Collected:
     said: Mapping[str, float] = field(default_factory=dict)
 
 
-class Collector(AbstractContextManager["Collector"]):
-    """Asks a cohort each round and waits for its replies; a context for as long as rounds run.
+class Collector:
+    """Asks a cohort each round and waits for its replies; closed when no more rounds run.
 
     Args:
         parts: of the run.
@@ -44,12 +42,8 @@ class Collector(AbstractContextManager["Collector"]):
     def __init__(self, parts: RunParts) -> None:
         self.parts = parts
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def close(self) -> None:
+        """Nothing more is collected."""
 
     def collect(self, position: Position, number: int, before: Facts, phases: Phases) -> Collected:
         """Ask a cohort, and wait for its replies.

@@ -36,6 +36,7 @@ class RunParts:
         grid: the engine.
         run: where the run is written down.
         progress: where a person watches.
+        processes: that nodes' updates are added up in before they are sent; 0 is none.
         manifest: of the parameters.
         synced_buffers: of the buffers that nodes average.
         optimizer: of the server.
@@ -54,6 +55,7 @@ class RunParts:
     grid: Grid
     run: RunDirectory
     progress: Progress
+    processes: int
     manifest: Manifest
     synced_buffers: Manifest
     optimizer: ServerOptimizer
@@ -87,7 +89,8 @@ class RunParts:
         population = Population(job, grid, nodes, sampler, manifest.size, progress)
         failures = population.failures
         statements = Statements(run, failures.names)
-        requests = Requests(job, grid, manifest, synced, sharing(grid) if job.pooled else 0)
+        processes = sharing(grid) if job.pooled else 0
+        requests = Requests(job, grid, manifest, synced, processes)
         model = DeliveredModel(job, manifest, synced, statistics)
         checkpoints = Checkpoints(run, grid, job.stack.collect, options.rounds, progress)
         central = CentralEvaluation(job, model, run)
@@ -97,6 +100,7 @@ class RunParts:
             grid=grid,
             run=run,
             progress=progress,
+            processes=processes,
             manifest=manifest,
             synced_buffers=synced,
             optimizer=optimizer,

@@ -1,7 +1,6 @@
 """The private means of a run: asked when their time has come, as far as the budget goes."""
 
 from umbel.server.checkpoint import Position
-from umbel.server.drive import sharing
 from umbel.server.parts import RunParts
 from umbel.server.privacy_gate import BudgetSpentError
 from umbel.server.queries import QueryRunner
@@ -35,7 +34,7 @@ class Questions:
             parts.grid,
             parts.population.nodes,
             guard,
-            sharing(parts.grid) if job.pooled else 0,
+            parts.processes,
             job.options.round_timeout or None,
         )
         for question in job.questions:

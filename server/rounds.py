@@ -8,6 +8,7 @@ a cohort that is waited for, or a buffer that fills (`umbel.server.buffered`).
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -70,7 +71,7 @@ class Rounds:
         Raises:
             RunError: no node could train.
         """
-        with self._collector:
+        with closing(self._collector):
             position, stopped = self._train(self._beginning.position())
             observers = self.parts.observers
             if stopped != "rounds":

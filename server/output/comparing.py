@@ -5,7 +5,7 @@ nodes that measured. Which of the two it is is said, for they are not the same e
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,6 @@ class Compared:
     rounds: Sequence[Round]
     epsilon: float | None
 
-    @property
-    def done(self) -> int:
-        """Rounds of training that ended."""
-        return sum(one.number > 0 for one in self.rounds)
-
     def values(self, metric: str | None) -> list[tuple[int, float]]:
         """Round and value wherever the metric was measured."""
         if self.measured(metric) == "nodes":
@@ -106,16 +101,10 @@ class Compared:
             return "coordinator"
         return "nodes" if any(metric in one.federated for one in self.rounds) else ""
 
-    def total(self, name: str) -> float | None:
-        """The sum of `bytes_down`, `bytes_up` or `seconds` over the rounds of training."""
-        trained = [one for one in self.rounds if one.number > 0]
-        all_of = {
-            "bytes_down": [one.bytes_down for one in trained],
-            "bytes_up": [one.bytes_up for one in trained],
-            "seconds": [one.seconds for one in trained],
-        }
-        found = [value for value in all_of[name] if value is not None]
-        return sum(found) if found else None
+    @property
+    def trained(self) -> list[Round]:
+        """The rounds of training that ended."""
+        return [one for one in self.rounds if one.number > 0]
 
 
 @dataclass(frozen=True)
@@ -146,15 +135,15 @@ class Comparison:
         return {
             "run": str(run.run),
             "name": run.name,
-            "rounds": run.done,
+            "rounds": len(run.trained),
             "measured": run.measured(self.metric) or None,
             "last": values[-1][1] if values else None,
             "best": best,
             "best_round": at,
             "target_round": next(reached, None),
-            "bytes_down": _whole(run.total("bytes_down")),
-            "bytes_up": _whole(run.total("bytes_up")),
-            "seconds": run.total("seconds"),
+            "bytes_down": _whole(_total(one.bytes_down for one in run.trained)),
+            "bytes_up": _whole(_total(one.bytes_up for one in run.trained)),
+            "seconds": _total(one.seconds for one in run.trained),
             "epsilon": run.epsilon,
         }
 
@@ -353,6 +342,12 @@ def _cell(value: Any) -> str:
     if value is None:
         return _MISSING
     return plain(value if value and isinstance(value, str) else strict.dumps(value))
+
+
+def _total(amounts: Iterable[float | None]) -> float | None:
+    """The sum of those that are known; None where none is."""
+    known = [amount for amount in amounts if amount is not None]
+    return sum(known) if known else None
 
 
 def _whole(amount: float | None) -> int | None:

@@ -43,15 +43,8 @@ LOCK = ".lock"
 """In a run's directory: who is at work on it holds this file locked."""
 _PACKAGES = (
     *("umbel", "flwr", "torch", "numpy", "scikit-learn", "dp-accounting", "grpcio"),
-    *(
-        "keras",
-        "tensorflow",
-        "jax",
-        "flax",
-        "optax",
-        "transformers",
-        "peft",
-    ),  # where they are installed
+    # and where they are installed:
+    *("keras", "tensorflow", "jax", "flax", "optax", "transformers", "peft"),
 )
 
 

@@ -17,6 +17,7 @@ zeros. What a clip below cuts off is cut off, and what is sent and never arrives
 compression.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,14 +76,9 @@ class RandomK(Stateless):
     def places(self, size: int, number: int) -> Tensor:
         """The coordinates of round `number`, in order: int64 of shape (count,).
 
-        Every coordinate has a key of 64 bits, and the smallest keys are taken. Keys are raw words
-        of Philox, which every version of NumPy gives alike; its samplers promise no such thing.
+        It is one tensor for all nodes of a round, and not to be written to.
         """
-        key = np.array([self.seed & (1 << 64) - 1, number], np.uint64)
-        words = np.random.Philox(key=key).random_raw(size)
-        count = self.count(size)
-        chosen = np.argpartition(words, count - 1)[:count]
-        return torch.from_numpy(np.sort(chosen))
+        return _smallest_keys(size, self.count(size), self.seed, number)
 
     def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
         if ctx.round < 1:
@@ -100,3 +96,15 @@ class RandomK(Stateless):
         whole = total.new_zeros(ctx.entered.size)
         whole[self.places(whole.numel(), ctx.number)] = total
         return whole, state
+
+
+@functools.lru_cache(maxsize=1)  # a process has many nodes of one round
+def _smallest_keys(size: int, count: int, seed: int, number: int) -> Tensor:
+    """The `count` coordinates whose keys of 64 bits are the smallest.
+
+    Keys are raw words of Philox, which every version of NumPy gives alike; its samplers promise no
+    such thing.
+    """
+    key = np.array([seed & (1 << 64) - 1, number], np.uint64)
+    words = np.random.Philox(key=key).random_raw(size)
+    return torch.from_numpy(np.sort(np.argpartition(words, count - 1)[:count]))
