@@ -285,9 +285,10 @@ class Federation:
                 "this app has no examples to make it of; give Federation(root=...), a function of "
                 "the options, or take another aggregator"
             )
-        compression = CompressionOptions.read(options).layer(int(options["seed"]))
-        first = [layer for layer in (objective, compression) if layer is not None]
-        stack = replace(stack, layers=(*first, *stack.layers))
+        compression = CompressionOptions.read(options)
+        stack = compression.around(stack, int(options["seed"]), bool(options["secure"]))
+        if objective is not None:
+            stack = replace(stack, layers=(objective, *stack.layers))
         stack = compose(stack, asked or options, lambda: self._size(options))
         check_honours(self.trainer_for(options), stack)
         return stack
