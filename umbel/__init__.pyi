@@ -69,6 +69,9 @@ from umbel.strategies.methods.feddyn import FedDyn as FedDyn
 from umbel.strategies.methods.fedexp import FedExP as FedExP
 from umbel.strategies.methods.fednova import FedNova as FedNova
 from umbel.strategies.methods.fedprox import FedProx as FedProx
+from umbel.strategies.methods.fedrep import FedRep as FedRep
+from umbel.strategies.methods.fine_tuning import FineTuning as FineTuning
+from umbel.strategies.methods.perfedavg import PerFedAvg as PerFedAvg
 from umbel.strategies.methods.personal_parts import PersonalParts as PersonalParts
 from umbel.strategies.methods.qfedavg import QFedAvg as QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold as Scaffold
