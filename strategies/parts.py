@@ -15,6 +15,8 @@ from typing import Any
 
 from umbel.core.errors import ConfigError
 from umbel.core.registry import KINDS, OWN, is_function, made, make, names, refuse_class
+from umbel.strategies import oort as oort  # and, like the next, registers its sampler
+from umbel.strategies import power_of_choice as power_of_choice
 from umbel.strategies.aggregator import Aggregator
 from umbel.strategies.aggregators.named import RobustOptions as RobustOptions  # and its rules
 from umbel.strategies.exchange import Exchange

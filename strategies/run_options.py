@@ -24,10 +24,13 @@ class RunOptions(OptionGroup):
         seed: what fixes the partition, the first model, local shuffles and (without privacy)
             cohorts.
         cohort: who takes part in a round: `all` nodes, a `fixed` number, each node with the same
-            probability (`poisson`), or another sampler that is registered. `app` is the one that
-            the app brings: `Federation(sampler=...)`.
+            probability (`poisson`), those of some that are drawn on which the loss is largest
+            (`power-of-choice`), those worth most (`oort`), or another sampler that is registered.
+            `app` is the one that the app brings: `Federation(sampler=...)`.
         cohort_size: how many nodes take part in a round; for `poisson` their expected number.
         cohort_cap: the most nodes of a Poisson round; 0 is no cap.
+        cohort_candidates: with `cohort=power-of-choice`, how many nodes are drawn, of which those
+            with the largest losses take part; 0 is twice `cohort-size`.
         min_replies: the fewest usable replies of a round; with fewer the model stays as it is. 0 is
             half of the nodes that are asked; a private round counts with any number.
         round_timeout: seconds to wait for the replies of a round; 0 waits for ever.
@@ -73,6 +76,7 @@ class RunOptions(OptionGroup):
     cohort: str = option("all", named("sampler", OWN))
     cohort_size: float = option(0.0, at_least(0))
     cohort_cap: int = option(0, at_least(0))
+    cohort_candidates: int = option(0, at_least(0))
     min_replies: int = option(0, at_least(0))
     round_timeout: float = option(3600.0, at_least(0))
     optimizer: str = option("fedavg", named("optimizer", OWN))
@@ -103,6 +107,11 @@ class RunOptions(OptionGroup):
             raise ConfigError(
                 f"warmup-rounds is {self.warmup_rounds} of {self.rounds} rounds, so the learning "
                 "rate would never be reached; warm up for fewer rounds"
+            )
+        if self.cohort_candidates and self.cohort != "power-of-choice":
+            raise ConfigError(
+                f"cohort-candidates is {self.cohort_candidates}, but cohort is {self.cohort}; give "
+                "cohort=power-of-choice, or leave cohort-candidates out"
             )
         # each of these raises where its options do not make one, before a run has begun
         self.learning_rate_factor(self.warmup_rounds + 1)

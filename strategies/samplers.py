@@ -127,6 +127,53 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
+class ByLosses(Protocol):
+    """A sampler that says whether its choice follows what nodes measured on their examples.
+
+    Where a run hides that, such a choice would show it, so it is refused.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in `Sampler`."""
+        ...
+
+    @property
+    def by_losses(self) -> bool:
+        """Whether it does."""
+        ...
+
+
+def loss_of(node: SampledNode, ctx: SamplingContext, name: str) -> float:
+    """The loss that a node measured when it trained last; infinite where it never did.
+
+    Raises:
+        RunError: it measured none, or none that is a number.
+    """
+    history = ctx.of(node)
+    if not history.metrics:
+        return math.inf
+    loss = history.metrics.get("loss", math.nan)
+    if not math.isfinite(loss):
+        raise RunError(
+            f"cohort={name} chooses nodes by the loss that they measure in training, and node "
+            f"{node.name} said {'none' if 'loss' not in history.metrics else loss}; return a "
+            "finite loss among the metrics of training, or take cohort=fixed"
+        )
+    return float(loss)
+
+
+def examples_of(
+    nodes: Sequence[SampledNode], ctx: SamplingContext
+) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """Numbers of examples, shape (nodes,); the mean of the known ones where one is not known."""
+    said = [float(ctx.of(node).metrics.get("num-examples", 0)) for node in nodes]
+    known = [count for count in said if count > 0]
+    usual = sum(known) / len(known) if known else 1.0
+    return np.array([count if count > 0 else usual for count in said])
+
+
 class Drawn:
     """For a sampler that draws positions, whoever the nodes are and whatever they did."""
 
@@ -312,6 +359,15 @@ def make_sampler(name: str, size: float, cap: int = 0) -> Sampler:
     return found
 
 
+def fixed_size(name: str, options: Mapping[str, Any]) -> int:
+    """How many nodes the options want in a cohort of this name.
+
+    Raises:
+        ConfigError: none, or no number of nodes.
+    """
+    return math.ceil(_size(name, options))
+
+
 def _size(name: str, options: Mapping[str, Any]) -> float:
     size = float(options["cohort-size"])
     if not (size > 0 and math.isfinite(size)):
@@ -332,5 +388,5 @@ def _poisson(options: Mapping[str, Any]) -> Poisson:
 
 
 provide("sampler", "all", Everyone())
-provide("sampler", "fixed", lambda options: FixedSize(math.ceil(_size("fixed", options))))
+provide("sampler", "fixed", lambda options: FixedSize(fixed_size("fixed", options)))
 provide("sampler", "poisson", _poisson)

@@ -57,6 +57,7 @@ from umbel.strategies.parts import check_given, default_names, part_for, require
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import ByLosses
 from umbel.strategies.schedules import checked_rate
 from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
@@ -252,10 +253,17 @@ class Federation:
             trainer.check_options(options)
         MethodOptions.read(options).check_for(str(options["method"]))
         required_part("optimizer", self.optimizer, options)
-        required_part("sampler", self.sampler, options)
+        sampler = required_part("sampler", self.sampler, options)
         stack = self.stack_for(options, asked)
         promised = promising(trainer, options) is not None
         AsyncOptions.read(options).check(asked.run, stack, promised)
+        why = self._quiet(trainer, stack, options)
+        if why and isinstance(sampler, ByLosses) and sampler.by_losses:
+            raise ConfigError(
+                f"cohort={sampler.name} chooses nodes by the losses that they measure, and who is "
+                f"asked would show those, which nobody may see because {why}; take cohort=fixed or "
+                "poisson"
+            )
         self._check_judged(trainer, stack, asked.run, options)
 
     def _check_judged(

@@ -12,6 +12,7 @@ from umbel.core.errors import ConfigError
 from umbel.core.options import Options
 from umbel.core.records import Manifest, Tree
 from umbel.core.registry import provide
+from umbel.strategies.methods.afl import AgnosticFL
 from umbel.strategies.methods.ditto import Ditto
 from umbel.strategies.methods.feddyn import FedDyn
 from umbel.strategies.methods.fedexp import FedExP
@@ -83,6 +84,7 @@ METHODS: Mapping[str, Make] = {
     "fednova": _fednova,
     "fedexp": lambda own, *_: FedExP(own.fedexp_eps),
     "q-fedavg": lambda own, *_: QFedAvg(own.qfedavg_q),
+    "afl": lambda own, *_: AgnosticFL(own.afl_rate),
     "ditto": lambda own, *_: Ditto(own.ditto_lambda),
     "fedper": _fedper,
     "fedbn": _fedbn,
