@@ -197,11 +197,6 @@ def tune(
 ) -> None:
     """Search for better options, judged on examples that the result never sees."""
     from umbel.core.options import parse
-    from umbel.first_look import look
-
-    options = parse(config or [])
-    look(path, options)
-
     from umbel.server.output import strict
     from umbel.tuning import tune as search
 
@@ -210,7 +205,7 @@ def tune(
         space=space,
         trials=trials,
         metric=metric,
-        options=options,
+        options=parse(config or []),
         nodes=nodes,
         out=out,
         workers=workers,
