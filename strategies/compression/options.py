@@ -1,11 +1,14 @@
 """The options of compression, and the layer that they ask for."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from umbel.core.errors import ConfigError
 from umbel.core.limits import check_limits, one_of, option, up_to_one
 from umbel.core.options import OptionGroup
-from umbel.strategies.compression.random_k import RandomK
+
+if TYPE_CHECKING:  # options are told without torch, which takes a second
+    from umbel.strategies.compression.random_k import RandomK
 
 NONE = "none"
 
@@ -32,7 +35,7 @@ class CompressionOptions(OptionGroup):
                 "compression=random-k, or leave it out"
             )
 
-    def layer(self, seed: int) -> RandomK | None:
+    def layer(self, seed: int) -> "RandomK | None":
         """The layer that compresses; None where nothing does.
 
         Args:
@@ -40,4 +43,6 @@ class CompressionOptions(OptionGroup):
         """
         if self.compression == NONE:
             return None
+        from umbel.strategies.compression.random_k import RandomK
+
         return RandomK(self.compression_fraction, seed)
