@@ -47,6 +47,7 @@ class ForkServer:
         )
         theirs.close()
         self._control = ours
+        self._asked = False
 
     def fork(self) -> tuple[int, socket.socket]:
         """A new worker: its process id and our end of its socket.
@@ -54,6 +55,7 @@ class ForkServer:
         Raises:
             RunError: the fork server has died.
         """
+        self._asked = True
         ours, theirs = socket.socketpair()
         try:
             socket.send_fds(self._control, [b"w"], [theirs.fileno()])
@@ -69,6 +71,8 @@ class ForkServer:
     def close(self) -> None:
         """End the process; its workers end when their sockets close."""
         self._control.close()
+        if not self._asked:  # it may still import, which nobody shall wait for
+            self._process.kill()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
