@@ -272,7 +272,6 @@ def _executed(
         run_id=directory.config().get("run_id", 1),  # runs of earlier releases had no other
         group_size=prepared.group_size,
         log=directory.log_path,
-        mapped=whole,
     )
     try:
         with grid:
