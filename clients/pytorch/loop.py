@@ -187,7 +187,7 @@ def fit(task: Task, source: Source) -> tuple[float, int]:
     scaler = torch.amp.GradScaler("cuda") if lower == torch.float16 else None
     losses = _Losses(task.settings.learning_rate)
     steps = 0
-    for rows in plan(source.size, task.settings, task.seed, least=task.least):
+    for rows in _steps(task, source):
         steps += 1
         task.optimizer.zero_grad()
         count = source.size if rows is None else len(rows)
@@ -209,6 +209,11 @@ def fit(task: Task, source: Source) -> tuple[float, int]:
         else:
             _scaled_step(scaler, task)
     return losses.mean(), steps
+
+
+def _steps(task: Task, source: Source) -> Iterator[Tensor | None]:
+    """The rows of every step."""
+    return plan(source.size, task.settings, task.seed, least=task.least, mixed=source.mixed)
 
 
 def _scaled_step(scaler: torch.amp.GradScaler, task: Task) -> None:
