@@ -1,10 +1,10 @@
 """The public names of Umbel, each said once: for type checkers, and for `umbel` to import by."""
 
-from umbel.clients.data.at_rest.rows import StoredRows as StoredRows
-from umbel.clients.data.at_rest.stored import Arrow as Arrow
-from umbel.clients.data.at_rest.stored import Csv as Csv
-from umbel.clients.data.at_rest.stored import ImageFolder as ImageFolder
-from umbel.clients.data.at_rest.stored import Parquet as Parquet
+from umbel.clients.at_rest.rows import StoredRows as StoredRows
+from umbel.clients.at_rest.stored import Arrow as Arrow
+from umbel.clients.at_rest.stored import Csv as Csv
+from umbel.clients.at_rest.stored import ImageFolder as ImageFolder
+from umbel.clients.at_rest.stored import Parquet as Parquet
 from umbel.clients.data.examples import Examples as Examples
 from umbel.clients.data.examples import Node as Node
 from umbel.clients.data.examples import Split as Split
@@ -57,7 +57,11 @@ from umbel.strategies.aggregator import Aggregator as Aggregator
 from umbel.strategies.aggregator import Contribution as Contribution
 from umbel.strategies.aggregator import Judged as Judged
 from umbel.strategies.collect import PlainSum as PlainSum
+from umbel.strategies.compression.half import Half as Half
+from umbel.strategies.compression.qsgd import Qsgd as Qsgd
 from umbel.strategies.compression.random_k import RandomK as RandomK
+from umbel.strategies.compression.sign import Sign as Sign
+from umbel.strategies.compression.top_k import TopK as TopK
 from umbel.strategies.contexts import Broadcast as Broadcast
 from umbel.strategies.contexts import NodeContext as NodeContext
 from umbel.strategies.contexts import RoundContext as RoundContext
@@ -70,6 +74,9 @@ from umbel.strategies.methods.feddyn import FedDyn as FedDyn
 from umbel.strategies.methods.fedexp import FedExP as FedExP
 from umbel.strategies.methods.fednova import FedNova as FedNova
 from umbel.strategies.methods.fedprox import FedProx as FedProx
+from umbel.strategies.methods.fedrep import FedRep as FedRep
+from umbel.strategies.methods.fine_tuning import FineTuning as FineTuning
+from umbel.strategies.methods.perfedavg import PerFedAvg as PerFedAvg
 from umbel.strategies.methods.personal_parts import PersonalParts as PersonalParts
 from umbel.strategies.methods.qfedavg import QFedAvg as QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold as Scaffold

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from umbel.clients.at_rest.rows import StoredRows
 from umbel.clients.data.arrays import plain_array
-from umbel.clients.data.at_rest.rows import StoredRows
 from umbel.clients.data.examples import ArrayLike, Examples
 from umbel.clients.local_settings import LocalSettings
 from umbel.clients.pytorch.rows import PAIR, RowReader, is_hugging_face

@@ -12,8 +12,8 @@ from torch import nn
 
 import umbel
 from umbel import ConfigError, Dirichlet, Examples, Node, TorchTrainer
-from umbel.clients.data.at_rest import parquet as stored_parquet
-from umbel.clients.data.at_rest.rows import StoredRows
+from umbel.clients.at_rest import parquet as stored_parquet
+from umbel.clients.at_rest.rows import StoredRows
 from umbel.clients.trainers.base import Job
 
 pa = pytest.importorskip("pyarrow")

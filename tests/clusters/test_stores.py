@@ -18,7 +18,7 @@ import pytest
 from torch import nn
 
 import umbel
-from tests.clusters.test_dask import until
+from tests.clusters.until import until
 from umbel import ConfigError, Node
 
 pytestmark = pytest.mark.clusters

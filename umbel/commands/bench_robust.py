@@ -32,13 +32,17 @@ def robust(
     ] = False,
 ) -> None:
     """Play every attack against every aggregator; exit 3 where one falls below its floor."""
+    from umbel.core.options import parse
+    from umbel.first_look import look
+
+    if app is not None:
+        look(app, parse(config or []))
     from rich.console import Console
 
     from umbel.benchmarks.robust import suite
     from umbel.benchmarks.robust.attacks import ATTACKS
     from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
-    from umbel.core.options import parse
     from umbel.federation import FederationServerApp
     from umbel.running import example
     from umbel.server.output import strict

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from umbel.clients.data.at_rest.pieces import Kept
+from umbel.clients.at_rest.pieces import Kept
 from umbel.clients.data.examples import Examples
 from umbel.core.errors import ConfigError
 

@@ -47,7 +47,7 @@ class Piece(Protocol):
         ...
 
     def values(self, column: str) -> Any:
-        """A column of all rows, as an Arrow array; no other column is read."""
+        """A column of all rows, as a chunked array of Arrow; no other column is read."""
         ...
 
     def runs(self, size: int, keep: Mask | None) -> Iterator[Examples]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from umbel.clients.data.at_rest.places import arrow, listed
+from umbel.clients.at_rest.places import arrow, listed
 from umbel.clients.data.examples import Examples
 from umbel.core.errors import ConfigError
 
@@ -195,7 +195,7 @@ def _lists(column: Any, name: str, where: str) -> Array:
     whole = column.combine_chunks()
     if isinstance(whole, pa.ChunkedArray):  # of no rows
         whole = pa.concat_arrays(whole.chunks) if whole.num_chunks else pa.array([], column.type)
-    if hasattr(whole, "to_numpy_ndarray"):
+    if isinstance(column.type, pa.FixedShapeTensorType):
         tensors: Array = whole.to_numpy_ndarray()
         return tensors
     flat = whole.flatten()

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from umbel.clients.data.at_rest.pieces import File, Format, Kept, Mask, Piece
-from umbel.clients.data.at_rest.places import arrow, listed, reading
+from umbel.clients.at_rest.pieces import File, Format, Kept, Mask, Piece
+from umbel.clients.at_rest.places import arrow, listed, reading
 from umbel.clients.data.examples import Node
 from umbel.clients.data.partition import Partitioner, deal, generator_of
 from umbel.core.errors import ConfigError
@@ -95,7 +95,7 @@ def _wanted(
 
 def _matching(piece: Piece, column: str, wanted: Any) -> Kept:
     mask = arrow("compute").is_in(piece.values(column), value_set=wanted)
-    keep: Mask = np.asarray(mask.to_numpy() if hasattr(mask, "chunks") else mask)
+    keep: Mask = mask.to_numpy()
     return Kept(piece, None if keep.all() else keep)
 
 
@@ -131,7 +131,7 @@ def by_partitioner(
     pa = arrow()
     pieces = [piece for piece in _pieces(stored.files()) if piece.rows]
     columns = [piece.values(target) for piece in pieces]
-    labels = pa.chunked_array([c for one in columns for c in getattr(one, "chunks", [one])])
+    labels = pa.chunked_array([c for one in columns for c in one.chunks])
     if not (pa.types.is_floating(labels.type) or pa.types.is_integer(labels.type)):
         labels = labels.unify_dictionaries() if pa.types.is_dictionary(labels.type) else labels
         _, codes = np.unique(np.asarray(labels.to_pylist(), dtype=str), return_inverse=True)

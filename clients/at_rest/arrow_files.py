@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from umbel.clients.data.at_rest.columns import TableColumns
-from umbel.clients.data.at_rest.pieces import File, Piece
-from umbel.clients.data.at_rest.places import arrow, reading
-from umbel.clients.data.at_rest.tables import FoundFiles, TableRuns, short
+from umbel.clients.at_rest.columns import TableColumns
+from umbel.clients.at_rest.pieces import File, Piece
+from umbel.clients.at_rest.places import arrow, reading
+from umbel.clients.at_rest.tables import FoundFiles, TableRuns, short
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,15 @@ class ArrowFormat:
     """Arrow files."""
 
     found: FoundFiles
-    columns: TableColumns
+    layout: TableColumns
 
     def kind(self, column: str) -> Any:
         """Of a column."""
-        return self.columns.types[column]
+        return self.layout.types[column]
 
     def files(self) -> list[File]:
         return [
-            ArrowFile(path, keys, self.found.system, self.columns)
+            ArrowFile(path, keys, self.found.system, self.layout)
             for path, keys in self.found.keys.items()
         ]
 
@@ -35,15 +35,15 @@ class ArrowFile:
     path: str
     keys: Mapping[str, Any]
     system: Any
-    columns: TableColumns
+    layout: TableColumns
 
     def pieces(self) -> list[Piece]:
         with reading(short(self.path)), self.system.open_input_file(self.path) as file:
             reader = arrow("ipc").open_file(file)
             schema = reader.schema
             for name in self.keys:
-                schema = schema.append(arrow().field(name, self.columns.types.get(name)))
-            self.columns.check(schema, short(self.path))
+                schema = schema.append(arrow().field(name, self.layout.types.get(name)))
+            self.layout.check(schema, short(self.path))
             first = self._only(file, (schema.names[0],))
             sizes = [first.get_batch(n).num_rows for n in range(reader.num_record_batches)]
         return [RecordBatch(self, number, rows) for number, rows in enumerate(sizes)]
@@ -65,7 +65,7 @@ class RecordBatch(TableRuns):
     """One record batch of a file."""
 
     def __init__(self, file: ArrowFile, number: int, rows: int) -> None:
-        super().__init__(f"{short(file.path)}, record batch {number}", file.columns, file.keys)
+        super().__init__(f"{short(file.path)}, record batch {number}", file.layout, file.keys)
         self.file, self.number, self._rows = file, number, rows
 
     @property
@@ -74,7 +74,7 @@ class RecordBatch(TableRuns):
 
     def tables(self, names: tuple[str, ...], size: int) -> Iterator[Any]:
         pa = arrow()
-        first = names or (self.columns.read[0],)
+        first = names or (self.layout.read[0],)
         batch = self.file.batch(self.number, first)
         for start in range(0, batch.num_rows, size):
             yield pa.Table.from_batches([batch.slice(start, size)])

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from umbel.clients.data.at_rest.columns import TableColumns
-from umbel.clients.data.at_rest.pieces import File, Piece
-from umbel.clients.data.at_rest.places import Place, arrow, reading
-from umbel.clients.data.at_rest.tables import FoundFiles, TableRuns, short
+from umbel.clients.at_rest.columns import TableColumns
+from umbel.clients.at_rest.pieces import File, Piece
+from umbel.clients.at_rest.places import Place, arrow, reading
+from umbel.clients.at_rest.tables import FoundFiles, TableRuns, short
 from umbel.core.errors import ConfigError
 
 RANGE = 1 << 23
@@ -43,15 +43,15 @@ class CsvFormat:
     """CSV files, each with a line of names."""
 
     found: FoundFiles
-    columns: TableColumns
+    layout: TableColumns
 
     def kind(self, column: str) -> Any:
         """Of a column."""
-        return self.columns.types[column]
+        return self.layout.types[column]
 
     def files(self) -> list[File]:
         return [
-            CsvFile(path, keys, self.found.system, self.columns)
+            CsvFile(path, keys, self.found.system, self.layout)
             for path, keys in self.found.keys.items()
         ]
 
@@ -63,7 +63,7 @@ class CsvFile:
     path: str
     keys: Mapping[str, Any]
     system: Any
-    columns: TableColumns
+    layout: TableColumns
 
     def pieces(self) -> list[Piece]:
         with reading(short(self.path)), self.system.open_input_file(self.path) as file:
@@ -72,11 +72,11 @@ class CsvFile:
             edges = [len(head)]
             while edges[-1] < file.size():
                 edges.append(_next_line(file, min(edges[-1] + RANGE, file.size())))
-        missing = [n for n in self.columns.types if n not in names and n not in self.keys]
+        missing = [n for n in self.layout.types if n not in names and n not in self.keys]
         if missing:
             raise ConfigError(
                 f"{short(self.path)} has no column {missing[0]!r}, which other files of "
-                f"{self.columns.where} have; give all files the same columns"
+                f"{self.layout.where} have; give all files the same columns"
             )
         pairs = itertools.pairwise(edges)
         return [Lines(self, head, start, stop) for start, stop in pairs]
@@ -93,18 +93,18 @@ class Lines(TableRuns):
 
     def __init__(self, file: CsvFile, head: bytes, start: int, stop: int) -> None:
         where = f"{short(file.path)}, bytes {start:,} to {stop:,}"
-        super().__init__(where, file.columns, file.keys)
+        super().__init__(where, file.layout, file.keys)
         self.file, self.head, self.start, self.stop = file, head, start, stop
 
     @functools.cached_property
     def rows(self) -> int:  # counted once, by reading a column
-        name = next(name for name in self.columns.read if name not in self.keys)
+        name = next(name for name in self.layout.read if name not in self.keys)
         with reading(self.where):
             return int(self._table((name,)).num_rows)
 
     def tables(self, names: tuple[str, ...], size: int) -> Iterator[Any]:
         if not names:
-            names = tuple(name for name in self.columns.read if name not in self.keys)
+            names = tuple(name for name in self.layout.read if name not in self.keys)
         table = self._table(names)
         for start in range(0, table.num_rows, size):
             yield table.slice(start, size)
@@ -114,7 +114,7 @@ class Lines(TableRuns):
         with self.file.system.open_input_file(self.file.path) as file:
             file.seek(self.start)
             lines = file.read(self.stop - self.start)
-        types = {name: self.columns.types[name] for name in names}
+        types = {name: self.layout.types[name] for name in names}
         options = csv.ConvertOptions(column_types=types, include_columns=list(names))
         try:
             return csv.read_csv(
@@ -124,7 +124,7 @@ class Lines(TableRuns):
             )
         except arrow().ArrowInvalid as error:
             raise ConfigError(
-                f"{self.where} of {self.columns.where} does not fit the rest: {error}; write every "
+                f"{self.where} of {self.layout.where} does not fit the rest: {error}; write every "
                 "column as one type, in one line a row"
             ) from error
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from umbel.clients.data.at_rest.pieces import File, Mask, Piece
-from umbel.clients.data.at_rest.places import EXTRA, WHO, Place, arrow, listed, reading
-from umbel.clients.data.at_rest.tables import short
+from umbel.clients.at_rest.pieces import File, Mask, Piece
+from umbel.clients.at_rest.places import EXTRA, WHO, Place, arrow, listed, reading
+from umbel.clients.at_rest.tables import short
 from umbel.clients.data.examples import Examples
 from umbel.clients.frameworks.extras import installed
 from umbel.core.errors import ConfigError
@@ -159,8 +159,8 @@ class Images:
 
     def values(self, column: str) -> Any:
         if column == LABEL:
-            return arrow().array([path.rsplit("/", 2)[-2] for path in self.paths])
-        return arrow().array([self.keys[column]] * self.rows)
+            return arrow().chunked_array([[path.rsplit("/", 2)[-2] for path in self.paths]])
+        return arrow().chunked_array([[self.keys[column]] * self.rows])
 
     def runs(self, size: int, keep: Mask | None) -> Iterator[Examples]:
         number = {name: place for place, name in enumerate(self.of.classes)}

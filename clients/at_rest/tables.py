@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from umbel.clients.data.at_rest.columns import TableColumns
-from umbel.clients.data.at_rest.pieces import Mask
-from umbel.clients.data.at_rest.places import Place, arrow, reading
+from umbel.clients.at_rest.columns import TableColumns
+from umbel.clients.at_rest.pieces import Mask
+from umbel.clients.at_rest.places import Place, arrow, reading
 from umbel.clients.data.examples import Examples
 from umbel.core.errors import ConfigError
 
@@ -60,12 +60,12 @@ class TableRuns:
 
     Attributes:
         where: for sentences.
-        columns: what an example is made of.
+        layout: what an example is made of.
         keys: of the file's path.
     """
 
-    def __init__(self, where: str, columns: TableColumns, keys: Mapping[str, Any]) -> None:
-        self.where, self.columns, self.keys = where, columns, keys
+    def __init__(self, where: str, layout: TableColumns, keys: Mapping[str, Any]) -> None:
+        self.where, self.layout, self.keys = where, layout, keys
 
     @property
     def rows(self) -> int:
@@ -73,7 +73,7 @@ class TableRuns:
 
     @property
     def row_bytes(self) -> int:
-        return self.columns.row_bytes
+        return self.layout.row_bytes
 
     def tables(self, names: tuple[str, ...], size: int) -> Iterator[Any]:
         """Columns of the file itself, so many rows at a time."""
@@ -87,20 +87,21 @@ class TableRuns:
         """A column of all rows."""
         pa = arrow()
         if column in self.keys:
-            return pa.repeat(pa.scalar(self.keys[column], self.columns.types[column]), self.rows)
+            value = pa.scalar(self.keys[column], self.layout.types[column])
+            return pa.chunked_array([pa.repeat(value, self.rows)])
         with reading(self.where):
             chunks = [
                 chunk
                 for table in self._with_keys((column,), max(1, self.rows))
                 for chunk in table.column(0).chunks
             ]
-            return pa.chunked_array(chunks, self.columns.types[column])
+            return pa.chunked_array(chunks, self.layout.types[column])
 
     def runs(self, size: int, keep: Mask | None) -> Iterator[Examples]:
         """The rows as examples, so many at a time."""
         pa = arrow()
         start = 0
-        tables = self._with_keys(self.columns.read, size)
+        tables = self._with_keys(self.layout.read, size)
         while True:
             with reading(self.where):
                 table = next(tables, None)
@@ -110,7 +111,7 @@ class TableRuns:
             if keep is not None:
                 table = table.filter(pa.array(keep[start:stop]))
             start = stop
-            yield self.columns.examples(table, self.where)
+            yield self.layout.examples(table, self.where)
 
     def _with_keys(self, names: tuple[str, ...], size: int) -> Iterator[Any]:
         pa = arrow()
@@ -118,7 +119,7 @@ class TableRuns:
         for table in self.tables(stored, size):
             for name in names:
                 if name in self.keys:
-                    kind = self.columns.types[name]
+                    kind = self.layout.types[name]
                     column = pa.repeat(pa.scalar(self.keys[name], kind), table.num_rows)
                     table = table.append_column(name, column)
             yield table.select(names)

@@ -2,8 +2,8 @@
 
     data = Parquet("s3://records/visits", x=("age", "weight"), y="sick", by="hospital")
 
-What fits into half of `memory` is read whole; more is streamed (see `umbel.clients.data.at_rest
-.rows`), so that memory is bounded whatever the size. Packages: `umbel[data]`.
+What fits into half of `memory` is read whole; more is streamed (see `umbel.clients.at_rest.rows`),
+so that memory is bounded whatever the size. Packages: `umbel[data]`.
 """
 
 from abc import ABC, abstractmethod
@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from umbel.clients.data.at_rest import division
-from umbel.clients.data.at_rest.arrow_files import ArrowFormat
-from umbel.clients.data.at_rest.columns import TableColumns
-from umbel.clients.data.at_rest.csv_files import CsvFormat, found_csv
-from umbel.clients.data.at_rest.images import FOLDER, LABEL, ImageFormat
-from umbel.clients.data.at_rest.parquet import ParquetFormat
-from umbel.clients.data.at_rest.pieces import Format, Kept
-from umbel.clients.data.at_rest.places import Place
-from umbel.clients.data.at_rest.rows import StoredRows, Transform
-from umbel.clients.data.at_rest.tables import FoundFiles
+from umbel.clients.at_rest import division
+from umbel.clients.at_rest.arrow_files import ArrowFormat
+from umbel.clients.at_rest.columns import TableColumns
+from umbel.clients.at_rest.csv_files import CsvFormat, found_csv
+from umbel.clients.at_rest.images import FOLDER, LABEL, ImageFormat
+from umbel.clients.at_rest.parquet import ParquetFormat
+from umbel.clients.at_rest.pieces import Format, Kept
+from umbel.clients.at_rest.places import Place
+from umbel.clients.at_rest.rows import StoredRows, Transform
+from umbel.clients.at_rest.tables import FoundFiles
 from umbel.clients.data.examples import Examples, Node, Split
 from umbel.clients.data.inputs import Columns, Inputs
 from umbel.clients.data.partition import Partitioner

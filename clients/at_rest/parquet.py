@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from umbel.clients.data.at_rest.columns import TableColumns
-from umbel.clients.data.at_rest.pieces import File, Piece
-from umbel.clients.data.at_rest.places import arrow, reading
-from umbel.clients.data.at_rest.tables import FoundFiles, TableRuns, short
+from umbel.clients.at_rest.columns import TableColumns
+from umbel.clients.at_rest.pieces import File, Piece
+from umbel.clients.at_rest.places import arrow, reading
+from umbel.clients.at_rest.tables import FoundFiles, TableRuns, short
 
 LARGE = 1 << 25
 """Bytes of a row group from which on it is not held in memory whole while it is decoded."""
@@ -26,21 +26,21 @@ class ParquetFormat:
 
     Attributes:
         found: the files.
-        columns: what is read of them.
+        layout: what is read of them.
         remote: whether a read is a journey.
     """
 
     found: FoundFiles
-    columns: TableColumns
+    layout: TableColumns
     remote: bool
 
     def kind(self, column: str) -> Any:
         """Of a column."""
-        return self.columns.types[column]
+        return self.layout.types[column]
 
     def files(self) -> list[File]:
         return [
-            ParquetFile(path, keys, self.found.system, self.columns, self.remote)
+            ParquetFile(path, keys, self.found.system, self.layout, self.remote)
             for path, keys in self.found.keys.items()
         ]
 
@@ -52,7 +52,7 @@ class ParquetFile:
     path: str
     keys: Mapping[str, Any]
     system: Any
-    columns: TableColumns
+    layout: TableColumns
     remote: bool
 
     @functools.cached_property
@@ -64,8 +64,8 @@ class ParquetFile:
     def pieces(self) -> list[Piece]:
         schema = self.footer.schema.to_arrow_schema()
         for name, value in self.keys.items():
-            schema = schema.append(arrow().field(name, self.columns.types.get(name, _type(value))))
-        self.columns.check(schema, short(self.path))
+            schema = schema.append(arrow().field(name, self.layout.types.get(name, _type(value))))
+        self.layout.check(schema, short(self.path))
         numbers = range(self.footer.num_row_groups)
         return [RowGroup(self, number) for number in numbers]
 
@@ -83,7 +83,7 @@ class RowGroup(TableRuns):
     """One row group of a file."""
 
     def __init__(self, file: ParquetFile, number: int) -> None:
-        super().__init__(f"{short(file.path)}, row group {number}", file.columns, file.keys)
+        super().__init__(f"{short(file.path)}, row group {number}", file.layout, file.keys)
         self.file, self.number = file, number
         facts = file.footer.row_group(number)
         self._rows = int(facts.num_rows)
