@@ -52,7 +52,11 @@ from umbel.strategies.aggregator import Aggregator as Aggregator
 from umbel.strategies.aggregator import Contribution as Contribution
 from umbel.strategies.aggregator import Judged as Judged
 from umbel.strategies.collect import PlainSum as PlainSum
+from umbel.strategies.compression.half import Half as Half
+from umbel.strategies.compression.qsgd import Qsgd as Qsgd
 from umbel.strategies.compression.random_k import RandomK as RandomK
+from umbel.strategies.compression.sign import Sign as Sign
+from umbel.strategies.compression.top_k import TopK as TopK
 from umbel.strategies.contexts import Broadcast as Broadcast
 from umbel.strategies.contexts import NodeContext as NodeContext
 from umbel.strategies.contexts import RoundContext as RoundContext

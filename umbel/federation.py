@@ -312,10 +312,11 @@ class Federation:
                 "this app has no examples to make it of; give Federation(root=...), a function of "
                 "the options, or take another aggregator"
             )
-        compression = CompressionOptions.read(options).layer(int(options["seed"]))
+        compression = CompressionOptions.read(options)
+        stack = compression.around(stack, int(options["seed"]), bool(options["secure"]))
         tuning = MethodOptions.read(options).fine_tune_epochs
         own = FineTuning(tuning) if tuning else None
-        first = [layer for layer in (own, objective, compression) if layer is not None]
+        first = [layer for layer in (own, objective) if layer is not None]
         stack = replace(stack, layers=(*first, *stack.layers))
         stack = compose(stack, asked or options, lambda: self._size(options))
         check_honours(self.trainer_for(options), stack)
