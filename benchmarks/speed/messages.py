@@ -20,7 +20,7 @@ from umbel.core.records import record_of, to_array
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.strategies.collect import RoundSpec
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
-from umbel.strategies.node_policy import POLICY, policy_of
+from umbel.strategies.policy.reading import POLICY, policy_of
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Facts
 

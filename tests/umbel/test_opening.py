@@ -1,7 +1,9 @@
 """What is refused of an app before torch is imported, and what has to wait for the app itself."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,30 +11,34 @@ import pytest
 from umbel.core.errors import ConfigError
 from umbel.opening import opened
 from umbel.scaffold import new_app
+from umbel.strategies import groups
+
+HEAVY = ("torch", "flwr", "numpy", "pandas", "dp_accounting", "cryptography")
 
 PROGRAM = """
 import contextlib, io, json, sys
 import umbel.commands.cli as cli
 said = []
-for line in json.loads(sys.argv[1]):
+lines, heavy = json.loads(sys.argv[1])
+for line in lines:
     sys.argv, into = ["umbel", *line], io.StringIO()
     with contextlib.redirect_stderr(into):
         try:
             cli.main()
         except SystemExit as stop:
             said.append([stop.code, into.getvalue()])
-    loaded = sorted({"torch", "pandas", "dp_accounting"} & set(sys.modules))
+    loaded = sorted(set(heavy) & set(sys.modules))
     assert not loaded, (line, loaded)
 print(json.dumps(said))
 """
 
 
-def refusals(*lines: list[str]) -> list[tuple[int, str]]:
-    """Exit status and words of commands, none of which imports torch."""
-    import json
-
+def refusals(*lines: list[str], without: Sequence[str] = HEAVY) -> list[tuple[int, str]]:
+    """Exit status and words of commands, none of which imports any of some packages."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", PROGRAM, json.dumps(lines)], capture_output=True, text=True
+        [sys.executable, "-P", "-c", PROGRAM, json.dumps([lines, list(without)])],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return [tuple(each) for each in json.loads(done.stdout)]
@@ -48,7 +54,7 @@ def test_a_bad_value_of_any_group_is_refused_without_torch() -> None:
         "rounds=0": "rounds is 0; it must be at least 1",
         "rounds=many": "rounds is 'many', but it must be a whole number, such as 10",
         "method=nosuch": "method is 'nosuch'; it can be fedavg, fedprox, scaffold",
-        "cohort=nosuch": "cohort is 'nosuch'; it can be all, fixed, poisson, app",
+        "cohort=nosuch": "cohort is 'nosuch'; it can be all, fixed, poisson, power-of-choice",
         "optimizer=nosuch": "optimizer is 'nosuch'; it can be fedavg, fedavgm, fedadam",
         "aggregator=nosuch": "aggregator is 'nosuch'; it can be mean, median",
         "compression=nosuch": "compression is 'nosuch'; it can be none, random-k",
@@ -75,6 +81,7 @@ def test_every_command_that_opens_an_app_refuses_it_as_early(app: Path, tmp_path
     ]
     for status, words in refusals(*([*line, "-c", "rounds=0"] for line in commands)):
         assert (status, words.splitlines()[-1]) == (2, "umbel: rounds is 0; it must be at least 1")
+    assert not Path(state).exists()
     (app / "task.py").write_text("def broken(:\n")
     commands += [["options", str(app)], ["client", str(app), "--state", state]]
     for status, words in refusals(*commands):
@@ -84,7 +91,9 @@ def test_every_command_that_opens_an_app_refuses_it_as_early(app: Path, tmp_path
 
 def test_a_task_that_raises_loads_only_what_it_imports_itself(app: Path) -> None:
     (app / "task.py").write_text("raise RuntimeError('no data here')\nfederation = None\n")
-    [(status, words)] = refusals(["run", str(app)])
+    [(status, words)] = refusals(
+        ["run", str(app)], without=("torch", "pandas")
+    )  # a ServerApp is Flower's
     assert status == 2
     assert f"no data here ({app}/task.py, line 1)" in words
 
@@ -126,3 +135,9 @@ def test_a_zero_that_stands_for_what_is_derived_is_left_to_the_app(app: Path) ->
     opened(app, {})
     with pytest.raises(ConfigError, match="rounds is 0"):
         opened(app, {"rounds": 0})
+
+
+def test_no_default_is_refused(app: Path) -> None:
+    given = groups.defaults()
+    del given["epsilon"]  # infinity is what nobody may write down
+    opened(app, given)
