@@ -6,16 +6,19 @@ import os
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from umbel.core.app_folder import open_app
-from umbel.core.errors import ConfigError
+from umbel.core.errors import ConfigError, UmbelError, described
 from umbel.core.options import Options
+from umbel.jobs import Job, Jobs, jobs_in, unfinished_job
 from umbel.opening import check_changes
 from umbel.runner import CANNOT_GO_ON, Prepared, Subject, execute, log_to, prepare
+from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.grid import LinkGrid, ObservedLinkGrid, StoppedError
 from umbel.server.link.room import MARGIN
 from umbel.server.link.service import ServerSettings, Service, WatchedProgress
@@ -83,22 +86,25 @@ def serve(
         try:
             service.start()
             shown.note(f"listening on {service.status()['address']}")
-            waiting: dict[str, Any] | None = dict(run.changes)
-            fresh = run.fresh
+            jobs = Jobs(service.enrolment)
+            current.job, fresh = unfinished_job(service.enrolment, fresh=run.fresh), run.fresh
             while True:
                 result = None if fresh else _ended_before(service, shown)
-                if result is None:
-                    prepared = prepare(subject, waiting or {})
-                    for note in prepared.notes:
-                        shown.note(note)
-                    plan = _plan(service, prepared, run, waiting or {}, fresh=fresh)
-                    result = _execute(service, plan, run, shown, current)
-                on_result(result)
+                if result is None and current.job is None:
+                    result = _prepared_run(
+                        service, subject, run.changes, run, shown, current, fresh
+                    )
+                elif result is None:
+                    result = _job_run(service, subject, jobs, run, shown, current, fresh)
+                if result is not None:
+                    if current.job is not None:
+                        jobs.note(current.job.number, state="done")
+                    on_result(result)
                 if not run.stay:
                     ended = True
-                    return result
+                    return result or {}
                 current.idle = True
-                waiting, fresh = _next_submission(service, shown, current), True
+                current.job, fresh = _next_job(service, jobs, shown, current), True
                 current.idle = False
         except StoppedError as stop:
             stop.number, stop.idle = current.number, current.idle
@@ -107,18 +113,97 @@ def serve(
             service.stop(for_good=ended)
 
 
-def submit(state: Path, changes: Options) -> None:
-    """Ask a server that stays (`--serve`) for another run, with these options."""
-    from umbel.server.link.enrolment import Enrolment
+def _prepared_run(
+    service: Service,
+    subject: Subject,
+    changes: Options,
+    run: RunSettings,
+    shown: Progress,
+    current: "_Current",
+    fresh: bool,
+) -> dict[str, Any]:
+    """Check a run, plan it and let it run; its result."""
+    prepared = prepare(subject, changes)
+    for note in prepared.notes:
+        shown.note(note)
+    plan = _plan(service, prepared, run, changes, fresh=fresh, job=current.job)
+    if current.job is not None:
+        Jobs(service.enrolment).note(current.job.number, run=str(plan.directory.path.absolute()))
+    return _execute(service, plan, run, shown, current)
 
-    if not (state / "umbel.sqlite").exists():
-        raise ConfigError(f"{state} is no coordinator's state; start one with: umbel server")
-    enrolment = Enrolment(state)
+
+def _job_run(
+    service: Service,
+    subject: Subject,
+    jobs: Jobs,
+    run: RunSettings,
+    shown: Progress,
+    current: "_Current",
+    fresh: bool,
+) -> dict[str, Any] | None:
+    """A job to its end; its result, or None where it has none. It never ends the coordinator.
+
+    Raises:
+        StoppedError: the coordinator was told to stop; started again, the job goes on.
+    """
+    job = current.job
+    assert job is not None
+    why = ""
     try:
-        _check_submission(enrolment.fact("run"), changes)
-        enrolment.keep("submissions", [*(enrolment.fact("submissions") or []), dict(changes)])
+        with _watching(service, jobs, current):
+            return _prepared_run(service, subject, job.changes, run, shown, current, fresh)
+    except StoppedError:
+        if current.number or not current.cancelled:
+            raise
+        why = "it was cancelled"
+    except UmbelError as error:
+        why = str(error)
+    except Exception as error:
+        log.exception("job %d", job.number)
+        why = described(error)
+    shown.note(f"job {job.number} has ended without a result: {why}")
+    jobs.note(job.number, state="failed", why=why)
+    before = service.enrolment.fact("run")
+    if before is not None and before.get("job") == job.number:
+        service.enrolment.keep("run", before | {"done": True})
+    return None
+
+
+@contextlib.contextmanager
+def _watching(service: Service, jobs: Jobs, current: "_Current") -> Iterator[None]:
+    """Stop the run at its next safe place once its job is cancelled."""
+    over, job = threading.Event(), current.job
+    current.cancelled = False
+
+    def watch() -> None:
+        seen = None
+        while job is not None and not over.wait(0.5):
+            version = service.enrolment.version()
+            if version != seen and jobs.of(job.number).state == "cancelled":
+                current.cancelled = True
+                service.changed.set()
+            seen = version
+            if current.cancelled and current.grid is not None:
+                current.grid.stopping = True
+
+    watcher = threading.Thread(target=watch, name="umbel-cancel", daemon=True)
+    watcher.start()
+    try:
+        yield
     finally:
-        enrolment.close()
+        over.set()
+        watcher.join()
+
+
+def submit(state: Path, changes: Options) -> Job:
+    """Ask a server that stays (`--serve`) for another run, with these options.
+
+    Raises:
+        ConfigError: no state of a coordinator, or options that its app cannot have.
+    """
+    with jobs_in(state) as jobs, contextlib.closing(Enrolment(state)) as enrolment:
+        _check_submission(enrolment.fact("run"), changes)
+        return jobs.add(changes)
 
 
 def _check_submission(last: Mapping[str, Any] | None, changes: Options) -> None:
@@ -150,9 +235,11 @@ class _Current:
     grid: LinkGrid | None = None
     number: int = 0
     idle: bool = False
+    job: Job | None = None
+    cancelled: bool = False
 
     def check(self) -> None:
-        if self.number:
+        if self.number or self.cancelled:
             raise StoppedError
 
 
@@ -183,6 +270,7 @@ def _plan(
     changes: Mapping[str, Any],
     *,
     fresh: bool,
+    job: Job | None,
 ) -> _Plan:
     """The unfinished run of this state, or a new one."""
     digest = prepared.subject.digest
@@ -217,6 +305,7 @@ def _plan(
         "run_id": run_id,
         "changes": dict(changes),
         "app_digest": digest,
+        "job": None if job is None else job.number,
         "done": False,
     }
     service.enrolment.keep("run", position)
@@ -265,14 +354,14 @@ def _execute(
     return result
 
 
-def _next_submission(service: Service, shown: Progress, current: _Current) -> dict[str, Any]:
-    shown.note("the run has ended; waiting for another: umbel submit --state DIR")
+def _next_job(service: Service, jobs: Jobs, shown: Progress, current: _Current) -> Job:
+    shown.note("waiting for another run: umbel submit --state DIR")
+    current.cancelled = False
     while True:
         current.check()
-        submissions = service.enrolment.fact("submissions") or []
-        if submissions:
-            service.enrolment.keep("submissions", submissions[1:])
-            return dict(submissions[0])
+        job = jobs.begin()
+        if job is not None:
+            return job
         service.changed.wait(timeout=0.5)
         service.changed.clear()
 

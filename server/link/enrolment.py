@@ -81,6 +81,16 @@ class EnrolledNode:
     expires: float | None
 
 
+@dataclass
+class Fact:
+    """A value that is kept under a name, while it is changed."""
+
+    value: Any
+
+
+_KEEP = "insert into facts values (?, ?) on conflict(name) do update set value=excluded.value"
+
+
 class Enrolment:
     """The database of a federation.
 
@@ -327,11 +337,17 @@ class Enrolment:
     def keep(self, name: str, value: Any) -> None:
         """Keep a value under a name."""
         with self._write() as database:
-            database.execute(
-                "insert into facts values (?, ?)"
-                " on conflict(name) do update set value=excluded.value",
-                (name, json.dumps(value)),
-            )
+            database.execute(_KEEP, (name, json.dumps(value)))
+
+    @contextmanager
+    def changed(self, name: str) -> Iterator[Fact]:
+        """A kept value to change; no other process changes it meanwhile."""
+        with self._write() as database:
+            database.execute("begin immediate")
+            rows = database.execute("select value from facts where name=?", (name,)).fetchall()
+            fact = Fact(json.loads(rows[0][0]) if rows else None)
+            yield fact
+            database.execute(_KEEP, (name, json.dumps(fact.value)))
 
     def version(self) -> int:
         """A number that changes when another process has written."""

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -325,13 +326,63 @@ def status(state: State, as_json: AsJson = False) -> None:
     _table([titles, *rows] if rows else [])
 
 
-def submit(state: State, config: Changes = None) -> None:
-    """Ask a coordinator that stays (--serve) for another run."""
+def submit(state: State, config: Changes = None, as_json: AsJson = False) -> None:
+    """Ask a coordinator that stays (--serve) for another run: a job, with a number."""
     from umbel.core.options import parse
     from umbel.serve import submit as submit_run
+    from umbel.server.link.service import read_status
+    from umbel.server.output import strict
 
-    submit_run(state, parse(config or []))
-    typer.echo("the coordinator will run it next")
+    job = submit_run(state, parse(config or []))
+    runs = read_status(state)["phase"] != "stopped"
+    if as_json:
+        typer.echo(strict.dumps({"job": job.number, "coordinator_runs": runs}))
+    elif runs:
+        typer.echo(f"job {job.number} waits; see: umbel jobs --state {state}")
+    else:
+        typer.echo(
+            f"job {job.number} waits, and no coordinator runs on {state}: start one with "
+            f"umbel server APP --state {state} --serve"
+        )
+
+
+def jobs(state: State, as_json: AsJson = False) -> None:
+    """List the runs that a coordinator was asked for, and what has become of each."""
+    from umbel.core.text import plain
+    from umbel.jobs import jobs_in
+    from umbel.server.output import strict
+
+    with jobs_in(state) as kept:
+        found = kept.all()
+    if as_json:
+        typer.echo(strict.dumps({"jobs": [asdict(job) for job in found]}))
+        return
+    rows = [
+        (
+            str(job.number),
+            job.state,
+            job.asked,
+            " ".join(f"{name}={value}" for name, value in job.changes.items()),
+            plain(job.why or job.run),
+        )
+        for job in found
+    ]
+    _table([("job", "state", "asked", "options", "run, or why there is none"), *rows])
+
+
+def cancel(
+    number: Annotated[int, typer.Argument(metavar="JOB", help="Its number.")], state: State
+) -> None:
+    """End a job: one that waits at once, one that runs at the end of its round."""
+    from umbel.jobs import jobs_in
+
+    with jobs_in(state) as kept:
+        before = kept.cancel(number)
+    typer.echo(
+        f"job {number} ends at its next safe place"
+        if before.state == "running"
+        else f"job {number} is cancelled"
+    )
 
 
 def _address(text: str) -> str:
