@@ -12,14 +12,13 @@ nodes measure, so a run that hides that is refused.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from umbel.core.registry import provide
-from umbel.strategies.samplers import N, SamplingContext, examples_of, fixed_size, loss_of
+from umbel.strategies.samplers import N, SamplingContext, examples_of, loss_of
 
 FIRST, DECAY, LEAST = 0.9, 0.98, 0.2
 """The share of nodes that never trained: in the first round, from round to round, at least."""
@@ -74,10 +73,3 @@ def _drawn(
     weight = worth[near] + 1e-12  # losses of 0 are worth nothing, and still somebody has to come
     drawn = generator.choice(len(near), count, replace=False, p=weight / weight.sum())
     return near[drawn]
-
-
-def _made(options: Mapping[str, Any]) -> Oort:
-    return Oort(fixed_size("oort", options))
-
-
-provide("sampler", "oort", _made)

@@ -10,15 +10,14 @@ as the cohort is drawing by chance. The choice follows what nodes measure, so a 
 is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from umbel.core.errors import ConfigError
-from umbel.core.registry import provide
-from umbel.strategies.samplers import N, SamplingContext, examples_of, fixed_size, loss_of
+from umbel.strategies.samplers import N, SamplingContext, examples_of, loss_of
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,3 @@ class PowerOfChoice:
         # A sort that keeps the order of the draw, so that chance decides between equal losses.
         ranked = drawn[np.argsort([-losses[place] for place in drawn], kind="stable")]
         return [nodes[place] for place in sorted(ranked[: self.size].tolist())]
-
-
-def _made(options: Mapping[str, Any]) -> PowerOfChoice:
-    size = fixed_size("power-of-choice", options)
-    return PowerOfChoice(size, int(options.get("cohort-candidates", 0)))
-
-
-provide("sampler", "power-of-choice", _made)

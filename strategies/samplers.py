@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from umbel.core.errors import ConfigError, RunError
-from umbel.core.registry import make, provide
+from umbel.core.registry import make
+from umbel.strategies import sampler_names as sampler_names
 
 
 class SampledNode(Protocol):
@@ -346,9 +347,6 @@ def _generator(entropy: Sequence[int] | None) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(entropy))))
 
 
-# ---- by name, from the options `cohort-size` and `cohort-cap`
-
-
 def make_sampler(name: str, size: float, cap: int = 0) -> Sampler:
     """The sampler that the options `cohort`, `cohort-size` and `cohort-cap` name.
 
@@ -357,36 +355,3 @@ def make_sampler(name: str, size: float, cap: int = 0) -> Sampler:
     """
     found: Sampler = make("sampler", name, {"cohort-size": size, "cohort-cap": cap})
     return found
-
-
-def fixed_size(name: str, options: Mapping[str, Any]) -> int:
-    """How many nodes the options want in a cohort of this name.
-
-    Raises:
-        ConfigError: none, or no number of nodes.
-    """
-    return math.ceil(_size(name, options))
-
-
-def _size(name: str, options: Mapping[str, Any]) -> float:
-    size = float(options["cohort-size"])
-    if not (size > 0 and math.isfinite(size)):
-        raise ConfigError(
-            f"cohort={name} needs cohort-size, the number of nodes in a round, but it is {size:g}"
-        )
-    return size
-
-
-def _poisson(options: Mapping[str, Any]) -> Poisson:
-    size, cap = _size("poisson", options), int(options["cohort-cap"])
-    if cap and cap < size:
-        raise ConfigError(
-            f"cohort-cap is {cap}, below cohort-size {size:g}; set it to at least "
-            f"{math.ceil(size + 3 * math.sqrt(size))}, or leave it out"
-        )
-    return Poisson(size, cap or None)
-
-
-provide("sampler", "all", Everyone())
-provide("sampler", "fixed", lambda options: FixedSize(fixed_size("fixed", options)))
-provide("sampler", "poisson", _poisson)

@@ -44,7 +44,7 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
-from umbel.strategies.aggregators.named import RobustOptions
+from umbel.strategies import groups
 from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
 from umbel.strategies.compression.options import CompressionOptions
@@ -54,12 +54,10 @@ from umbel.strategies.layout import shows_statistics
 from umbel.strategies.methods.fine_tuning import FineTuning
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
-from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
 from umbel.strategies.samplers import ByLosses
 from umbel.strategies.schedules import checked_rate
-from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
@@ -169,13 +167,7 @@ class Federation:
         """
         own = renamed(self.options)
         known = {
-            **RunOptions.defaults(),
-            **AsyncOptions.defaults(),
-            **PrivacyOptions.defaults(),
-            **SecureOptions.defaults(),
-            **MethodOptions.defaults(),
-            **CompressionOptions.defaults(),
-            **RobustOptions.defaults(),
+            **groups.defaults(),
             **default_names(self._parts),
         }
         trainer = self.trainer_for({**known, **own, **renamed(given or {})})

@@ -49,7 +49,7 @@ def speed(
 ) -> None:
     """Speed and memory of the embedded engine, beside bare loops and Flower."""
     from umbel.benchmarks.speed.suite import PRIVATE, Apps, main
-    from umbel.running import example
+    from umbel.opening import example
     from umbel.scaffold import new_app
 
     named = [*(part or []), *(["link"] if link else []), *(["secure"] if secure else [])]
