@@ -19,6 +19,7 @@ from umbel.benchmarks.speed import (
     link,
     memory,
     messages,
+    methods,
     noise,
     private_fashion,
     private_round,
@@ -32,7 +33,7 @@ from umbel.server.output.rundir import machine, versions
 
 PRIVATE = ("noise", "private-sgd", "private-round")
 """What `--privacy` measures; private-fashion takes many minutes and is measured by name."""
-ON_REQUEST = ("memory", "memory-large", "link", "secure", *PRIVATE, "private-fashion")
+ON_REQUEST = ("methods", "memory", "memory-large", "link", "secure", *PRIVATE, "private-fashion")
 """Parts that are measured only when they are named."""
 
 HEADINGS = ("part", "what", "measured", "target", "beside it")
@@ -53,6 +54,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "messages": lambda: messages.measure(quick=quick, flower=flower),
         "aggregation": lambda: aggregation.measure(quick=quick),
         "example": lambda: training.measure_example(apps.example, quick=quick, flower=flower),
+        "methods": lambda: methods.measure(apps.example, quick=quick),
         "memory": lambda: memory.measure(quick=quick),
         "memory-large": lambda: memory.measure_large(quick=quick),
         "small": lambda: training.measure_small(apps.digits, quick=quick),

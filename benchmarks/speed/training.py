@@ -108,7 +108,7 @@ def measure_example(example: Path, *, quick: bool = False, flower: bool = False)
         contestants = {BARE: case.bare(), "umbel": case.umbel()}
         if flower:
             contestants["Flower under Ray"] = case.ray()
-        seen = _in_turns(contestants, repeats=1 if quick else 3)
+        seen = in_turns(contestants, repeats=1 if quick else 3)
         figures.append(_rounds(case.name, seen, SLOWER))
         if case is bundled:
             figures += [_start_up(case.name, seen), _memory(case.name, contestants)]
@@ -147,14 +147,12 @@ def measure_small(digits: Path, *, quick: bool = False) -> list[Figure]:
                 "batched=off": alone.umbel(batched="off"),
                 "2 workers": case.umbel(),
             }
-            seen = _in_turns(contestants, repeats=1 if quick else 3)
+            seen = in_turns(contestants, repeats=1 if quick else 3)
             figures.append(_rounds(case.name, seen, 1.0, unit="ms"))
     return figures
 
 
-def _in_turns(
-    contestants: Mapping[str, Sequence[str]], *, repeats: int
-) -> dict[str, list[Watched]]:
+def in_turns(contestants: Mapping[str, Sequence[str]], *, repeats: int) -> dict[str, list[Watched]]:
     """Run every command `repeats` times, in turns."""
     seen: dict[str, list[Watched]] = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as where:

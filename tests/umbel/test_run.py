@@ -76,6 +76,20 @@ def test_a_run_killed_at_any_instant_ends_like_one_that_was_not(
     assert same(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("method", ["scaffold", "ditto"])
+def test_what_nodes_remember_of_a_method_survives_a_kill(
+    method: str, umbel: WarmCommand, tmp_path: Path
+) -> None:
+    options = {"rounds": 5, "method": method}
+    begun = begin(umbel, tmp_path, options=options, out=tmp_path / "whole")
+    assert begun.status == 0, begun.err
+    death = DEATHS["with the nodes of the fourth saved"]
+    assert begin(umbel, tmp_path, options=options, deaths=[death]).status == -signal.SIGKILL
+    ended = resume(umbel, tmp_path)
+    assert ended.status == 0, ended.err
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
 def test_a_run_killed_again_and_again(umbel: WarmCommand, whole: Path, tmp_path: Path) -> None:
     deaths = [DEATHS["with the nodes of the first checkpoint saved"]]
     assert begin(umbel, tmp_path, deaths=deaths).status == -signal.SIGKILL

@@ -20,8 +20,9 @@ def speed(
     part: Annotated[
         list[str] | None,
         typer.Argument(
-            help="messages, aggregation, example, small; memory, memory-large, link, secure, "
-            "noise, private-sgd, private-round, private-fashion (long). Default: the first four."
+            help="messages, aggregation, example, small; methods, memory, memory-large, link, "
+            "secure, noise, private-sgd, private-round, private-fashion (long). Default: the first "
+            "four."
         ),
     ] = None,
     out: Annotated[
