@@ -245,10 +245,7 @@ class FederationClientApp(ClientApp):
 
     Attributes:
         half: answers messages.
-        takes_mapped: arrays that it gets need not hold bytes; mapped memory will do.
     """
-
-    takes_mapped = True
 
     def __init__(self, half: ClientHandler) -> None:
         super().__init__()
