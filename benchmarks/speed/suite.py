@@ -16,6 +16,7 @@ from rich.table import Table
 from umbel.benchmarks.figures import Figure, plot, rows
 from umbel.benchmarks.speed import (
     aggregation,
+    at_rest,
     link,
     memory,
     messages,
@@ -33,7 +34,16 @@ from umbel.server.output.rundir import machine, versions
 
 PRIVATE = ("noise", "private-sgd", "private-round")
 """What `--privacy` measures; private-fashion takes many minutes and is measured by name."""
-ON_REQUEST = ("methods", "memory", "memory-large", "link", "secure", *PRIVATE, "private-fashion")
+ON_REQUEST = (
+    "methods",
+    "clusters",
+    "memory",
+    "memory-large",
+    "link",
+    "secure",
+    *PRIVATE,
+    "private-fashion",
+)
 """Parts that are measured only when they are named."""
 
 HEADINGS = ("part", "what", "measured", "target", "beside it")
@@ -57,6 +67,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "methods": lambda: methods.measure(apps.example, quick=quick),
         "memory": lambda: memory.measure(quick=quick),
         "memory-large": lambda: memory.measure_large(quick=quick),
+        "clusters": lambda: at_rest.measure(quick=quick),
         "small": lambda: training.measure_small(apps.digits, quick=quick),
         "link": lambda: link.figures(quick=quick, flower=flower),
         "secure": lambda: secure.figures(quick=quick),

@@ -1,7 +1,7 @@
 """A node's rows where they lie: an epoch reads them through a buffer, in a mixed order.
 
     pieces      in random order
-    windows     consecutive runs of rows, of a quarter of `memory` together; their rows are mixed
+    windows     consecutive runs of rows, of a sixth of `memory` together; their rows are mixed
     batches     taken from one window after another, while the next is read in a thread
 
 This is the two-level shuffle of Xu et al., "Stochastic Gradient Descent without Full Data Shuffle"
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from umbel.clients.at_rest.pieces import Kept
+from umbel.clients.at_rest.places import arrow
 from umbel.clients.data.examples import Examples
 from umbel.core.errors import ConfigError
 
@@ -29,7 +30,7 @@ Transform = Callable[[Examples], Examples]
 
 HELD = 2
 """Windows in memory beside the one that is read."""
-PARTS = 8
+PARTS = 12
 """A run of rows is at most this part of `memory`; a window is twice as much."""
 
 
@@ -209,29 +210,35 @@ class StoredRows:
         self._windows = [*self._windows[-(HELD - 1) :], window]
 
     def _load(self, runs: Sequence[int]) -> Window:
-        parts = [(number, self._reader.run(self._runs[number])) for number in runs]
-        sizes = [len(part) for _, part in parts]
+        sizes = [self._runs[number].rows for number in runs]
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        first = parts[0][1]
-        if len(parts) == 1:
-            x, y = np.asarray(first.x), np.asarray(first.y)
-        else:
-            x, y = self._joined([part for _, part in parts], int(starts[-1]))
+        x: Array | None = None
+        y: Array | None = None
+        for number, start, stop in zip(runs, starts, starts[1:], strict=False):
+            part = self._reader.run(self._runs[number])
+            if start == stop:
+                continue
+            inputs, targets = np.asarray(part.x), np.asarray(part.y)
+            if len(runs) == 1:
+                x, y = inputs, targets
+                break
+            if x is None or y is None:  # filled bit by bit: both halves of a copy would be there
+                x = np.empty((starts[-1], *inputs.shape[1:]), inputs.dtype)
+                y = np.empty((starts[-1], *targets.shape[1:]), targets.dtype)
+            self._check_alike(x, inputs)
+            self._check_alike(y, targets)
+            x[start:stop], y[start:stop] = inputs, targets
+        arrow().default_memory_pool().release_unused()
+        if x is None or y is None:
+            x = y = np.empty(0)
         return Window(np.asarray(runs, np.int64), starts[:-1], x, y)
 
-    def _joined(self, parts: list[Examples], rows: int) -> tuple[Array, Array]:
-        shapes = {(np.shape(part.x)[1:], np.shape(part.y)[1:]) for part in parts if len(part)}
-        if len(shapes) > 1:
-            one, other = sorted(shapes, key=str)[:2]
+    def _check_alike(self, before: Array, part: Array) -> None:
+        if before.shape[1:] != part.shape[1:] or before.dtype != part.dtype:
             raise ConfigError(
-                f"{self.who} has examples of the shapes {one[0]} and {other[0]}; give all rows one "
-                "shape"
+                f"{self.who} has examples of the shapes {before.shape[1:]} and {part.shape[1:]} "
+                f"and of the types {before.dtype} and {part.dtype}; give all rows one of each"
             )
-        solid = [part for part in parts if len(part)] or parts[:1]
-        x = np.concatenate([np.asarray(part.x) for part in solid])
-        y = np.concatenate([np.asarray(part.y) for part in solid])
-        assert len(x) == rows
-        return x, y
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_windows": [], "_reader": None}

@@ -21,8 +21,8 @@ def speed(
         list[str] | None,
         typer.Argument(
             help="messages, aggregation, example, small; methods, memory, memory-large, link, "
-            "secure, noise, private-sgd, private-round, private-fashion (long). Default: the first "
-            "four."
+            "secure, noise, private-sgd, private-round, private-fashion (long), clusters (writes "
+            "4 GB of Parquet). Default: the first four."
         ),
     ] = None,
     out: Annotated[
