@@ -30,7 +30,7 @@ test-slow: $(READY) ## the tests marked slow
 	$(BIN)/pytest -m slow
 
 $(VENV)/.clusters: $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[dask]'
+	$(BIN)/python -m pip install --quiet --editable '.[dask,data,ray]' 'moto[s3,server]>=5,<6'
 	@touch $@
 
 test-clusters: $(VENV)/.clusters ## the tests on real clusters, which they start on this machine

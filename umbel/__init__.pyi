@@ -1,5 +1,10 @@
 """The public names of Umbel, each said once: for type checkers, and for `umbel` to import by."""
 
+from umbel.clients.at_rest.rows import StoredRows as StoredRows
+from umbel.clients.at_rest.stored import Arrow as Arrow
+from umbel.clients.at_rest.stored import Csv as Csv
+from umbel.clients.at_rest.stored import ImageFolder as ImageFolder
+from umbel.clients.at_rest.stored import Parquet as Parquet
 from umbel.clients.data.examples import Examples as Examples
 from umbel.clients.data.examples import Node as Node
 from umbel.clients.data.examples import Split as Split

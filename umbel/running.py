@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umbel.clients.data.examples import ChecksNodes
 from umbel.core.errors import ConfigError
 from umbel.core.errors import Interrupted as Interrupted
 from umbel.core.options import Options, renamed
@@ -96,6 +97,8 @@ def run(
             fork_server=nursery,
         )
         try:
+            if place.in_process or place.maps_files:  # else the nodes' data are elsewhere
+                _check_data(planned)
             directory = _directory(planned, place, out, resume, shown)
         except BaseException:
             place.close()
@@ -148,6 +151,15 @@ def _planned(
         )
     prepared = prepare(subject, changes, began)
     return _Planned(prepared, nodes or subject.nodes or NODES, pool or subject.pool or DEFAULT)
+
+
+def _check_data(planned: _Planned) -> None:
+    """Raises:
+    ConfigError: the nodes' data cannot be had, or not by so many nodes.
+    """
+    federation = planned.prepared.federation
+    if federation is not None and isinstance(federation.data, ChecksNodes):
+        federation.data.check(planned.nodes, planned.prepared.options)
 
 
 def _before(resume: Path) -> dict[str, Any]:
@@ -272,7 +284,6 @@ def _executed(
         run_id=directory.config().get("run_id", 1),  # runs of earlier releases had no other
         group_size=prepared.group_size,
         log=directory.log_path,
-        mapped=whole,
     )
     try:
         with grid:

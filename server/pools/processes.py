@@ -125,7 +125,6 @@ class Processes(Pool):
             raise ConfigError(f"workers is {count}; use 0 to run the nodes in this process")
         self._count = count
         self._fork_server = fork_server
-        self._mapped = False
         self._start = pack(None)
         self._contents: dict[int, _Content] = {}
         self._sent = 0
@@ -149,7 +148,6 @@ class Processes(Pool):
         """Fork the processes, which load the app by themselves."""
         if self._fork_server is None:
             self._fork_server = ForkServer(work.threads)
-        self._mapped = work.mapped
         self._count = min(self._count, work.nodes)
         self._start = pack(
             {
@@ -258,7 +256,7 @@ class Processes(Pool):
 
     def _hear(self, worker: _Worker) -> None:
         try:
-            said = unpack(receive(worker.pipe, mapped=self._mapped))
+            said = unpack(receive(worker.pipe))
         except (EOFError, OSError):
             self._on_exit(worker)
             return

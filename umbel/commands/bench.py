@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from umbel.commands.bench_methods import methods
 from umbel.commands.bench_privacy import privacy
 from umbel.commands.bench_robust import robust
 from umbel.commands.groups import Commands
@@ -60,6 +61,7 @@ def speed(
         raise typer.Exit(3)
 
 
+app.command("methods")(methods)
 app.command("privacy")(privacy)
 app.command("robust")(robust)
 
