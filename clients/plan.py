@@ -169,7 +169,7 @@ class Plan:
         if BUFFERS in model:
             buffers |= self.synced_buffers.unflatten(from_array(model[BUFFERS]))
         buffers |= public_of(message)
-        number = int(config["round"])  # type: ignore[arg-type]
+        number = int(config["round"])  # type: ignore[arg-type]  # a number, as this handler is sent it
         account = Charging(message, context, self.options)
         job = Job(
             round=number,
