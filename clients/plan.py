@@ -36,6 +36,9 @@ from umbel.strategies.run_options import RunOptions
 from umbel.strategies.schedules import checked_rate
 from umbel.strategies.stack import Stack
 
+SAYS_NO_DATA = True
+"""See `umbel.core.errors`."""
+
 LOCAL = "umbel.buffers"
 """The node's own record of the buffers that stay on it."""
 
