@@ -16,6 +16,9 @@ from umbel.core.names import CONFIG, EXAMPLES, METRICS, STATISTICS
 from umbel.strategies.policy.node_policy import NodePolicy, PolicyError
 from umbel.strategies.protection import Protection
 
+SAYS_NO_DATA = True
+"""See `umbel.core.errors`."""
+
 
 def admit(
     policy: NodePolicy, kind: str, message: Message, app: Guarded, known: Known, *, alone: bool

@@ -17,7 +17,6 @@ coordinator's log says which key of the policy was in the way. Nothing that is r
 
 import logging
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from umbel.core.errors import ConfigError, RunError, UmbelError, place
+from umbel.core.errors import ConfigError, RunError, UmbelError, place, raised_where_no_data_are
 from umbel.core.flower import RAISED
 from umbel.strategies.policy.node_policy import NodePolicy, PolicyError
 from umbel.strategies.policy.reading import policy_of
@@ -44,19 +43,6 @@ _QUERIES = {
     "umbel_pool": "pool",
     "umbel_statistics": "statistics",
 }
-
-_HERE = Path(__file__).resolve().parent
-_PROTOCOL = (
-    str(_HERE.parent / "core"),
-    str(_HERE.parent / "strategies"),
-    str(_HERE / "ledger"),
-    *(
-        str(_HERE / name)
-        for name in ("handler.py", "plan.py", "received.py", "admission.py", "pooling.py")
-    ),
-    str(_HERE / "trainers" / "private_sgd.py"),
-)
-"""Where Umbel's own sentences come from that say nothing about a node's data."""
 
 
 class AppError(RunError):
@@ -199,10 +185,8 @@ def _admit_foreign(policy: NodePolicy, kind: str, digest: str, context: Context)
 
 def _may_tell(error: Exception, policy: NodePolicy, known: Known | None) -> bool:
     """Whether the text of an exception may leave the node."""
-    if isinstance(error, UmbelError):
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames and frames[-1].filename.startswith(_PROTOCOL):
-            return True
+    if isinstance(error, UmbelError) and raised_where_no_data_are(error):
+        return True
     if policy.errors is not None:
         return policy.errors == "full"
     return not (policy.protects or (known is not None and known.quiet))

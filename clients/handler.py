@@ -50,6 +50,9 @@ from umbel.strategies.layout import CONFIG, HELLO, STATISTICS
 from umbel.strategies.secure.wire import action_of
 from umbel.strategies.stack import Stack, own_context
 
+SAYS_NO_DATA = True
+"""See `umbel.core.errors`."""
+
 OptionsKey = tuple[tuple[tuple[str, Any], ...], tuple[type, ...]]
 """A run's options as something to look up by; the types tell 1 from True."""
 

@@ -36,6 +36,9 @@ from umbel.strategies.run_options import RunOptions
 from umbel.strategies.schedules import checked_rate
 from umbel.strategies.stack import Stack
 
+SAYS_NO_DATA = True
+"""See `umbel.core.errors`."""
+
 LOCAL = "umbel.buffers"
 """The node's own record of the buffers that stay on it."""
 
@@ -169,7 +172,7 @@ class Plan:
         if BUFFERS in model:
             buffers |= self.synced_buffers.unflatten(from_array(model[BUFFERS]))
         buffers |= public_of(message)
-        number = int(config["round"])  # type: ignore[arg-type]
+        number = int(config["round"])  # type: ignore[arg-type]  # a number, as this handler is sent it
         account = Charging(message, context, self.options)
         job = Job(
             round=number,

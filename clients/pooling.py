@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from umbel.privacy.bounds.bundle import Bundle
     from umbel.strategies.private.private_mean import PrivateMean
 
+SAYS_NO_DATA = True
+"""See `umbel.core.errors`."""
+
 Questions: TypeAlias = "Sequence[PrivateMean] | Callable[[Options], Sequence[PrivateMean]]"
 """The private means of an app, or a function of the options that makes them."""
 

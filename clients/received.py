@@ -10,6 +10,9 @@ from umbel.clients.data.examples import Node, Split
 from umbel.clients.ledger.charging import Charging
 from umbel.clients.trainers.base import Job, Weights
 
+SAYS_NO_DATA = True
+"""See `umbel.core.errors`."""
+
 
 @dataclass(frozen=True)
 class Received:

@@ -45,4 +45,4 @@ def read(settings: D, options: Options) -> D:
         name = dashed(field.name)
         if name in options:
             changes[field.name] = checked(name, options[name], getattr(settings, field.name))
-    return replace(settings, **changes) if changes else settings  # type: ignore[type-var]
+    return replace(settings, **changes) if changes else settings  # type: ignore[type-var]  # likewise

@@ -7,6 +7,7 @@ UmbelError
 └── CheckError      a verification or a benchmark said no         exit status 3
 """
 
+import sys
 import sysconfig
 import traceback
 from pathlib import Path
@@ -26,6 +27,30 @@ def place(error: BaseException) -> str:
     libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
     own = [f for f in frames if not f.filename.startswith((*libraries, "<"))]
     return f"{(own or frames)[-1].filename}, line {(own or frames)[-1].lineno}" if frames else ""
+
+
+def raised_where_no_data_are(error: BaseException) -> bool:
+    """Whether an error was raised by a module of Umbel that declares `SAYS_NO_DATA = True`.
+
+    A module or a package with this line at its top says: what its errors tell comes of options,
+    layers, policies and messages, and never of a node's data. Only then do its sentences leave a
+    node whose policy or run keeps texts back (`clients/gate.py`). A file that is divided takes the
+    line along, or its sentences stay; in an app's own modules it counts for nothing.
+    """
+    step = error.__traceback__
+    if step is None:
+        return False
+    while step.tb_next is not None:
+        step = step.tb_next
+    names = step.tb_frame.f_globals
+    name = str(names.get("__name__", ""))
+    module = sys.modules.get(name)
+    if not name.startswith("umbel.") or module is None or vars(module) is not names:
+        return False
+    parts = name.split(".")
+    around = [".".join(parts[:end]) for end in range(2, len(parts) + 1)]
+    declared = [vars(sys.modules[each]) for each in around if each in sys.modules]
+    return any(each.get("SAYS_NO_DATA") is True for each in declared)
 
 
 LONGEST = 600

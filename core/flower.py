@@ -128,7 +128,7 @@ class Envelope:
             message_type=self.message_type,
             src_task_id=1,
         )
-        return Message(metadata=metadata, content=content)  # type: ignore[call-overload, no-any-return]
+        return Message(metadata=metadata, content=content)  # type: ignore[call-overload, no-any-return]  # Flower hides this constructor in its types
 
     def error(self, code: int, reason: str) -> Message:
         """An error in the place of the node's reply."""
@@ -152,7 +152,7 @@ def no_such_message(message_id: str, run_id: int) -> Message:
         "there is no such message: it was never sent, its reply has been read, or its ttl is over"
     )
     error = Error(UNKNOWN, reason)
-    return Message(metadata=about, error=error)  # type: ignore[call-overload, no-any-return]
+    return Message(metadata=about, error=error)  # type: ignore[call-overload, no-any-return]  # Flower hides this constructor in its types
 
 
 def is_over(message: Message) -> bool:
@@ -164,7 +164,7 @@ def is_over(message: Message) -> bool:
 def expired(reply: Message) -> Message:
     """What is given in the place of a reply that came after the ttl of what it answers."""
     error = Error(UNKNOWN, TOO_LATE)
-    return Message(metadata=reply.metadata, error=error)  # type: ignore[call-overload, no-any-return]
+    return Message(metadata=reply.metadata, error=error)  # type: ignore[call-overload, no-any-return]  # Flower hides this constructor in its types
 
 
 def seconds_left(message: Message) -> float:

@@ -56,7 +56,7 @@ class HeldArray(Array):
         # Another class would be named in what Flower stores, and be no equal of an ordinary array.
         self.__dict__["data"] = data
         self.__dict__.pop("held", None)
-        self.__class__ = Array  # type: ignore[assignment]
+        self.__class__ = Array  # type: ignore[assignment]  # its base, with the same fields
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The values as an array of its own: one copy.

@@ -167,7 +167,7 @@ class _NumpyState:
 
     def _address(self) -> int:
         # Somebody may have set another kind of generator.
-        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # NumPy leaves it out of its types
         return int(generator.ctypes.state_address) if type(generator) is np.random.MT19937 else 0
 
     def _read(self) -> bytes:

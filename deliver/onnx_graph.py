@@ -53,10 +53,11 @@ def write_onnx(module: Any, example: Array, path: Path) -> None:
 
 def _why(error: BaseException) -> str:
     """One sentence with the operator, where the exporter names one."""
-    said, cause = "", error
+    said = ""
+    cause: BaseException | None = error
     while cause is not None:
         said += f" {cause}"
-        cause = cause.__cause__  # type: ignore[assignment]
+        cause = cause.__cause__
     found = re.search(r"No ONNX function found for.*?(\w+\.\w+)", said)
     if found:
         what = f"ONNX has no operator for {found.group(1)}"

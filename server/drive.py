@@ -52,7 +52,8 @@ def drive(gathering: Gather, send: Callable[[Sequence[Message]], Iterator[Messag
         while True:
             requests = gathering.send(send(requests))
     except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
+        result: Aggregate = end.value
+        return result
 
 
 class Phases:

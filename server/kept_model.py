@@ -81,8 +81,8 @@ def watching_strategies(kept: KeptModel) -> Iterator[None]:
         kept.saw_result(result)
         return result
 
-    Strategy.start = start  # type: ignore[method-assign]
+    Strategy.start = start  # type: ignore[method-assign]  # Flower has no hook for it
     try:
         yield
     finally:
-        Strategy.start = original  # type: ignore[method-assign]
+        Strategy.start = original  # type: ignore[method-assign]  # Flower has no hook for it

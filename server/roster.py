@@ -64,9 +64,9 @@ def roster(
                 why = f"; node {reply.metadata.src_node_id} said: {reply.error.reason}"
                 continue
             said = take_record(reply.content, CONFIG, ConfigRecord)
-            node_id, partition = reply.metadata.src_node_id, int(said["partition"])  # type: ignore[arg-type]
+            node_id, partition = reply.metadata.src_node_id, int(said["partition"])  # type: ignore[arg-type]  # whatever the node sent: int() raises
             known[node_id] = NodeRef(node_id, str(partition), partition)
-            expected = max(expected, int(said["partitions"]))  # type: ignore[arg-type]
+            expected = max(expected, int(said["partitions"]))  # type: ignore[arg-type]  # whatever the node sent: int() raises
         if len(known) >= expected:
             return sorted(known.values(), key=lambda node: (node.partition, node.name))
         refusals = refusals + 1 if why and not known else 0

@@ -150,7 +150,7 @@ class OrderedSum:
         assert self._file is not None
         self._file.seek(held.offset)
         values = np.empty(self._block.numel(), self._block.numpy().dtype)
-        self._file.readinto(values.data)  # type: ignore[attr-defined]
+        self._file.readinto(values.data)  # type: ignore[attr-defined]  # a file that is opened without a buffer has it
         return torch.from_numpy(values)
 
     def _add(self, vector: Tensor, weight: float) -> None:

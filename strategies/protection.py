@@ -195,7 +195,7 @@ class Outlook:
                 if norm is None:
                     return None
                 if _is(layer, _CLIP):
-                    facts = replace(layer, norm=norm).check(facts, state)  # type: ignore[type-var]
+                    facts = replace(layer, norm=norm).check(facts, state)  # type: ignore[type-var]  # a Clip, compared by its class above
                     continue
                 state = {**state, "norm": norm}
             facts = layer.check(facts, state)

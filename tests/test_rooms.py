@@ -280,3 +280,16 @@ def test_no_decision_hangs_on_the_class_of_a_part() -> None:
     assert wrong == []
     (found,) = kinds_asked_for(ast.parse("isinstance(layer, Clip)"))
     assert found == (1, "Clip")
+
+
+def test_what_is_hidden_from_the_type_checker_has_its_reason() -> None:
+    """`type: ignore` names the error, and a comment behind it says why it is none."""
+    bare = re.compile(r"#\s*type:\s*ignore(?!\[[\w, -]+\]  # \S)")
+    found = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for room in [*ROOMS, "umbel"]
+        for file in sources(room)
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if bare.search(line)
+    ]
+    assert not found

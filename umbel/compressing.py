@@ -225,7 +225,7 @@ def _rounds(
         result = run_federation(again, options=changed, nodes=int(config["nodes"]))
         ended = opened(result.path, again)
         trained = copy.deepcopy(module)
-        trained.set_submodule("module", trainer.ready(ended.weights, ended.options))  # type: ignore[attr-defined]
+        trained.set_submodule("module", trainer.ready(ended.weights, ended.options))  # type: ignore[attr-defined]  # a TorchTrainer alone comes here
         return trained, ended.directory
 
     return further

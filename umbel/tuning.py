@@ -41,6 +41,7 @@ from umbel.running import run as run_federation
 from umbel.server.output import strict
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
+from umbel.server.pools.choose import check_here
 from umbel.server.private.selecting import SHAPING, Trials, charge_search
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
@@ -61,6 +62,7 @@ class Task:
         nodes: virtual nodes.
         test: the other half.
         goal: what is searched for.
+        pool: where a trial's nodes run; None is this process, one after the other.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Task:
     nodes: int
     test: Any
     goal: Goal
+    pool: str | None = None
 
     def run(
         self, chosen: Mapping[str, Value], out: Path, report: Report | None = None
@@ -82,6 +85,7 @@ class Task:
                 self.federation,
                 options=changes,
                 nodes=self.nodes,
+                pool=self.pool,
                 out=out,
                 progress=_Watch(self.goal.metric, report),
             )
@@ -129,6 +133,7 @@ def tune(
     nodes: int | None = None,
     out: Path | None = None,
     workers: int = 1,
+    pool: str | None = None,
     charge: str | None = None,
     public: Path | None = None,
     seed: int = 0,
@@ -145,6 +150,8 @@ def tune(
         nodes: virtual nodes; as many as the app says, else 10, if None.
         out: the folder; a search that is there already goes on. None is `tune/APP`.
         workers: processes that run trials side by side.
+        pool: where the nodes of a trial run: a pool of this process, such as "threads"; one after
+            the other if None.
         charge: under a privacy claim, how the number of trials is drawn: "poisson", "geometric" or
             "logarithmic".
         public: a file of public examples (.npz with x and y) that trials train on instead.
@@ -162,6 +169,9 @@ def tune(
     if trials < 1:
         raise ConfigError(f"--trials is {trials}; give at least 1")
     task, app_path = task_of(app, options or {}, nodes, metric, public)
+    if pool is not None:  # an app's own may be registered by now
+        check_here(pool, "trials run a federation with half of its held-out examples")
+        task = replace(task, pool=pool)
     dimensions = parse_space(space, task.options)
     check_ends(task, dimensions)
     folder = Path(out) if out is not None else Path("tune") / task.name
@@ -183,6 +193,7 @@ def tune(
         "metric": metric,
         "options": dict(options or {}),
         "nodes": nodes,
+        "pool": pool,
         "public": None if public is None else str(public),
         "seed": seed,
     }
@@ -565,6 +576,7 @@ def _helper(file: Path) -> None:
     folder = Path(given["out"])
     public = given["public"] and Path(given["public"])
     task, _ = task_of(given["app"], given["options"], given["nodes"], given["metric"], public)
+    task = replace(task, pool=given["pool"])
     dimensions = parse_space(given["space"], task.options)
     search = Search(folder, dimensions, task.goal, seed=given["seed"] + os.getpid())
     _loop(task, search, folder, given["trials"], lambda line: print(line, file=sys.stderr))

@@ -82,7 +82,7 @@ def _scene(
             return training.hospitals(make, task, defence, *known)
         if scene == "training":
             return training.training(make, task, defence, known[0])
-        return getattr(scenes, scene)(make, task, defence)  # type: ignore[no-any-return]
+        return getattr(scenes, scene)(make, task, defence)  # type: ignore[no-any-return]  # each scene returns rows
     except UmbelError as error:
         return f"{scene} could not run: {error}"
 

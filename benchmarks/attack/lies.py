@@ -31,7 +31,7 @@ from umbel.benchmarks.attack.canaries import (
     one_round,
 )
 from umbel.benchmarks.attack.tasks import LENGTH
-from umbel.benchmarks.attack.verdicts import Verdict, not_tested
+from umbel.benchmarks.attack.verdicts import Outcome, Verdict, not_tested
 from umbel.benchmarks.attack.views import Attackable, Played, play
 from umbel.clients.trainers.base import Options, promising
 from umbel.core.contents import records_of
@@ -91,8 +91,8 @@ def _refused(what: str, why: str) -> Verdict:
 
 
 def _verdict(what: str, leaks: bool, words: str) -> Verdict:
-    outcome = "leaks" if leaks else "holds"
-    return Verdict(f"lie: {what}", "server", outcome, words, false_alarm=None)  # type: ignore[arg-type]
+    outcome: Outcome = "leaks" if leaks else "holds"
+    return Verdict(f"lie: {what}", "server", outcome, words, false_alarm=None)
 
 
 def other_options(federation: Attackable, options: Options) -> Verdict:

@@ -269,7 +269,7 @@ def _records(trainer: PrivateSgd, examples: Any, options: Mapping[str, Any]) -> 
         words += f" (one record moves a step by {norms:.2g} norms, under noise of at most "
         words += f"{deviation / promise.example_norm:.3g})"
     outcome = "broken" if broken else "holds"
-    return Verdict("records", "server", outcome, words, claimed, measured)  # type: ignore[arg-type]
+    return Verdict("records", "server", outcome, words, claimed, measured)  # type: ignore[arg-type]  # one of Outcome, chosen above
 
 
 def _record(
@@ -322,7 +322,7 @@ def _drawn(trainer: PrivateSgd, examples: Any, options: Mapping[str, Any]) -> Ve
     words = found.words if broken else f"{STEPS} steps at a rate of {rate:.3g}"
     outcome = "broken" if broken else "holds"
     mean = float(drawn.mean())
-    return Verdict("sampling of records", "server", outcome, words, rate, mean)  # type: ignore[arg-type]
+    return Verdict("sampling of records", "server", outcome, words, rate, mean)  # type: ignore[arg-type]  # one of Outcome, chosen above
 
 
 class _Listening:

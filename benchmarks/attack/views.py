@@ -16,6 +16,7 @@ there, and no attack has to know which layers there are.
 
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
@@ -37,6 +38,7 @@ from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import session
+from umbel.server.pools.choose import make_pool
 from umbel.strategies.collect import UPDATE, Aggregate, Exchange, Gather, RoundSpec, read_vector
 from umbel.strategies.layout import MODEL, PARAMETERS
 from umbel.strategies.stack import Stack
@@ -174,6 +176,7 @@ def play(
     listen: Callable[[int], bool] = bool,
     around: Callable[[ClientApp], ClientApp] = lambda app: app,
     asking: Callable[[Exchange], Exchange] = lambda collect: collect,
+    pool: str | None = None,
 ) -> Played:
     """Run a federation on the embedded engine with a listener at the server.
 
@@ -184,6 +187,7 @@ def play(
         listen: of which rounds each reply is kept (all by default); models and sums always are.
         around: stands between the coordinator and the nodes' app, for a coordinator that lies.
         asking: changes how the coordinator asks, around the listener.
+        pool: where the nodes run, a pool of this process; one after the other if None.
     """
     heard: list[Heard] = []
 
@@ -198,8 +202,14 @@ def play(
     with tempfile.TemporaryDirectory(prefix="umbel-bench-") as folder:
         config = {"options": complete, "rehearsal": True}
         run = RunDirectory.create(None, "bench", config, out=Path(folder) / "run")
+        cores = os.cpu_count() or 1
+        place = pool and make_pool(pool, complete, workers=None, processors=cores)
         grid = EmbeddedGrid(
-            around(tapped.client_app()), nodes, run_config=complete, group_size=group
+            around(tapped.client_app()),
+            nodes,
+            pool=place or None,
+            run_config=complete,
+            group_size=group,
         )
         context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(complete))
         with grid, session(run, SilentProgress()) as opened:

@@ -27,7 +27,7 @@ from umbel.clients.data.examples import Examples, Node, Split
 from umbel.core.names import UPDATE
 from umbel.core.options import Options
 from umbel.core.records import to_array
-from umbel.strategies.aggregator import RoundSpec
+from umbel.strategies.aggregator import Aggregate, RoundSpec
 from umbel.strategies.exchange import Exchange, Gather, read_vector
 
 FLIPPED = 5.0
@@ -145,7 +145,8 @@ def lying(exchange: Exchange, liars: Sequence[int], lie: Lie, seed: int) -> Exch
             while True:
                 sent = trip.send(_lied((yield sent), among, lie, scene, round_.size))
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            result: Aggregate = end.value
+            return result
 
     object.__setattr__(changed, "gather", gather)
     return changed

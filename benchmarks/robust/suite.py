@@ -63,6 +63,8 @@ def measure(
     attacks: Sequence[str],
     share: float,
     tell: Callable[[str], None] = lambda _: None,
+    *,
+    pool: str | None = None,
 ) -> list[Cell]:
     """Every attack against every rule.
 
@@ -74,6 +76,7 @@ def measure(
         attacks: names; `none` is always the first.
         share: of the nodes that lie; rules are told it.
         tell: hears a line for each run.
+        pool: where the nodes run, a pool of this process; one after the other if None.
 
     Raises:
         ConfigError: a name that there is not, or no liar at all.
@@ -94,7 +97,7 @@ def measure(
     for rule in rules:
         clean: float | None = None
         for attack in dict.fromkeys(("none", *attacks)):
-            cell = _run(federation, nodes, options, rule, attack, liars, share)
+            cell = _run(federation, nodes, options, rule, attack, liars, share, pool)
             if attack == "none":
                 clean = cell.accuracy
             if cell.accuracy is not None and clean is not None:
@@ -112,6 +115,7 @@ def _run(
     attack: str,
     liars: Sequence[int],
     share: float,
+    pool: str | None,
 ) -> Cell:
     cell = Cell(rule, attack, 0 if attack == "none" else len(liars))
     given = {**options, "aggregator": rule}
@@ -134,6 +138,7 @@ def _run(
             asking=lambda exchange: (
                 lying(exchange, ids, LIES[attack], seed) if attack in LIES else exchange
             ),
+            pool=pool,
         )
     except UmbelError as error:
         return replace(cell, refused=" ".join(str(error).split()))

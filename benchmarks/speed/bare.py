@@ -90,7 +90,7 @@ class Loop:
         for _ in range(plan.epochs):
             for batch in torch.split(rows[torch.randperm(len(rows))], plan.batch):
                 optimizer.zero_grad()
-                cross_entropy(model(self.x[batch]), self.y[batch]).backward()  # type: ignore[no-untyped-call]
+                cross_entropy(model(self.x[batch]), self.y[batch]).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
                 optimizer.step()
         return {k: v.detach().clone() for k, v in model.state_dict().items()}, len(rows)
 

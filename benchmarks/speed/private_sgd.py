@@ -95,7 +95,7 @@ def _plain() -> Way:
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
-        cross_entropy(network(x), y).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(network(x), y).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         optimizer.step()
 
     return step

@@ -99,7 +99,7 @@ def _simulate(server: ServerApp, client: object, nodes: int) -> None:
     from flwr.simulation import run_simulation
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-    run_simulation(server, client, nodes, backend_config=resources)  # type: ignore[arg-type]
+    run_simulation(server, client, nodes, backend_config=resources)  # type: ignore[arg-type]  # a ClientApp, and a table that Flower types too narrowly
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -183,7 +183,7 @@ class _Timed:
             size = sum(len(value) for value in message.values() if isinstance(value, bytes | str))
             self.wire_bytes += size
             if stage == "mask":
-                self.vector_bytes = len(message["vector"])  # type: ignore[arg-type]
+                self.vector_bytes = len(message["vector"])  # type: ignore[arg-type]  # the field of a masked vector is bytes
         del self.session.wire[stage, node]  # a hundred vectors are not needed again
         return message
 

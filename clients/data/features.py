@@ -212,7 +212,7 @@ class PrecomputedFeatures:
     def _examples(self, part: str, index: Array, options: Options) -> Examples:
         stored = self.load().train if part == "train" else self.load().test
         y = np.asarray(stored.y)[index].astype(np.int64)
-        return Examples(Rows(self._store(part, stored, options), index), y)  # type: ignore[arg-type]
+        return Examples(Rows(self._store(part, stored, options), index), y)  # type: ignore[arg-type]  # rows that are read when they are asked for
 
     def _store(self, part: str, stored: Examples, options: Options) -> Store:
         recipe = self.recipe_for(options)

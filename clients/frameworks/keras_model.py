@@ -283,7 +283,7 @@ class Correction:
         self._keras, self._optimizer = keras, optimizer
         kind, shaped = type(optimizer), self._shaped
 
-        class Corrected(kind):  # type: ignore[misc, valid-type]
+        class Corrected(kind):  # type: ignore[misc, valid-type]  # a class that is known when it runs
             def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
                 variables = (
                     self._trainable_variables

@@ -210,7 +210,7 @@ def fit(task: Task, source: Source) -> tuple[float, int]:
                     loss = task.objective.loss(call(task.module, inputs), targets)
                 if factor != 1.0:
                     loss = loss * factor
-                (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+                (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
             losses.add(loss, count)
             count = 0
         back()
@@ -251,12 +251,12 @@ def _ahead(
             targets = task.objective.prepare(to_device(y, task.device))
             with explained(inputs, targets), autocast(task.settings.precision, task.device):
                 loss = task.objective.loss(call(task.module, inputs), targets)
-            (loss * factor).backward()  # type: ignore[no-untyped-call]
+            (loss * factor).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         with torch.no_grad():
             for parameter in task.parameters:
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad, alpha=task.ahead)
-        yield rows, lambda before=before: _fill(task.parameters, before)  # type: ignore[misc]
+        yield rows, lambda before=before: _fill(task.parameters, before)  # type: ignore[misc]  # mypy infers no default of a lambda
 
 
 @torch.no_grad()

@@ -253,7 +253,7 @@ class ModuleCache:
         if slot.key != key:
             slot.piece = ModuleState.of(build(self.model, options, BUILD_SEED).to(device))
             slot.key = key
-        return slot.piece  # type: ignore[no-any-return]
+        return slot.piece  # type: ignore[no-any-return]  # mypy forgets what a thread-local holds
 
     def __reduce__(self) -> tuple[type["ModuleCache"], tuple[Model]]:
         return ModuleCache, (self.model,)

@@ -43,7 +43,7 @@ Work = Callable[[Weights, Any, Job, Share], Trained]
 def spread(module: nn.Module, device: torch.device) -> nn.Module:
     """How a model lies over the team's devices: a whole copy on each, gradients averaged."""
     if device.type == "cuda":
-        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # torch has no types for it
         return DistributedDataParallel(synchronised, device_ids=[device])
     return DistributedDataParallel(module)
 

@@ -46,6 +46,9 @@ from umbel.strategies.objective import CORRECTION
 from umbel.strategies.private.gaussian import noised
 from umbel.strategies.release import Release
 
+SAYS_NO_DATA = True
+"""See `umbel.core.errors`."""
+
 MARGIN = 1 + 2.0**-16
 """Noise beyond z C: covers the rounding of clipped gradients and of their sum in float32."""
 

@@ -61,7 +61,7 @@ def with_zeros(module: nn.Module, share: float) -> nn.Module:
     for layer in found:
         mask: Any = layer.weight_mask
         mask = mask.detach().clone()
-        prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
+        prune.remove(layer, "weight")  # type: ignore[no-untyped-call]  # torch has no types for it
         parametrize.register_parametrization(layer, "weight", Zeros(mask))
     return made
 
@@ -233,7 +233,7 @@ def _shrink(first: Layer, second: Layer, norms: list[nn.Module], share: float) -
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(norm, name, None) is not None:
                 _keep(norm, name, kept)
-        norm.num_features = len(kept)  # type: ignore[assignment]
+        norm.num_features = len(kept)  # type: ignore[assignment]  # a module of any kind of normalisation
     sizes: list[tuple[Any, str, int]] = [
         (first, "out_features" if isinstance(first, nn.Linear) else "out_channels", len(kept)),
         (second, "in_features" if isinstance(second, nn.Linear) else "in_channels", len(columns)),

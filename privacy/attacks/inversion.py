@@ -151,12 +151,12 @@ def dlg(
         distance = torch.stack(
             [(a - b).square().sum() for a, b in zip(guess, seen, strict=True)]
         ).sum()
-        distance.backward()  # type: ignore[no-untyped-call]
+        distance.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         return distance
 
     distance = math.inf
     for _ in range(iterations):
-        now = float(optimizer.step(closure).detach())  # type: ignore[no-untyped-call]
+        now = float(optimizer.step(closure).detach())  # type: ignore[no-untyped-call]  # torch has no types for it
         if not math.isfinite(now) or abs(distance - now) < 1e-14:
             break
         distance = now

@@ -114,10 +114,10 @@ def property_scores(
         odds = inputs @ weights[:-1] + weights[-1]
         value = torch.nn.functional.binary_cross_entropy_with_logits(odds, has_property.double())
         value = value + penalty * weights[:-1].square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)  # type: ignore[no-untyped-call]  # torch has no types for it
     with torch.no_grad():
         return _numbers(((attacked - mean) / spread) @ weights[:-1] + weights[-1])
 

@@ -411,7 +411,7 @@ class _Still(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch's o
     """Chance held still: dropout keeps everything, random numbers are one half."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from umbel.core import registry
 from umbel.core.errors import ConfigError
+from umbel.core.options import choose
 from umbel.server.pools.base import Pool
 from umbel.server.pools.executors import ExecutorPool, Threads
 from umbel.server.pools.here import Here
@@ -70,6 +71,25 @@ def make_pool(
             f"or one of {', '.join(registry.names('pool'))}"
         )
     return asked
+
+
+def check_here(pool: str, what: str) -> None:
+    """Refuse a pool by name that cannot run an object of this process.
+
+    Args:
+        pool: the name, with its address if it has one.
+        what: why there is an object and no app's folder, as a sentence's middle.
+
+    Raises:
+        ConfigError: no such pool, or one whose workers are other processes.
+    """
+    name = pool.partition("://")[0].partition("[")[0]
+    choose("--pool", name, registry.names("pool"))
+    if name == DEFAULT or name in CLUSTERS:
+        raise ConfigError(
+            f"--pool is {pool}, but {what}, which other processes do not have; take --pool "
+            "threads, or leave it out"
+        )
 
 
 _FORK_SERVER = "umbel.fork-server"

@@ -108,7 +108,7 @@ def check_fresh(run: int, round_: int, ticket: bytes, context: Context) -> None:
     """
     taken = find_record(context.state, SPENT, ConfigRecord)
     if taken is not None:
-        refuse_spent(run, round_, number(dict(taken), "round"))  # type: ignore[arg-type]
+        refuse_spent(run, round_, number(dict(taken), "round"))  # type: ignore[arg-type]  # a node wrote it; number() checks
     if EXTERNAL_SESSION in context.state:
         return
     kept = _kept(context)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from umbel.privacy.masking import keys
 from umbel.privacy.masking.masks import Words
@@ -77,9 +78,9 @@ class LocalSession:
         }
         return LocalSession(terms, key, nodes, values)
 
-    def again(self, **changes: object) -> "LocalSession":
+    def again(self, **changes: Any) -> "LocalSession":
         """The same nodes in another session."""
-        terms = replace(self.terms, **changes)  # type: ignore[arg-type]
+        terms = replace(self.terms, **changes)
         return LocalSession(terms, self.key, self.nodes, self.values)
 
     def run(self) -> Released:

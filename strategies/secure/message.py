@@ -45,6 +45,7 @@ def signable(stage: str, sid: bytes, node: int, content: Mapping[str, Value]) ->
     fields: list[Value] = []
     for name, value in sorted(content.items()):
         # Long fields are hashed once, not copied into the transcript first.
-        large = isinstance(value, bytes) and len(value) > _LARGE
-        fields += [name, sha256(value).digest() if large else value]  # type: ignore[arg-type]
+        if isinstance(value, bytes) and len(value) > _LARGE:
+            value = sha256(value).digest()
+        fields += [name, value]
     return keys.transcript(f"message {stage}", sid, node, *fields)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,25 @@ def test_a_rule_stands_what_the_mean_does_not(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "robust.json").read_text()) == written
     assert "| median |" in (tmp_path / "out" / "robust.md").read_text()
     assert not [name for name in written["fallen"] if name.startswith(("mean", "median"))]
+
+
+def test_the_nodes_run_on_a_pool_that_is_asked_for() -> None:
+    """The same accuracies, on threads that are not this one."""
+    seen: set[int] = set()
+    plain = federation()
+    own: Any = plain.data
+
+    def watched(node: Node, options: Any) -> Any:
+        seen.add(threading.get_ident())
+        return own(node, options)
+
+    given = replace(plain, data=watched, test=plain.test or own.central_test)
+    here = measure(given, NODES, OPTIONS, ["median"], ["nan"], 0.2)
+    assert seen == {threading.get_ident()}
+    seen.clear()
+    there = measure(given, NODES, OPTIONS, ["median"], ["nan"], 0.2, pool="threads")
+    assert seen and threading.get_ident() not in seen
+    assert [cell.accuracy for cell in there] == [cell.accuracy for cell in here]
 
 
 def test_what_a_rule_does_not_stand_is_said_and_not_run() -> None:

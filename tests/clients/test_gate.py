@@ -23,7 +23,7 @@ from umbel.clients.gate import AppError, guarded, kind_of
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.function import FunctionTrainer
 from umbel.clients.trainers.private_sgd import PrivateSgd
-from umbel.core.errors import ConfigError
+from umbel.core.errors import ConfigError, RunError, UmbelError, raised_where_no_data_are
 from umbel.core.records import from_array
 from umbel.federation import Federation
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
@@ -273,11 +273,6 @@ def test_what_umbel_itself_says_about_a_message_is_told() -> None:
         liar.ask(100)
 
 
-def test_the_files_that_may_speak_are_there() -> None:
-    """One that was moved would fall silent: what is wrong with a message would stay on the node."""
-    assert gate._PROTOCOL and all(Path(name).exists() for name in gate._PROTOCOL)
-
-
 class WithStatistics(FunctionTrainer):
     """Its model has a running statistic."""
 
@@ -473,3 +468,44 @@ def test_a_refusal_costs_no_training_and_the_node_answers_on(tmp_path: Path) -> 
     file.write_text("")
     assert not liar.ask(100).has_error()
     assert trained == [1]
+
+
+def raised(code: str, **names: Any) -> UmbelError:
+    """The error that some lines raise, in a module of these names."""
+    try:
+        exec(compile(code, "a file", "exec"), names)
+    except UmbelError as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_only_umbels_own_modules_can_declare_that_they_say_no_data() -> None:
+    told = "from umbel.core.errors import RunError\nraise RunError('a secret')"
+    assert raised_where_no_data_are(
+        raised("from umbel.core.options import choose\nchoose('a', 'b', 'c')")
+    )
+    assert not raised_where_no_data_are(raised(told))
+    for name in ("task", "umbel.core.options", "umbel.core.of_an_app", "umbel"):
+        assert not raised_where_no_data_are(raised(told, __name__=name, SAYS_NO_DATA=True)), name
+    trainer = "from umbel.clients.data.datasets import load\nload('no such data')"
+    assert not raised_where_no_data_are(raised(trainer))
+    assert not raised_where_no_data_are(RunError("never raised"))
+
+
+def test_whose_sentences_may_leave_is_a_short_list() -> None:
+    """What joins it is looked at: nothing in it may repeat an example, or what an app says."""
+    root = Path(gate.__file__).resolve().parent.parent
+    rooms = ("core", "privacy", "transport", "strategies", "clients", "server", "deliver", "umbel")
+    declared = {
+        str(file.relative_to(root))
+        for room in rooms
+        for file in (root / room).rglob("*.py")
+        if file.read_text(encoding="utf-8").find("\nSAYS_NO_DATA = True\n") >= 0
+    }
+    assert declared == {
+        "core/__init__.py",
+        "strategies/__init__.py",
+        "clients/ledger/__init__.py",
+        "clients/trainers/private_sgd.py",
+        *(f"clients/{n}.py" for n in ("admission", "handler", "plan", "pooling", "received")),
+    }

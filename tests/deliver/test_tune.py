@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,35 @@ def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--trials is 0"):
         tune(clinics(), space="local-iterations=[1]", trials=0)
     assert isinstance(parse_space("momentum=[0.5]", {"momentum": 0.0})[0], Dimension)
+
+
+def test_the_nodes_of_a_trial_run_on_a_pool(tmp_path: Path) -> None:
+    """Same choices, same scores; the threads are not this one."""
+    seen: set[int] = set()
+    task = clinics()
+    own: Any = task.data
+
+    class Watched:
+        def __call__(self, node: Any, options: Any) -> Any:
+            seen.add(threading.get_ident())
+            return own(node, options)
+
+        def central_test(self, options: Any) -> Any:
+            return own.central_test(options)
+
+    watched = replace(task, data=Watched())
+    space, given = "local-iterations=[1,2]", {"rounds": 2}
+    here = tune(watched, space=space, trials=2, options=given, nodes=4, out=tmp_path / "here")
+    assert seen == {threading.get_ident()}
+    seen.clear()
+    there = tune(
+        watched, space=space, trials=2, options=given, nodes=4, out=tmp_path / "there",
+        pool="threads",
+    )  # fmt: skip
+    assert seen and threading.get_ident() not in seen
+    assert there["best"]["metrics"] == here["best"]["metrics"]
+    assert there["best"]["options"] == here["best"]["options"]
+    for pool, words in (("processes", "take --pool threads"), ("dask://x:1", "take --pool threads"),
+                        ("treads", "--pool is 'treads'; it can be")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            tune(watched, space=space, trials=1, nodes=2, out=tmp_path / "no", pool=pool)

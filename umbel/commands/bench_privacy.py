@@ -92,7 +92,7 @@ def privacy(
         return
     report = _measured(own, full, inject, seed, workers)
     out = out or Path("runs") / time.strftime("bench-privacy-%Y%m%d-%H%M%S")
-    report.about["command"] = " ".join(["umbel", *sys.argv[1:]])  # type: ignore[index]
+    report.about["command"] = " ".join(["umbel", *sys.argv[1:]])  # type: ignore[index]  # what it is about is an object of JSON
     files = privacy_report.write(report, out)
     problems = report.problems()
     if as_json:

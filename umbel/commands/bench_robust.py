@@ -24,6 +24,9 @@ def robust(
     floor: Annotated[
         float, typer.Option(help="So much accuracy may a rule lose that says to stand it.")
     ] = 0.1,
+    pool: Annotated[
+        str | None, typer.Option(help="Where nodes run: threads, or a pool of the app's own.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write. Default: runs/bench-robust-<date>.")
     ] = None,
@@ -46,6 +49,7 @@ def robust(
     from umbel.core.errors import ConfigError
     from umbel.federation import FederationServerApp
     from umbel.server.output import strict
+    from umbel.server.pools.choose import check_here
     from umbel.strategies.aggregators.named import RULES
 
     console = Console(stderr=True)
@@ -54,6 +58,8 @@ def robust(
             f"{folder.path} is not made with Umbel's Federation, so its aggregator is its own; "
             "name an app that is"
         )
+    if pool is not None:
+        check_here(pool, "liars are played around a federation of this process")
     federation = server.federation
     options = federation.complete({**folder.options, **changes})
     every = [name for name in ("mean", *RULES) if name != "fltrust" or federation.root]
@@ -65,6 +71,7 @@ def robust(
         attacks.split() or ATTACKS,
         liars,
         console.print,
+        pool=pool,
     )
     where = out or Path("runs") / time.strftime("bench-robust-%Y%m%d-%H%M%S")
     found = suite.write(cells, where, floor)

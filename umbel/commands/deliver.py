@@ -183,6 +183,9 @@ def tune(
         Path | None, typer.Option(help="Folder; a search in it goes on. Default: tune/APP.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Trials side by side.", min=1)] = 1,
+    pool: Annotated[
+        str | None, typer.Option(help="Where a trial's nodes run: threads, or an app's own.")
+    ] = None,
     charge: Annotated[
         str | None,
         typer.Option(
@@ -214,6 +217,7 @@ def tune(
         nodes=nodes,
         out=out,
         workers=workers,
+        pool=pool,
         charge=charge,
         public=public,
         seed=seed,

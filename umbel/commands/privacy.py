@@ -74,7 +74,7 @@ def epsilon(
     try:
         _whole(rounds)
         charges = _charges(plan, noise_multiplier, sampling_rate, rounds)
-        result = spent(charges, delta, accountant=accountant, cross_check=True)  # type: ignore[arg-type]
+        result = spent(charges, delta, accountant=accountant, cross_check=True)  # type: ignore[arg-type]  # Typer has checked the choice
         if not math.isfinite(result.epsilon):
             raise ValueError(
                 f"noise-multiplier is {noise_multiplier:g}, which is no noise: epsilon is "
@@ -111,11 +111,11 @@ def noise(
         if plan is not None and not plan.stack.waiting:
             found = plan.own_noise or plan.stack.noise_multiplier or 0.0
         elif plan is not None:
-            found = calibrate(plan.charges, epsilon, delta, accountant=accountant)  # type: ignore[arg-type]
+            found = calibrate(plan.charges, epsilon, delta, accountant=accountant)  # type: ignore[arg-type]  # Typer has checked the choice
         else:
-            found = noise_for(epsilon, delta, sampling_rate, rounds, accountant=accountant)  # type: ignore[arg-type]
+            found = noise_for(epsilon, delta, sampling_rate, rounds, accountant=accountant)  # type: ignore[arg-type]  # Typer has checked the choice
         charges = _charges(plan, found, sampling_rate, rounds)
-        reached = spent(charges, delta, accountant=accountant)  # type: ignore[arg-type]
+        reached = spent(charges, delta, accountant=accountant)  # type: ignore[arg-type]  # Typer has checked the choice
     except ValueError as error:
         raise ConfigError(_options(error)) from error
     if plot is not None:

@@ -190,7 +190,7 @@ def client(
 
     _begin()
     _check_engine(engine)
-    if path is not None:
+    if path is not None and path.is_dir():  # else the enrolment says what is missing
         from umbel.opening import opened
 
         opened(path, {})
