@@ -37,7 +37,7 @@ from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import session
-from umbel.strategies.collect import UPDATE, Aggregate, Exchange, Gather, RoundSpec, read_vector
+from umbel.strategies.collect import Aggregate, Exchange, Gather, RoundSpec
 from umbel.strategies.layout import MODEL, PARAMETERS
 from umbel.strategies.stack import Stack
 
@@ -287,6 +287,6 @@ def _write_down(
     ]
     wire[node] = wire.get(node, b"") + b"".join(parts)
     try:
-        replies[node] = read_vector(message, UPDATE, round_.size).double().clone()
+        replies[node] = read_update(message, round_)[0].double().clone()
     except ValueError:
         return  # another trip's message, or a masked vector: nothing that can be read

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from umbel.core.records import from_array, record_of, to_array
 from umbel.server.embedded.mapped import PAGE, File, Mapped
 from umbel.server.embedded.packing import BY_FILE, Packed, pack, receive, send, unpack
+from umbel.strategies.secure.wire import content_of, plain_of
 
 
 def records(size: int = 5000) -> RecordDict:
@@ -96,6 +97,22 @@ def test_a_mapped_blob_is_as_good_as_bytes_and_nobody_writes_to_anothers() -> No
     own, others = (from_array(reader["m"]["w"]) for reader in readers)
     own += 1  # never to be done, and of no consequence to others
     assert torch.equal(others, vector) and torch.equal(from_array(array), vector)
+
+
+def test_a_large_message_of_a_secure_sum_is_bytes_again() -> None:
+    """A masked vector of a worker lies in mapped memory, and its reader wants bytes."""
+    vector = bytes(range(256)) * (BY_FILE // 128)
+    ends = socket.socketpair()
+    sender = threading.Thread(
+        target=lambda: send(ends[0], pack(content_of({"vector": vector, "lost": 2})))
+    )
+    sender.start()
+    content = unpack(receive(ends[1], mapped=True))
+    sender.join()
+    for end in ends:
+        end.close()
+    assert plain_of(content) == {"vector": vector, "lost": 2}
+    assert type(plain_of(content)["vector"]) is bytes
 
 
 def test_files_go_with_the_last_who_has_them() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from umbel.commands.bench_privacy import privacy
+from umbel.commands.bench_compression import compression
 from umbel.commands.bench_robust import robust
 from umbel.commands.groups import Commands
 
@@ -62,6 +63,7 @@ def speed(
 
 app.command("privacy")(privacy)
 app.command("robust")(robust)
+app.command("compression")(compression)
 
 
 @app.callback()
