@@ -189,7 +189,7 @@ def _written(name: str, part: Tensor) -> tuple[str, Tensor]:
 def _deflated(data: np.ndarray[Any, Any]) -> bytes:
     """Huffman codes alone: numbers that were rounded at random hardly repeat each other."""
     coder = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(memoryview(data)) + coder.flush()
+    return coder.compress(data.data) + coder.flush()
 
 
 def _inflated(tensor: Tensor, name: str, part: Part) -> Tensor:
@@ -199,7 +199,7 @@ def _inflated(tensor: Tensor, name: str, part: Part) -> Tensor:
         raise ValueError(f"the part {name!r} is entropy coded, which only bytes are")
     decoder = zlib.decompressobj()
     try:
-        data = decoder.decompress(memoryview(tensor.numpy()), part.most + 1)
+        data = decoder.decompress(tensor.numpy().data, part.most + 1)
     except zlib.error as error:
         raise ValueError(f"the part {name!r} cannot be unfolded: {error}") from error
     if not decoder.eof or decoder.unused_data:

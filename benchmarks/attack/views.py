@@ -38,6 +38,7 @@ from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import session
 from umbel.strategies.collect import Aggregate, Exchange, Gather, RoundSpec
+from umbel.strategies.exchange import read_update
 from umbel.strategies.layout import MODEL, PARAMETERS
 from umbel.strategies.stack import Stack
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from umbel.benchmarks.figures import Figure, plot, rows
 from umbel.benchmarks.speed import (
     aggregation,
+    compression,
     link,
     memory,
     messages,
@@ -32,7 +33,15 @@ from umbel.server.output.rundir import machine, versions
 
 PRIVATE = ("noise", "private-sgd", "private-round")
 """What `--privacy` measures; private-fashion takes many minutes and is measured by name."""
-ON_REQUEST = ("memory", "memory-large", "link", "secure", *PRIVATE, "private-fashion")
+ON_REQUEST = (
+    "memory",
+    "memory-large",
+    "link",
+    "secure",
+    "compression",
+    *PRIVATE,
+    "private-fashion",
+)
 """Parts that are measured only when they are named."""
 
 HEADINGS = ("part", "what", "measured", "target", "beside it")
@@ -58,6 +67,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "small": lambda: training.measure_small(apps.digits, quick=quick),
         "link": lambda: link.figures(quick=quick, flower=flower),
         "secure": lambda: secure.figures(quick=quick),
+        "compression": lambda: compression.measure(quick=quick),
         "noise": lambda: noise.measure(quick=quick),
         "private-sgd": lambda: private_sgd.measure(quick=quick),
         "private-round": lambda: private_round.measure(quick=quick),

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from umbel.commands.bench_privacy import privacy
 from umbel.commands.bench_compression import compression
+from umbel.commands.bench_privacy import privacy
 from umbel.commands.bench_robust import robust
 from umbel.commands.groups import Commands
 
@@ -21,7 +21,8 @@ def speed(
         list[str] | None,
         typer.Argument(
             help="messages, aggregation, example, small; memory, memory-large, link, secure, "
-            "noise, private-sgd, private-round, private-fashion (long). Default: the first four."
+            "compression, noise, private-sgd, private-round, private-fashion (long). Default: the "
+            "first four."
         ),
     ] = None,
     out: Annotated[
