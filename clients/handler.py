@@ -21,11 +21,12 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from umbel.clients.data.examples import Node, Split
+from umbel.clients.data.examples import ChecksNodes, Node, Split
 from umbel.clients.gate import guarded
 from umbel.clients.given import trainer_of
 from umbel.clients.holding import Holder
 from umbel.clients.ledger.charging import answered, leaves
+from umbel.clients.phases import train_in_phases, tuned
 from umbel.clients.plan import Plan, without_values
 from umbel.clients.pooling import (
     Questions,
@@ -85,7 +86,7 @@ class ClientHandler:
         if refused is not None:
             return Message(refused, reply_to=message)
         task = self._begin(plan, plan.receive(message, context, self._split(plan, context)))
-        trained = plan.trainer.train(task.weights, task.split.train, task.job)
+        trained = train_in_phases(plan, task)
         self._train_again(plan, task)
         return plan.reply(task, trained)
 
@@ -97,6 +98,8 @@ class ClientHandler:
         None where the trainer cannot do that, or does not find it worth while.
         """
         plan = self.plan(contexts[0])
+        if plan.stack.phases:
+            return None
         if isinstance(plan.trainer, CohortTrainer) and len(messages) > 1:
             tasks: list[Received] = []
             before = None
@@ -129,7 +132,7 @@ class ClientHandler:
         examples = 0
         if split.test is not None and len(split.test) > 0:
             task = plan.with_own_model(plan.receive(message, context, split))
-            result = plan.trainer.evaluate(task.weights, split.test, plan.options)
+            result = plan.trainer.evaluate(tuned(plan, task), split.test, plan.options)
             metrics, examples, counted = result.metrics, result.examples, result.counted
         content = RecordDict({METRICS: MetricRecord({**metrics, EXAMPLES: examples})})
         if counted:
@@ -242,10 +245,7 @@ class FederationClientApp(ClientApp):
 
     Attributes:
         half: answers messages.
-        takes_mapped: arrays that it gets need not hold bytes; mapped memory will do.
     """
-
-    takes_mapped = True
 
     def __init__(self, half: ClientHandler) -> None:
         super().__init__()
@@ -270,6 +270,15 @@ class FederationClientApp(ClientApp):
     def app_options(self) -> Options | None:
         """What options are in the app's own files, complete; None where nobody has told."""
         return None if self._own is None else self.half.options(self._own)
+
+    def check_data(self, run_config: Options, nodes: int) -> None:
+        """Look for what is wrong with virtual nodes' data, before any is asked.
+
+        Raises:
+            ConfigError: they cannot be had, or not by so many nodes.
+        """
+        if isinstance(self.half.data, ChecksNodes):
+            self.half.data.check(nodes, self.half.options(run_config))
 
     def known(self, context: Context) -> Plan:
         """What the gate asks about."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from umbel.core.errors import ConfigError
-from umbel.core.options import dashed
+from umbel.core.options import Options, checked, dashed
 from umbel.core.registry import is_known, names
 
 _KEY = "umbel.limit"
@@ -68,6 +68,15 @@ class Limit:
             return f"{'above' if self.without_least else 'at least'} {self.least:g}"
         return "any" if self.infinite else "finite"
 
+    def refusal(self, name: str, value: bool | int | float | str) -> str:
+        """The sentence for a value that is not admitted."""
+        hint = f" ({self.hint})" if self.hint else ""
+        if self.choices or self.kind:
+            return f"{name} is {value!r}; it can be {self.words()}{hint}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name} is {value}; it must be finite{hint}"
+        return f"{name} is {value}; it must be {self.words()}{hint}"
+
 
 def at_least(least: float, hint: str = "") -> Limit:
     """Finite numbers from `least` up."""
@@ -120,12 +129,27 @@ def check_limits(settings: Any) -> None:
 def _problems(settings: Any) -> Iterator[str]:
     for name, limit in limits_of(settings).items():
         value = getattr(settings, name.replace("-", "_"))
-        if limit.admits(value):
+        if not limit.admits(value):
+            yield limit.refusal(name, value)
+
+
+def check_values(kind: Any, options: Options, *, registers: bool) -> None:
+    """Look at each option alone: its type and its limit, not what options are together.
+
+    Args:
+        kind: a group of options; names of others are left alone.
+        options: some of a run.
+        registers: parts may still be registered, so an unknown name of one may be good.
+
+    Raises:
+        ConfigError: the first value that no run can have.
+    """
+    limits = limits_of(kind)
+    for name, default in kind.defaults().items():
+        if name not in options:
             continue
-        hint = f" ({limit.hint})" if limit.hint else ""
-        if limit.choices or limit.kind:
-            yield f"{name} is {value!r}; it can be {limit.words()}{hint}"
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{name} is {value}; it must be finite{hint}"
-        else:
-            yield f"{name} is {value}; it must be {limit.words()}{hint}"
+        value = checked(name, options[name], default)
+        limit = limits.get(name)
+        if limit is None or (registers and limit.kind) or limit.admits(value):
+            continue
+        raise ConfigError(limit.refusal(name, value))

@@ -183,6 +183,8 @@ def _written(name: str, part: Tensor) -> tuple[str, Tensor]:
     if len(_deflated(sample)) >= PAYS * sample.size:
         return name, part
     coded = _deflated(data)
+    if len(coded) >= data.size:  # the sample was not like the rest
+        return name, part
     return name + DEFLATE, torch.from_numpy(np.frombuffer(coded, np.uint8).copy())
 
 

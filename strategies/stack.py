@@ -23,8 +23,11 @@ from umbel.strategies.objective import (
     Correction,
     LocalObjective,
     Personal,
+    Phase,
     Sized,
+    TrainsInPhases,
     TrainsTwice,
+    TunesOwn,
     combined,
 )
 from umbel.strategies.order import check_order, keeps_sums
@@ -354,6 +357,22 @@ class Stack:
     def twice(self) -> tuple[Any, ...]:
         """The layers for which a node trains a second model."""
         return tuple(layer for layer in self.layers if isinstance(layer, TrainsTwice))
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The trainings of a node's round, in turn; none where it is one."""
+        found = [layer for layer in self.layers if isinstance(layer, TrainsInPhases)]
+        if len(found) > 1:
+            raise StackError(
+                f"{found[0].name} and {found[1].name} both say what nodes train in turn; take one "
+                "of them"
+            )
+        return tuple(found[0].phases()) if found else ()
+
+    @cached_property
+    def tuned(self) -> tuple[Any, ...]:
+        """The layers under which nodes train the common model a little more for themselves."""
+        return tuple(layer for layer in self.layers if isinstance(layer, TunesOwn))
 
     @cached_property
     def model_size(self) -> int:

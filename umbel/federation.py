@@ -44,20 +44,20 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
-from umbel.strategies.aggregators.named import RobustOptions
+from umbel.strategies import groups
 from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
 from umbel.strategies.compression.options import CompressionOptions
 from umbel.strategies.contract import Contract
 from umbel.strategies.exchange import Advises, ComparesWithOwn, Feeds, PlainExchange, compares
 from umbel.strategies.layout import shows_statistics
+from umbel.strategies.methods.fine_tuning import FineTuning
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
-from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import ByLosses
 from umbel.strategies.schedules import checked_rate
-from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
@@ -167,13 +167,7 @@ class Federation:
         """
         own = renamed(self.options)
         known = {
-            **RunOptions.defaults(),
-            **AsyncOptions.defaults(),
-            **PrivacyOptions.defaults(),
-            **SecureOptions.defaults(),
-            **MethodOptions.defaults(),
-            **CompressionOptions.defaults(),
-            **RobustOptions.defaults(),
+            **groups.defaults(),
             **default_names(self._parts),
         }
         trainer = self.trainer_for({**known, **own, **renamed(given or {})})
@@ -251,10 +245,35 @@ class Federation:
             trainer.check_options(options)
         MethodOptions.read(options).check_for(str(options["method"]))
         required_part("optimizer", self.optimizer, options)
-        required_part("sampler", self.sampler, options)
+        sampler = required_part("sampler", self.sampler, options)
         stack = self.stack_for(options, asked)
         promised = promising(trainer, options) is not None
         AsyncOptions.read(options).check(asked.run, stack, promised)
+        why = self._quiet(trainer, stack, options)
+        if why and isinstance(sampler, ByLosses) and sampler.by_losses:
+            raise ConfigError(
+                f"cohort={sampler.name} chooses nodes by the losses that they measure, and who is "
+                f"asked would show those, which nobody may see because {why}; take cohort=fixed or "
+                "poisson"
+            )
+        self._check_judged(trainer, stack, asked.run, options)
+
+    def _check_judged(
+        self, trainer: Trainer, stack: Stack, run: RunOptions, options: Options
+    ) -> None:
+        """Raises:
+        ConfigError: models are to be tuned for a test on the nodes, and there is none.
+        """
+        epochs = MethodOptions.read(options).fine_tune_epochs
+        never = "client-eval-every is -1" if run.client_eval_every < 0 else ""
+        why = never or self._quiet(trainer, stack, options)
+        if "local-epochs" not in understood(trainer):
+            why = f"{type(trainer).__name__} has no local-epochs, so that nothing says how"
+        if epochs and why:
+            raise ConfigError(
+                f"fine-tune-epochs is {epochs}, for models that nodes judge on their own test "
+                f"examples, and none is tuned, because {why}; leave fine-tune-epochs out"
+            )
 
     def stack_for(self, options: Options, asked: Asked | None = None) -> Stack:
         """The stack of these options (complete ones), which holds what they ask for.
@@ -287,8 +306,10 @@ class Federation:
             )
         compression = CompressionOptions.read(options)
         stack = compression.around(stack, int(options["seed"]), bool(options["secure"]))
-        if objective is not None:
-            stack = replace(stack, layers=(objective, *stack.layers))
+        tuning = MethodOptions.read(options).fine_tune_epochs
+        own = FineTuning(tuning) if tuning else None
+        first = [layer for layer in (own, objective) if layer is not None]
+        stack = replace(stack, layers=(*first, *stack.layers))
         stack = compose(stack, asked or options, lambda: self._size(options))
         check_honours(self.trainer_for(options), stack)
         return stack

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from umbel.clients.data.arrays import not_a_number
-from umbel.clients.pytorch.batches import Source, plan, real_type, to_device, to_model
+from umbel.clients.pytorch.batches import (
+    Source,
+    plan,
+    real_type,
+    to_device,
+    to_model,
+    whole_source,
+)
 from umbel.clients.pytorch.correcting import Correcting
 from umbel.clients.pytorch.losses import Objective
 from umbel.clients.pytorch.rows import first_shape
@@ -71,6 +78,7 @@ class Task:
         least: the smallest batch that the module can be trained on.
         seed: of the shuffles (the caller seeds the global generators).
         correction: what is added to every gradient, a tensor for each of `parameters`.
+        ahead: gradients are those at w - ahead x gradient(w) on the next batch; 0 is at w.
     """
 
     module: nn.Module
@@ -83,6 +91,7 @@ class Task:
     seed: int
     share: Share = Share()
     correction: Correcting | None = None
+    ahead: float = 0.0
 
 
 def make_optimizer(
@@ -187,7 +196,8 @@ def fit(task: Task, source: Source) -> tuple[float, int]:
     scaler = torch.amp.GradScaler("cuda") if lower == torch.float16 else None
     losses = _Losses(task.settings.learning_rate)
     steps = 0
-    for rows in plan(source.size, task.settings, task.seed, least=task.least):
+    batches = plan(source.size, task.settings, task.seed, least=task.least, mixed=source.mixed)
+    for rows, back in _ahead(batches, task, source, real) if task.ahead else _here(batches):
         steps += 1
         task.optimizer.zero_grad()
         count = source.size if rows is None else len(rows)
@@ -203,12 +213,56 @@ def fit(task: Task, source: Source) -> tuple[float, int]:
                 (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
             losses.add(loss, count)
             count = 0
+        back()
         if scaler is None:
             _shape_gradient(task)
             task.optimizer.step()
         else:
             _scaled_step(scaler, task)
     return losses.mean(), steps
+
+
+Batches = Iterator[Tensor | None]
+"""The rows of each step; None is all rows."""
+
+
+def _here(batches: Batches) -> Iterator[tuple[Tensor | None, Callable[[], None]]]:
+    """Each step's rows, with gradients where the parameters are."""
+    for rows in batches:
+        yield rows, lambda: None
+
+
+def _ahead(
+    batches: Batches, task: Task, source: Source, real: torch.dtype
+) -> Iterator[tuple[Tensor | None, Callable[[], None]]]:
+    """Each step's rows, once the parameters are where a step on the next batch leads.
+
+    The last step goes ahead on the first batch. What comes with the rows brings the parameters
+    back, and leaves the gradients.
+    """
+    whole_source(source, "a step ahead")
+    each = list(batches)
+    for rows, other in zip(each, [*each[1:], each[0]], strict=True):
+        before = [parameter.detach().clone() for parameter in task.parameters]
+        task.optimizer.zero_grad()
+        for part, factor in _parts(other, source.size, task):
+            x, y = source.batch(part)
+            inputs = to_model(x, task.device, real)
+            targets = task.objective.prepare(to_device(y, task.device))
+            with explained(inputs, targets), autocast(task.settings.precision, task.device):
+                loss = task.objective.loss(call(task.module, inputs), targets)
+            (loss * factor).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for parameter in task.parameters:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=task.ahead)
+        yield rows, lambda before=before: _fill(task.parameters, before)  # type: ignore[misc]
+
+
+@torch.no_grad()
+def _fill(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _scaled_step(scaler: torch.amp.GradScaler, task: Task) -> None:

@@ -1,7 +1,6 @@
 """The plain messages of a secure sum as Flower's records, and what its trips are called."""
 
 from collections.abc import Mapping
-from mmap import mmap
 
 from flwr.app import ConfigRecord, RecordDict
 
@@ -44,6 +43,4 @@ def plain_of(content: RecordDict, name: str = SECURE) -> Plain:
     record = find_record(content, name, ConfigRecord)
     if record is None:
         return {}
-    # What comes from another process of this machine may lie in memory that is mapped.
-    values = ((k, v[:] if isinstance(v, mmap) else v) for k, v in record.items())
-    return {k: v for k, v in values if isinstance(v, int | str | bytes)}
+    return {k: v for k, v in record.items() if isinstance(v, int | str | bytes)}

@@ -47,6 +47,7 @@ def test_messages_come_back_and_take_time(tmp_path: Path) -> None:
     app = apps.write_echo(tmp_path / "echo")
     assert messages.exchange(app, 5, 3, 10, 0, repeats=2) > 0
     assert messages.memcpy(1 << 20) > 0
+    assert 0 < messages.node(repeats=3) < 1
 
 
 def test_aggregation_is_measured_beside_flower_and_the_memory() -> None:
@@ -90,7 +91,7 @@ def test_the_bare_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_both_sides_train_the_same_model(tmp_path: Path) -> None:
     """Else the comparison would be of two different things."""
     from umbel.core.app_folder import load
-    from umbel.running import example
+    from umbel.opening import example
 
     server = load(example(), "server_app:app", object)
     federation = server.federation  # type: ignore[attr-defined]

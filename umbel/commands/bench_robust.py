@@ -32,28 +32,30 @@ def robust(
     ] = False,
 ) -> None:
     """Play every attack against every aggregator; exit 3 where one falls below its floor."""
+    from umbel.core.options import parse
+    from umbel.opening import opened
+
+    changes = parse(config or [])
+    folder = opened(app, changes)
+    server = folder.server_app()
+
     from rich.console import Console
 
     from umbel.benchmarks.robust import suite
     from umbel.benchmarks.robust.attacks import ATTACKS
-    from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
-    from umbel.core.options import parse
     from umbel.federation import FederationServerApp
-    from umbel.running import example
     from umbel.server.output import strict
     from umbel.strategies.aggregators.named import RULES
 
     console = Console(stderr=True)
-    folder = open_app(app or example())
-    server = folder.server_app()
     if not isinstance(server, FederationServerApp):
         raise ConfigError(
             f"{folder.path} is not made with Umbel's Federation, so its aggregator is its own; "
             "name an app that is"
         )
     federation = server.federation
-    options = federation.complete({**folder.options, **parse(config or [])})
+    options = federation.complete({**folder.options, **changes})
     every = [name for name in ("mean", *RULES) if name != "fltrust" or federation.root]
     cells = suite.measure(
         federation,

@@ -77,11 +77,16 @@ def server(
     """Coordinate a federation: wait for its nodes, run the app, end."""
     from umbel import __version__
     from umbel.core.options import parse
-    from umbel.server.link.grid import StoppedError
-    from umbel.server.link.service import ServerSettings
+    from umbel.opening import opened
 
     _begin()
     _check_engine(engine)
+    changes = parse(config or [])
+    opened(path, changes).server_app()  # its faults are told before anything else is imported
+
+    from umbel.server.link.grid import StoppedError
+    from umbel.server.link.service import ServerSettings
+
     own = _own(certificate, key, root)
     settings = ServerSettings(
         state=state,
@@ -98,7 +103,6 @@ def server(
         from umbel.server.output.session import UNPROTECTED
 
         _only_link(**{"--enough": enough != 1, "--serve": stay, "--out": out is not None})
-        changes = parse(config or [])
         if unprotected:
             os.environ[UNPROTECTED] = "1"  # Flower runs the app in processes of its own
         try:
@@ -115,7 +119,7 @@ def server(
 
     run = RunSettings(
         app=path,
-        changes=parse(config or []),
+        changes=changes,
         nodes=nodes,
         enough=enough,
         stay=stay,
@@ -181,11 +185,17 @@ def client(
 ) -> None:
     """Be a node of a federation: stay connected, train when asked."""
     from umbel import __version__
-    from umbel.clients.process.start import StartSettings, start_node
     from umbel.core.options import parse
 
     _begin()
     _check_engine(engine)
+    if path is not None:
+        from umbel.opening import opened
+
+        opened(path, {})
+
+    from umbel.clients.process.start import StartSettings, start_node
+
     settings = StartSettings(
         state=state,
         app=path,
