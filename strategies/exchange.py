@@ -268,12 +268,7 @@ class ReadsReplies:
 
     def _read(self, reply: Message, round_: RoundSpec) -> tuple[Tensor, float, int]:
         """One reply's update, weight and size in bytes; ValueError says what is wrong with it."""
-        if round_.packing is None:
-            update = read_vector(reply, UPDATE, round_.size)
-            size = update.numel() * update.element_size()
-        else:
-            record = _update_record(reply)
-            update, size = round_.packing.read(record, round_.dtype, round_.facts)
+        update, size = read_update(reply, round_)
         wide = round_.facts.wide and update.dtype == torch.float64
         if update.dtype != round_.dtype and not wide:
             raise ValueError(f"an update of {update.dtype}, but the model is {round_.dtype}")
@@ -364,6 +359,14 @@ def read_vector(reply: Message, name: str, size: int) -> Tensor:
     if vector.shape != (size,):
         raise ValueError(f"{name!r} has the shape {tuple(vector.shape)}, not ({size},)")
     return vector
+
+
+def read_update(reply: Message, round_: RoundSpec) -> tuple[Tensor, int]:
+    """A reply's update and its size in bytes; ValueError says what is wrong."""
+    if round_.packing is not None:
+        return round_.packing.read(_update_record(reply), round_.dtype, round_.facts)
+    update = read_vector(reply, UPDATE, round_.size)
+    return update, update.numel() * update.element_size()
 
 
 def _update_record(reply: Message) -> ArrayRecord:

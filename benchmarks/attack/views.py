@@ -39,7 +39,8 @@ from umbel.server.output.progress import SilentProgress
 from umbel.server.output.rundir import RunDirectory
 from umbel.server.output.session import session
 from umbel.server.pools.choose import make_pool
-from umbel.strategies.collect import UPDATE, Aggregate, Exchange, Gather, RoundSpec, read_vector
+from umbel.strategies.collect import Aggregate, Exchange, Gather, RoundSpec
+from umbel.strategies.exchange import read_update
 from umbel.strategies.layout import MODEL, PARAMETERS
 from umbel.strategies.stack import Stack
 
@@ -297,6 +298,6 @@ def _write_down(
     ]
     wire[node] = wire.get(node, b"") + b"".join(parts)
     try:
-        replies[node] = read_vector(message, UPDATE, round_.size).double().clone()
+        replies[node] = read_update(message, round_)[0].double().clone()
     except ValueError:
         return  # another trip's message, or a masked vector: nothing that can be read

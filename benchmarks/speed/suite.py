@@ -17,6 +17,7 @@ from umbel.benchmarks.figures import Figure, plot, rows
 from umbel.benchmarks.speed import (
     aggregation,
     at_rest,
+    compression,
     link,
     memory,
     messages,
@@ -41,6 +42,7 @@ ON_REQUEST = (
     "memory-large",
     "link",
     "secure",
+    "compression",
     *PRIVATE,
     "private-fashion",
 )
@@ -71,6 +73,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "small": lambda: training.measure_small(apps.digits, quick=quick),
         "link": lambda: link.figures(quick=quick, flower=flower),
         "secure": lambda: secure.figures(quick=quick),
+        "compression": lambda: compression.measure(quick=quick),
         "noise": lambda: noise.measure(quick=quick),
         "private-sgd": lambda: private_sgd.measure(quick=quick),
         "private-round": lambda: private_round.measure(quick=quick),

@@ -73,7 +73,8 @@ def _squares(values: np.ndarray[Any, Any]) -> float:
     """The sum of squares, in float64: those of any float32 number fit."""
     total = 0.0
     for start in range(0, values.size, _PIECE):
-        piece = values[start : start + _PIECE].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is NaN as well
+            piece = values[start : start + _PIECE].astype(np.float64)
         total += float(np.dot(piece, piece))
     return total
 

@@ -1,6 +1,9 @@
 """Updates in fewer bytes: right in the mean, within their bound, nothing lost, damage refused."""
 
 import math
+import re
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +248,42 @@ def test_an_update_that_is_not_finite_is_refused_by_name(layer: Any) -> None:
         round_ = gathering(50, packing=Packing(layer, 50, 0))
         found = collected(PlainSum(), [_reply(1, parts)], [1], round_)
         assert found.replies == 0 and "NaN or infinity" in found.rejected[0].reason
+
+
+def test_few_bits_travel_in_fewer_and_a_bomb_is_refused_before_it_unfolds() -> None:
+    layer, size = Qsgd(2), 200_000
+    vector = some(size) ** 3
+    parts = dict(packed(layer, vector, size, math.inf, NodeContext(seed=2)))
+    assert set(parts) == {"update.steps", "update.codes.deflate"}
+    assert parts["update.codes.deflate"].numel() < 0.6 * size / 4
+    round_ = gathering(size, packing=Packing(layer, size, 0))
+    packing = round_.packing
+    assert packing is not None
+    found, bytes_ = packing.read(_reply(1, parts).content[UPDATE], torch.float32, round_.facts)
+    assert torch.equal(
+        found, layer.unpack(layer.pack(vector, math.inf, NodeContext(seed=2)), size, torch.float32)
+    )
+    assert bytes_ == sum(part.numel() * part.element_size() for part in parts.values())
+    bomb = np.frombuffer(zlib.compress(bytes(30 << 20), 9), np.uint8).copy()
+    code = parts["update.codes.deflate"]
+    for bad, said in (
+        (torch.from_numpy(bomb), "does not end after"),
+        (code[:-9], "does not end after"),
+        (torch.cat([code, code]), "numbers, not up to|does not end"),
+        (code.flip(0), "cannot be unfolded"),
+        (code.to(torch.int32), "not torch.uint8"),
+    ):
+        tracemalloc.start()
+        made = collected(
+            PlainSum(),
+            [_reply(1, {**parts, "update.codes.deflate": bad}), _reply(2, parts)],
+            [1, 2],
+            round_,
+        )
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert made.replies == 1 and re.search(said, made.rejected[0].reason), made.rejected
+        assert most < 10 << 20, "a bomb of 30 MB was unfolded"
 
 
 def test_a_dense_update_is_no_payload() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from umbel.commands.bench_compression import compression
 from umbel.commands.bench_methods import methods
 from umbel.commands.bench_privacy import privacy
 from umbel.commands.bench_robust import robust
@@ -21,8 +22,8 @@ def speed(
         list[str] | None,
         typer.Argument(
             help="messages, aggregation, example, small; methods, memory, memory-large, link, "
-            "secure, noise, private-sgd, private-round, private-fashion (long), clusters (writes "
-            "4 GB of Parquet). Default: the first four."
+            "secure, compression, robust, noise, private-sgd, private-round, private-fashion "
+            "(long), clusters (writes 4 GB of Parquet). Default: the first four."
         ),
     ] = None,
     out: Annotated[
@@ -65,6 +66,7 @@ def speed(
 app.command("methods")(methods)
 app.command("privacy")(privacy)
 app.command("robust")(robust)
+app.command("compression")(compression)
 
 
 @app.callback()

@@ -1,0 +1,1 @@
+"""What compression costs in accuracy, and saves in bytes."""
