@@ -23,6 +23,7 @@ from umbel.benchmarks.speed import (
     private_fashion,
     private_round,
     private_sgd,
+    robust,
     secure,
     training,
 )
@@ -32,7 +33,7 @@ from umbel.server.output.rundir import machine, versions
 
 PRIVATE = ("noise", "private-sgd", "private-round")
 """What `--privacy` measures; private-fashion takes many minutes and is measured by name."""
-ON_REQUEST = ("memory", "memory-large", "link", "secure", *PRIVATE, "private-fashion")
+ON_REQUEST = ("memory", "memory-large", "link", "secure", "robust", *PRIVATE, "private-fashion")
 """Parts that are measured only when they are named."""
 
 HEADINGS = ("part", "what", "measured", "target", "beside it")
@@ -58,6 +59,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "small": lambda: training.measure_small(apps.digits, quick=quick),
         "link": lambda: link.figures(quick=quick, flower=flower),
         "secure": lambda: secure.figures(quick=quick),
+        "robust": lambda: robust.measure(quick=quick),
         "noise": lambda: noise.measure(quick=quick),
         "private-sgd": lambda: private_sgd.measure(quick=quick),
         "private-round": lambda: private_round.measure(quick=quick),

@@ -20,7 +20,8 @@ def speed(
         list[str] | None,
         typer.Argument(
             help="messages, aggregation, example, small; memory, memory-large, link, secure, "
-            "noise, private-sgd, private-round, private-fashion (long). Default: the first four."
+            "robust, noise, private-sgd, private-round, private-fashion (long). Default: "
+            "the first four."
         ),
     ] = None,
     out: Annotated[
