@@ -26,6 +26,7 @@ from umbel.clients.gate import guarded
 from umbel.clients.given import trainer_of
 from umbel.clients.holding import Holder
 from umbel.clients.ledger.charging import answered, leaves
+from umbel.clients.phases import train_in_phases, tuned
 from umbel.clients.plan import Plan, without_values
 from umbel.clients.pooling import (
     Questions,
@@ -85,7 +86,7 @@ class ClientHandler:
         if refused is not None:
             return Message(refused, reply_to=message)
         task = self._begin(plan, plan.receive(message, context, self._split(plan, context)))
-        trained = plan.trainer.train(task.weights, task.split.train, task.job)
+        trained = train_in_phases(plan, task)
         self._train_again(plan, task)
         return plan.reply(task, trained)
 
@@ -97,6 +98,8 @@ class ClientHandler:
         None where the trainer cannot do that, or does not find it worth while.
         """
         plan = self.plan(contexts[0])
+        if plan.stack.phases:
+            return None
         if isinstance(plan.trainer, CohortTrainer) and len(messages) > 1:
             tasks: list[Received] = []
             before = None
@@ -129,7 +132,7 @@ class ClientHandler:
         examples = 0
         if split.test is not None and len(split.test) > 0:
             task = plan.with_own_model(plan.receive(message, context, split))
-            result = plan.trainer.evaluate(task.weights, split.test, plan.options)
+            result = plan.trainer.evaluate(tuned(plan, task), split.test, plan.options)
             metrics, examples, counted = result.metrics, result.examples, result.counted
         content = RecordDict({METRICS: MetricRecord({**metrics, EXAMPLES: examples})})
         if counted:

@@ -214,7 +214,13 @@ class Plan:
             if name.startswith(SENT)
         }
         config: Mapping[str, Any] = take_record(message.content, CONFIG, ConfigRecord)
-        return NodeContext(config=config, sent=sent, round=number, learning_rate=rate or 0.0)
+        return NodeContext(
+            config=config,
+            sent=sent,
+            round=number,
+            seed=task.job.seed,
+            learning_rate=rate or 0.0,
+        )
 
     def reply(self, task: Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
@@ -225,8 +231,9 @@ class Plan:
         del trained  # a model; from here on only its difference is needed
         encoded, said = self.stack.encode(update, config, task.context.state, measured, told)
         del update
-        record, size = record_of({UPDATE: to_array(encoded)}), encoded.numel()
-        del encoded
+        parts = self.stack.pack(encoded, config, task.context.state, told)
+        record, size = record_of({k: to_array(v) for k, v in parts.items()}), encoded.numel()
+        del encoded, parts
         if self.synced_buffers.size:
             sent = averaged_buffers(buffers, str(self.options["buffers"]))
             record[BUFFERS] = to_array(self.synced_buffers.flatten(sent))

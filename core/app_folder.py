@@ -59,10 +59,14 @@ class AppFolder:
     nodes: int | None
     pool: str | None = None
 
-    def check_syntax(self) -> None:
-        """Refuse files that are no Python, without importing any; ConfigError says which."""
+    def check_syntax(self) -> frozenset[str]:
+        """Refuse files that are no Python, without importing any; ConfigError says which.
+
+        Returns:
+            The names of what they call.
+        """
         modules = [reference.partition(":")[0] for reference in (self.server, self.client)]
-        check_syntax(self.path, modules)
+        return check_syntax(self.path, modules)
 
     def server_app(self) -> "ServerApp":
         """Import the server's app; ConfigError says what went wrong."""

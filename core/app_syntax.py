@@ -7,16 +7,20 @@ from pathlib import Path
 from umbel.core.errors import ConfigError
 
 
-def check_syntax(folder: Path, modules: Sequence[str]) -> None:
+def check_syntax(folder: Path, modules: Sequence[str]) -> frozenset[str]:
     """Read what importing these modules of an app would read of its folder, and import nothing.
 
     Args:
         folder: of the app.
         modules: dotted names; with them go the files that they import at their top level.
 
+    Returns:
+        The names of what is called in these files: `Federation` in an app that makes one.
+
     Raises:
         ConfigError: a file is no Python; with its place.
     """
+    called: set[str] = set()
     seen: set[Path] = set()
     waiting = [file for module in modules for file in _files(folder, module)]
     while waiting:
@@ -31,7 +35,9 @@ def check_syntax(folder: Path, modules: Sequence[str]) -> None:
             raise ConfigError(
                 f"the app does not import: {type(error).__name__}: {error} ({file}, line {line})"
             ) from error
+        called |= set(_called(tree))
         waiting += [other for module in _imported(tree) for other in _files(folder, module)]
+    return frozenset(called)
 
 
 def _files(folder: Path, module: str) -> list[Path]:
@@ -48,3 +54,12 @@ def _imported(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module
+
+
+def _called(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                yield node.func.id
+            elif isinstance(node.func, ast.Attribute):
+                yield node.func.attr

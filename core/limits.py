@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from umbel.core.errors import ConfigError
-from umbel.core.options import dashed
+from umbel.core.options import OptionGroup, Options, Value, checked, dashed, renamed
 from umbel.core.registry import is_known, names
 
 _KEY = "umbel.limit"
@@ -117,15 +117,38 @@ def check_limits(settings: Any) -> None:
         raise ConfigError(problem)
 
 
+def check_alone(group: type[OptionGroup], options: Options) -> None:
+    """Refuse what can be refused of a group's options one by one, before anything is imported.
+
+    What goes together is left to the group, and the names of parts to where the app is there,
+    which may bring its own.
+
+    Args:
+        group: the dataclass.
+        options: any; names that the group does not have are left alone.
+
+    Raises:
+        ConfigError: as `check_limits`, or a value of another type.
+    """
+    defaults, limits = group.defaults(), limits_of(group)
+    for name, value in renamed(options).items():
+        if name in defaults:
+            right = checked(name, value, defaults[name])
+            if name in limits and not limits[name].kind and not limits[name].admits(right):
+                raise ConfigError(_problem(name, right, limits[name]))
+
+
 def _problems(settings: Any) -> Iterator[str]:
     for name, limit in limits_of(settings).items():
         value = getattr(settings, name.replace("-", "_"))
-        if limit.admits(value):
-            continue
-        hint = f" ({limit.hint})" if limit.hint else ""
-        if limit.choices or limit.kind:
-            yield f"{name} is {value!r}; it can be {limit.words()}{hint}"
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{name} is {value}; it must be finite{hint}"
-        else:
-            yield f"{name} is {value}; it must be {limit.words()}{hint}"
+        if not limit.admits(value):
+            yield _problem(name, value, limit)
+
+
+def _problem(name: str, value: Value, limit: Limit) -> str:
+    hint = f" ({limit.hint})" if limit.hint else ""
+    if limit.choices or limit.kind:
+        return f"{name} is {value!r}; it can be {limit.words()}{hint}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} is {value}; it must be finite{hint}"
+    return f"{name} is {value}; it must be {limit.words()}{hint}"

@@ -18,10 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 
-from umbel.core.names import NO_REPLY, UPDATE
-from umbel.core.records import from_array, to_array
+from umbel.core.names import NO_REPLY
 from umbel.server.checkpoint import Position
 from umbel.server.collecting import Collected, Collector
 from umbel.server.drive import ROUND_TTL, Phases, drive, mailbox
@@ -53,8 +52,9 @@ class BufferedCollector(Collector):
         self._heard: set[int] = set()
         self._behind: list[int] = []
         self._late: list[Rejected] = []
-        """Of the present round: who has answered, by how many rounds the replies are behind, and
-        whose were too far behind."""
+        self._factors: dict[int, float] = {}
+        """Of the present round: who has answered, by how many rounds the replies are behind, whose
+        were too far behind, and what each update counts for."""
 
     def close(self) -> None:
         """Whoever is still at work is not waited for."""
@@ -68,9 +68,11 @@ class BufferedCollector(Collector):
             requests = parts.requests.to_train(position, number, nodes, before)
             size = parts.requests.size_of(requests[:1])
         facts = parts.job.stack.check(before, position.layers)
-        self._heard, self._behind, self._late = set(), [], []
+        self._heard, self._behind, self._late, self._factors = set(), [], [], {}
         at_work = len(self._asked)
-        gathering = parts.job.stack.collect.gather(requests, self.spec(number, facts))
+        packing = parts.job.stack.packing(before, position.layers)
+        spec = self.spec(number, facts, packing, self._factors)
+        gathering = parts.job.stack.collect.gather(requests, spec)
         with phases("train"):
             sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
         sent = len(self._asked) + len(self._heard) - at_work
@@ -104,7 +106,7 @@ class BufferedCollector(Collector):
                 continue
             if good:
                 self._behind.append(behind)
-                _discount(reply, self._how.factor(behind))
+                self._factors[node] = self._how.factor(behind)
             full = len(self._behind) >= self._how.async_buffer
             if not full:
                 self._send(following)
@@ -129,12 +131,3 @@ class BufferedCollector(Collector):
             self._asked[node] = int(group)
             ttl = self.parts.job.options.round_timeout or ROUND_TTL
             self._box.send([Message(request.content, node, "train", ttl=ttl, group_id=group)])
-
-
-def _discount(reply: Message, factor: float) -> None:
-    """Let the update in a reply count for less; one without is refused where it is read."""
-    record = reply.content.get(UPDATE)
-    if factor == 1.0 or not isinstance(record, ArrayRecord) or UPDATE not in record:
-        return
-    update = from_array(record[UPDATE])
-    reply.content[UPDATE] = ArrayRecord({**record, UPDATE: to_array(update * factor)})

@@ -10,6 +10,7 @@ from umbel.server.drive import Phases, drive, stream
 from umbel.server.parts import RunParts
 from umbel.server.roster import NodeRef
 from umbel.strategies.aggregator import Aggregate, RoundSpec
+from umbel.strategies.payload import Packing
 from umbel.strategies.transform import Facts
 
 
@@ -64,14 +65,22 @@ class Collector:
             requests = parts.requests.to_train(position, number, cohort, before)
             bytes_down = parts.requests.size_of(requests)
         facts = parts.job.stack.check(before, position.layers)
-        gathering = parts.job.stack.collect.gather(requests, self.spec(number, facts))
+        packing = parts.job.stack.packing(before, position.layers)
+        spec = self.spec(number, facts, packing)
+        gathering = parts.job.stack.collect.gather(requests, spec)
         del requests  # with them goes the model that was sent, once all have answered
         with phases("train"):
             sum_ = drive(gathering, lambda messages: self._replies(messages, phases))
         return Collected(cohort, facts, sum_, bytes_down)
 
-    def spec(self, number: int, facts: Facts) -> RoundSpec:
-        """What an exchange needs to know of round `number`."""
+    def spec(
+        self,
+        number: int,
+        facts: Facts,
+        packing: Packing | None,
+        factors: Mapping[int, float] | None = None,
+    ) -> RoundSpec:
+        """What an exchange needs to know of round `number`; arguments as of `RoundSpec`."""
         parts = self.parts
         return RoundSpec(
             number=number,
@@ -82,6 +91,8 @@ class Collector:
             buffers=parts.synced_buffers.size,
             run_id=parts.grid.run.run_id,
             contract=parts.job.contract,
+            packing=packing,
+            factors={} if factors is None else factors,
         )
 
     def hear(self, reply: Message) -> None:

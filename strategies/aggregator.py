@@ -25,6 +25,7 @@ from umbel.strategies.transform import Facts, Metrics
 
 if TYPE_CHECKING:  # it is about stacks, which have an exchange
     from umbel.strategies.contract import Contract
+    from umbel.strategies.payload import Packing
 
 A = TypeVar("A")
 
@@ -85,6 +86,9 @@ class RoundSpec:
         run_id: of Flower's run.
         contract: what nodes act on, as the server reckons it; None takes their word.
         request: one of the messages that nodes were sent, for a rule that answers it itself.
+        packing: how updates are written down; None where they travel as one dense vector.
+        factors: what the updates of nodes are multiplied by as they come, by id; a node without
+            counts whole. Asynchronous rounds fill it while replies come.
     """
 
     number: int
@@ -96,6 +100,8 @@ class RoundSpec:
     run_id: int = 0
     contract: "Contract | None" = None
     request: Message | None = None
+    packing: "Packing | None" = None
+    factors: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

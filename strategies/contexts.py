@@ -112,6 +112,8 @@ class NodeContext:
         memory: this layer's own on this node.
         metrics: what the node measured in training, for a layer that says `needs = {"metrics"}`.
         round: from 1; 0 outside of rounds.
+        seed: of the node's work in this round, the same on every engine; for choices that need
+            not be secret.
         steps: how many steps the node's local optimiser made; 0 before training, and where the
             trainer does not say.
         learning_rate: of the node's optimiser in this round; 0 where the app leaves it to the
@@ -126,6 +128,7 @@ class NodeContext:
     memory: MutableMapping[str, Tensor] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     round: int = 0
+    seed: int = 0
     steps: int = 0
     learning_rate: float = 0.0
     start_loss: float | None = None

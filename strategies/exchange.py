@@ -244,8 +244,12 @@ class ReadsReplies:
                     part, size = _partial_sum(reply, pools[node], round_)
                 else:
                     part, size = self._single(reply, round_)
-                part = replace(part, node=node, position=where, version=round_.number)
-                rule.add(acc, part)
+                factor = round_.factors.get(node, 1.0)
+                vector = part.vector if factor == 1 else part.vector * factor
+                rule.add(
+                    acc,
+                    replace(part, vector=vector, node=node, position=where, version=round_.number),
+                )
             except ValueError as error:
                 rejected.append(Rejected(node, str(error)))
                 rule.skip(acc, where)
@@ -264,7 +268,12 @@ class ReadsReplies:
 
     def _read(self, reply: Message, round_: RoundSpec) -> tuple[Tensor, float, int]:
         """One reply's update, weight and size in bytes; ValueError says what is wrong with it."""
-        update = read_vector(reply, UPDATE, round_.size)
+        if round_.packing is None:
+            update = read_vector(reply, UPDATE, round_.size)
+            size = update.numel() * update.element_size()
+        else:
+            record = _update_record(reply)
+            update, size = round_.packing.read(record, round_.dtype, round_.facts)
         wide = round_.facts.wide and update.dtype == torch.float64
         if update.dtype != round_.dtype and not wide:
             raise ValueError(f"an update of {update.dtype}, but the model is {round_.dtype}")
@@ -282,7 +291,7 @@ class ReadsReplies:
         if facts.grid is not None and not on_grid(update, facts.grid):
             raise ValueError("an update off the grid that all nodes round to")
         weight = numbers(reply).get(EXAMPLES, 0.0)
-        return update, weight, update.numel() * update.element_size()
+        return update, weight, size
 
 
 @dataclass(frozen=True)
@@ -348,15 +357,23 @@ def _length(update: Tensor) -> float:
 
 def read_vector(reply: Message, name: str, size: int) -> Tensor:
     """The flat vector `name` of a reply's update record; ValueError says what is wrong."""
-    if reply.has_error():
-        raise ValueError(reply.error.reason or f"error code {reply.error.code}")
-    record = reply.content.get(UPDATE)  # not `array_records`, which copies the whole directory
-    if not isinstance(record, ArrayRecord) or name not in record:
+    record = _update_record(reply)
+    if name not in record:
         raise ValueError(f"a reply without {name!r}")
     vector = from_array(record[name])
     if vector.shape != (size,):
         raise ValueError(f"{name!r} has the shape {tuple(vector.shape)}, not ({size},)")
     return vector
+
+
+def _update_record(reply: Message) -> ArrayRecord:
+    """The record that a node's update is in; ValueError says why there is none."""
+    if reply.has_error():
+        raise ValueError(reply.error.reason or f"error code {reply.error.code}")
+    record = reply.content.get(UPDATE)  # not `array_records`, which copies the whole directory
+    if not isinstance(record, ArrayRecord):
+        raise ValueError(f"a reply without {UPDATE!r}")
+    return record
 
 
 def read_buffers(reply: Message, size: int) -> Tensor:

@@ -6,13 +6,13 @@ from typing import Any
 from umbel.core.errors import ConfigError
 from umbel.core.limits import above, at_least, check_limits, named, one_of, option, up_to_one
 from umbel.core.options import OptionGroup, Value, dashed
-from umbel.core.registry import OWN, is_built_in
-from umbel.strategies.methods import named as methods
-from umbel.strategies.parts import required_part
+from umbel.core.registry import OWN, is_built_in, provided_by
 from umbel.strategies.schedules import SCHEDULES, factor
 
-METHODS = methods.KIND
-"""The kind of part that `method` names; with its module, Umbel's own methods are registered."""
+provided_by("optimizer", "umbel.strategies.optimizers")
+provided_by("sampler", "umbel.strategies.samplers")
+provided_by("aggregator", "umbel.strategies.aggregators.named")
+provided_by("objective", "umbel.strategies.methods.named")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class RunOptions(OptionGroup):
     beta_2: float = option(0.99, up_to_one())
     adaptive_epsilon: float = option(1e-3, above(0))
     aggregator: str = option(OWN, named("aggregator", OWN))
-    method: str = option(OWN, named(METHODS, OWN))
+    method: str = option(OWN, named("objective", OWN))
     schedule: str = option("constant", one_of(*SCHEDULES))
     schedule_gamma: float = option(0.0, at_least(0))
     schedule_every: int = option(10, at_least(1))
@@ -116,6 +116,8 @@ class RunOptions(OptionGroup):
         Raises:
             ConfigError: the options are of an app that brings its own.
         """
+        from umbel.strategies.parts import required_part  # torch with it; options are read without
+
         own: dict[str, Value] = {dashed(f.name): getattr(self, f.name) for f in fields(self)}
         return required_part(kind, None, own)
 

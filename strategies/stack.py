@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,20 +12,26 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import RunError, StackError
+from umbel.core.names import UPDATE
 from umbel.privacy.bounds.clipping import is_within
 from umbel.strategies.aggregator import Aggregate, Aggregator
 from umbel.strategies.collect import PlainSum
 from umbel.strategies.contexts import Memory
+from umbel.strategies.declared import ClipsUpdates, ReleasesMetrics
 from umbel.strategies.exchange import LENIENCE, Exchange, Seals, exchange_of, is_own, takes_sums
 from umbel.strategies.objective import (
     Correction,
     LocalObjective,
     Personal,
+    Phase,
     Sized,
+    TrainsInPhases,
     TrainsTwice,
+    TunesOwn,
     combined,
 )
 from umbel.strategies.order import check_order, keeps_sums
+from umbel.strategies.payload import Packing, Packs, packed
 from umbel.strategies.transform import (
     Broadcast,
     Calibrated,
@@ -104,7 +111,14 @@ class Stack:
                 protection, or a private stack over a collect of which nothing is known.
         """
         self._sound  # noqa: B018 - raises; the layers never change, so once is enough
-        return self.collect.check(self.places(facts, states)[-1])
+        bottom = self.collect.check(self.places(facts, states)[-1])
+        if self._packs is not None and bottom.server_sees == "sum":
+            raise StackError(
+                f"{self._packs.name} writes each update down in its own way, and {self.collect} "
+                "adds up whole vectors in secret; take random-k or sketch, which are summed in "
+                "secret, or leave out secure=true"
+            )
+        return bottom
 
     def places(self, facts: Facts, states: States) -> list[Facts]:
         """The facts of an update as it enters each layer, and last the collect.
@@ -138,8 +152,82 @@ class Stack:
         return frozenset(layer.name for layer in self.layers if keeps_sums(layer))
 
     @cached_property
+    def _packs(self) -> Packs | None:
+        """The layer that says how updates are written down; None where they travel whole.
+
+        Raises:
+            StackError: there are two, or a layer below it changes what it has to find.
+        """
+        places = [i for i, layer in enumerate(self.layers) if isinstance(layer, Packs)]
+        if not places:
+            return None
+        one = self.layers[places[0]]
+        assert isinstance(one, Packs)
+        if len(places) > 1:
+            raise StackError(
+                f"{one.name} and {self.layers[places[1]].name} would both write the update down; "
+                "leave out one of them"
+            )
+        for below in self.layers[places[0] + 1 :] if one.keeps_shape else ():
+            leaves = isinstance(below, ClipsUpdates | ReleasesMetrics)
+            if acts_on_updates(below) and not leaves:
+                raise StackError(
+                    f"{below.name} would change what {one.name} has made of an update, which then "
+                    f"could not be written down in fewer bytes; leave out {one.name}, or take "
+                    "random-k or qsgd-8"
+                )
+        return one
+
+    @property
+    def packs(self) -> bool:
+        """Whether updates travel in another form than as one dense vector."""
+        return self._packs is not None
+
+    def packing(self, facts: Facts, states: States) -> Packing | None:
+        """Server: how a round's updates are written down; None where they travel whole.
+
+        Args:
+            facts: of an update before the stack.
+            states: of the layers.
+        """
+        if self._packs is None:
+            return None
+        places = self.places(facts, states)
+        covers = self._covers(places)
+        return Packing(self._packs, covers, places[-1].size - covers)
+
+    def _covers(self, places: Sequence[Facts]) -> int:
+        """The coordinates that are packed: as many as enter the layer that packs."""
+        at = next(i for i, layer in enumerate(self.layers) if isinstance(layer, Packs))
+        return min(places[at].size, places[-1].size)
+
+    def pack(
+        self, update: Tensor, config: Mapping[str, Any], memory: RecordDict, told: NodeContext
+    ) -> Mapping[str, Tensor]:
+        """Node: what travels of a vector that `encode` gave, by name.
+
+        Args:
+            update: shape (size,).
+            config: the scalars of the broadcast.
+            memory: the node's own records.
+            told: of the round and of the training.
+        """
+        layer = self._packs
+        if layer is None:
+            return {UPDATE: update}
+        ctx = own_context(replace(told, config=config), layer.name, memory)
+        covers = int(ctx.config.get("covers", -1))
+        if not 0 < covers <= update.numel():
+            raise RunError(
+                f"the server says that {layer.name} covers {covers} coordinates of an update of "
+                f"{update.numel()}; start both with the same app and options"
+            )
+        return packed(layer, update, covers, float(ctx.config.get("longest", math.inf)), ctx)
+
+    @cached_property
     def _sound(self) -> bool:
         check_order(self.layers)
+        self._packs  # noqa: B018 - raises where two layers would pack
         if self.private and not is_own(self.collect):
             raise StackError(
                 f"{self.collect.name} is not one of Umbel's own ways to collect, so nobody can "
@@ -169,6 +257,10 @@ class Stack:
             if here.l2_bound is not None:
                 scalars[f"{layer.name}.bound"] = here.l2_bound
         bottom = places[-1]
+        if self._packs is not None:
+            scalars[f"{self._packs.name}.covers"] = self._covers(places)
+            if bottom.l2_bound is not None:
+                scalars[f"{self._packs.name}.longest"] = bottom.l2_bound
         if isinstance(self.collect, Seals):
             bound = self.collect.check(bottom).l2_bound
             if bound is not None and not bottom.noise:  # who adds noise measures before it does
@@ -267,6 +359,22 @@ class Stack:
         return tuple(layer for layer in self.layers if isinstance(layer, TrainsTwice))
 
     @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The trainings of a node's round, in turn; none where it is one."""
+        found = [layer for layer in self.layers if isinstance(layer, TrainsInPhases)]
+        if len(found) > 1:
+            raise StackError(
+                f"{found[0].name} and {found[1].name} both say what nodes train in turn; take one "
+                "of them"
+            )
+        return tuple(found[0].phases()) if found else ()
+
+    @cached_property
+    def tuned(self) -> tuple[Any, ...]:
+        """The layers under which nodes train the common model a little more for themselves."""
+        return tuple(layer for layer in self.layers if isinstance(layer, TunesOwn))
+
+    @cached_property
     def model_size(self) -> int:
         """Coordinates of the one model that a layer is made for; 0 where any model will do."""
         found = (layer.model_size for layer in self.layers if isinstance(layer, Sized))
@@ -327,6 +435,7 @@ class Stack:
         return (
             takes_sums(self.collect)
             and not self.objectives
+            and not self.packs
             and all(
                 isinstance(layer, EncodesMany) or not acts_on_updates(layer)
                 for layer in self.layers

@@ -86,12 +86,13 @@ class Needs(Protocol):
 
     `metrics`: what the node measured in training, to take it into the update instead of sending
     it beside. `steps`: `ctx.steps`, so that the trainer has to say them. `start-loss`:
-    `ctx.start_loss`, which costs a pass over the node's examples.
+    `ctx.start_loss`, which costs a pass over the node's examples. `parts` and `ahead` are what its
+    correction asks of the trainer (`umbel.strategies.objective`).
     """
 
     @property
     def needs(self) -> frozenset[str]:
-        """Some of `metrics`, `steps` and `start-loss`."""
+        """Some of `metrics`, `steps`, `start-loss`, `parts` and `ahead`."""
         ...
 
 

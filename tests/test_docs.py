@@ -100,11 +100,25 @@ def test_every_file_and_test_that_a_page_names_is_there(page: Path) -> None:
         if name.partition("/")[0] in ROOMS - {"docs"} and "/my_" not in name:
             assert (ROOT / name).is_file(), f"{page.name} names {name}"
         if name and (name.startswith("tests/") or test):
-            (home,) = (ROOT / "tests").rglob(Path(name).name)
+            (home,) = [ROOT / name] if "/" in name else (ROOT / "tests").rglob(name)
         if test:
             assert home is not None
             text = home.read_text(encoding="utf-8")
             assert re.search(rf"def {test}{'' if cut else '[(]'}", text), f"{home}::{test}"
+
+
+# A page's title and what it is written after promise nothing.
+PROMISES = {"privacy.md": set(), "security.md": {"References"}}
+
+
+@pytest.mark.parametrize("page", PROMISES)
+def test_every_section_about_safety_names_the_tests_that_hold_it(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (DOCS / page).read_text("utf-8"), flags=re.M | re.S)
+    _, *sections = re.split(r"^##+ ", text, flags=re.MULTILINE)
+    for section in sections:
+        title = section.partition("\n")[0]
+        named = [name for name, _, _ in NAMED.findall(section) if name.startswith("tests/")]
+        assert named or title in PROMISES[page], f"{page}: nothing holds {title!r}"
 
 
 def test_objectives_are_short_and_written_from_outside() -> None:

@@ -52,7 +52,11 @@ from umbel.strategies.aggregator import Aggregator as Aggregator
 from umbel.strategies.aggregator import Contribution as Contribution
 from umbel.strategies.aggregator import Judged as Judged
 from umbel.strategies.collect import PlainSum as PlainSum
+from umbel.strategies.compression.half import Half as Half
+from umbel.strategies.compression.qsgd import Qsgd as Qsgd
 from umbel.strategies.compression.random_k import RandomK as RandomK
+from umbel.strategies.compression.sign import Sign as Sign
+from umbel.strategies.compression.top_k import TopK as TopK
 from umbel.strategies.contexts import Broadcast as Broadcast
 from umbel.strategies.contexts import NodeContext as NodeContext
 from umbel.strategies.contexts import RoundContext as RoundContext
@@ -65,6 +69,9 @@ from umbel.strategies.methods.feddyn import FedDyn as FedDyn
 from umbel.strategies.methods.fedexp import FedExP as FedExP
 from umbel.strategies.methods.fednova import FedNova as FedNova
 from umbel.strategies.methods.fedprox import FedProx as FedProx
+from umbel.strategies.methods.fedrep import FedRep as FedRep
+from umbel.strategies.methods.fine_tuning import FineTuning as FineTuning
+from umbel.strategies.methods.perfedavg import PerFedAvg as PerFedAvg
 from umbel.strategies.methods.personal_parts import PersonalParts as PersonalParts
 from umbel.strategies.methods.qfedavg import QFedAvg as QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold as Scaffold

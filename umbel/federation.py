@@ -51,6 +51,7 @@ from umbel.strategies.compression.options import CompressionOptions
 from umbel.strategies.contract import Contract
 from umbel.strategies.exchange import Advises, ComparesWithOwn, Feeds, PlainExchange, compares
 from umbel.strategies.layout import shows_statistics
+from umbel.strategies.methods.fine_tuning import FineTuning
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
 from umbel.strategies.private.options import PrivacyOptions
@@ -255,6 +256,24 @@ class Federation:
         stack = self.stack_for(options, asked)
         promised = promising(trainer, options) is not None
         AsyncOptions.read(options).check(asked.run, stack, promised)
+        self._check_judged(trainer, stack, asked.run, options)
+
+    def _check_judged(
+        self, trainer: Trainer, stack: Stack, run: RunOptions, options: Options
+    ) -> None:
+        """Raises:
+        ConfigError: models are to be tuned for a test on the nodes, and there is none.
+        """
+        epochs = MethodOptions.read(options).fine_tune_epochs
+        never = "client-eval-every is -1" if run.client_eval_every < 0 else ""
+        why = never or self._quiet(trainer, stack, options)
+        if "local-epochs" not in understood(trainer):
+            why = f"{type(trainer).__name__} has no local-epochs, so that nothing says how"
+        if epochs and why:
+            raise ConfigError(
+                f"fine-tune-epochs is {epochs}, for models that nodes judge on their own test "
+                f"examples, and none is tuned, because {why}; leave fine-tune-epochs out"
+            )
 
     def stack_for(self, options: Options, asked: Asked | None = None) -> Stack:
         """The stack of these options (complete ones), which holds what they ask for.
@@ -285,8 +304,11 @@ class Federation:
                 "this app has no examples to make it of; give Federation(root=...), a function of "
                 "the options, or take another aggregator"
             )
-        compression = CompressionOptions.read(options).layer(int(options["seed"]))
-        first = [layer for layer in (objective, compression) if layer is not None]
+        compression = CompressionOptions.read(options)
+        stack = compression.around(stack, int(options["seed"]), bool(options["secure"]))
+        tuning = MethodOptions.read(options).fine_tune_epochs
+        own = FineTuning(tuning) if tuning else None
+        first = [layer for layer in (own, objective) if layer is not None]
         stack = replace(stack, layers=(*first, *stack.layers))
         stack = compose(stack, asked or options, lambda: self._size(options))
         check_honours(self.trainer_for(options), stack)

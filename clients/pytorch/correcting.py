@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from umbel.clients.local_settings import LocalSettings
+from umbel.core.errors import ConfigError
 from umbel.core.records import Manifest, Tree
 from umbel.strategies.objective import Correction
 
@@ -38,7 +39,7 @@ class Correcting:
             start: the weights, in that order.
             parameters: by their names, on their device.
         """
-        if correction is None or not correction:
+        if correction is None or not correction.adds:
             return None
         layout = Manifest.of(start)
         offset = None
@@ -61,6 +62,32 @@ class Correcting:
                 parameter.grad.add_(parameter - self.anchor[place], alpha=self.strength)
             if self.offset is not None:
                 parameter.grad.add_(self.offset[place])
+
+
+def trained_names(correction: Correction | None, start: Tree) -> list[str]:
+    """The parameters that a correction leaves to be trained.
+
+    Args:
+        correction: None is nothing, so that all are.
+        start: the weights, in the order of the model's manifest.
+
+    Raises:
+        ConfigError: it trains a part of a parameter and leaves the rest of it.
+    """
+    if correction is None or correction.trains is None:
+        return list(start)
+    names, end = [], 0
+    for name, tensor in start.items():
+        begin, end = end, end + tensor.numel()
+        inside = sum(max(0, min(end, b) - max(begin, a)) for a, b in correction.trains)
+        if 0 < inside < tensor.numel():
+            raise ConfigError(
+                f"a method trains {inside} of the {tensor.numel()} values of {name}; parameters "
+                "are trained whole or not at all"
+            )
+        if inside:
+            names.append(name)
+    return names
 
 
 def proximal(settings: LocalSettings) -> Correction | None:

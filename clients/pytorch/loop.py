@@ -71,6 +71,7 @@ class Task:
         least: the smallest batch that the module can be trained on.
         seed: of the shuffles (the caller seeds the global generators).
         correction: what is added to every gradient, a tensor for each of `parameters`.
+        ahead: gradients are those at w - ahead x gradient(w) on the next batch; 0 is at w.
     """
 
     module: nn.Module
@@ -83,6 +84,7 @@ class Task:
     seed: int
     share: Share = Share()
     correction: Correcting | None = None
+    ahead: float = 0.0
 
 
 def make_optimizer(
@@ -187,7 +189,8 @@ def fit(task: Task, source: Source) -> tuple[float, int]:
     scaler = torch.amp.GradScaler("cuda") if lower == torch.float16 else None
     losses = _Losses(task.settings.learning_rate)
     steps = 0
-    for rows in plan(source.size, task.settings, task.seed, least=task.least):
+    batches = plan(source.size, task.settings, task.seed, least=task.least)
+    for rows, back in _ahead(batches, task, source, real) if task.ahead else _here(batches):
         steps += 1
         task.optimizer.zero_grad()
         count = source.size if rows is None else len(rows)
@@ -203,12 +206,55 @@ def fit(task: Task, source: Source) -> tuple[float, int]:
                 (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
             losses.add(loss, count)
             count = 0
+        back()
         if scaler is None:
             _shape_gradient(task)
             task.optimizer.step()
         else:
             _scaled_step(scaler, task)
     return losses.mean(), steps
+
+
+Batches = Iterator[Tensor | None]
+"""The rows of each step; None is all rows."""
+
+
+def _here(batches: Batches) -> Iterator[tuple[Tensor | None, Callable[[], None]]]:
+    """Each step's rows, with gradients where the parameters are."""
+    for rows in batches:
+        yield rows, lambda: None
+
+
+def _ahead(
+    batches: Batches, task: Task, source: Source, real: torch.dtype
+) -> Iterator[tuple[Tensor | None, Callable[[], None]]]:
+    """Each step's rows, once the parameters are where a step on the next batch leads.
+
+    The last step goes ahead on the first batch. What comes with the rows brings the parameters
+    back, and leaves the gradients.
+    """
+    each = list(batches)
+    for rows, other in zip(each, [*each[1:], each[0]], strict=True):
+        before = [parameter.detach().clone() for parameter in task.parameters]
+        task.optimizer.zero_grad()
+        for part, factor in _parts(other, source.size, task):
+            x, y = source.batch(part)
+            inputs = to_model(x, task.device, real)
+            targets = task.objective.prepare(to_device(y, task.device))
+            with explained(inputs, targets), autocast(task.settings.precision, task.device):
+                loss = task.objective.loss(call(task.module, inputs), targets)
+            (loss * factor).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for parameter in task.parameters:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=task.ahead)
+        yield rows, lambda before=before: _fill(task.parameters, before)  # type: ignore[misc]
+
+
+@torch.no_grad()
+def _fill(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _scaled_step(scaler: torch.amp.GradScaler, task: Task) -> None:

@@ -14,7 +14,8 @@ agree in every process.
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,6 +182,19 @@ class ModuleState:
             _fill(buffer, given, name)
         if given is not self.frozen.get(name):
             self.frozen.pop(name, None)
+
+    @contextmanager
+    def training_only(self, names: Sequence[str]) -> Iterator[None]:
+        """Leaves the other parameters without gradients, as long as it is open."""
+        kept = set(names)
+        others = [p for name, p in self.parameters.items() if name not in kept]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     def touched(self, given: Weights) -> bool:
         """Whether training changed a buffer that `given` was loaded into."""

@@ -20,7 +20,7 @@ from umbel.clients.local_settings import local_settings
 from umbel.clients.pytorch import batched as torch_cohort
 from umbel.clients.pytorch.batches import to_device, to_model
 from umbel.clients.pytorch.compact import settled
-from umbel.clients.pytorch.correcting import Correcting, proximal
+from umbel.clients.pytorch.correcting import Correcting, proximal, trained_names
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import (
     MakeOptimizer,
@@ -50,7 +50,7 @@ from umbel.clients.settings import options_of, settings_of
 from umbel.clients.trainers.base import Evaluated, Job, Options, Trained, Weights
 from umbel.clients.trainers.exported import Exported, Output, TakenOutput
 from umbel.core.errors import ConfigError, RunError
-from umbel.strategies.objective import CORRECTION
+from umbel.strategies.objective import AHEAD, CORRECTION, PARTS
 
 EVALUATION_BATCH = 512
 
@@ -91,7 +91,7 @@ class TorchTrainer(TorchSettings):
     whole: bool = False
     target: str = ""
     USE: ClassVar[str] = "model(x)"
-    honours: ClassVar[frozenset[str]] = frozenset({CORRECTION})
+    honours: ClassVar[frozenset[str]] = frozenset({CORRECTION, PARTS, AHEAD})
     OPTIONS: dict[str, bool | int | float | str] = field(init=False, repr=False, compare=False)
     objective: Objective = field(init=False, repr=False, compare=False)
     defaults: TorchSettings = field(init=False, repr=False, compare=False)
@@ -180,9 +180,10 @@ class TorchTrainer(TorchSettings):
         piece = self.bench.piece(job.options, device)
         source = opened(piece, examples, self.target)
         piece.load(weights)
-        parameters = list(piece.parameters.values())
         correction = job.correction or proximal(settings)
-        with seeded(job.seed + share.rank, device):
+        names = trained_names(correction, weights.parameters)
+        parameters = [piece.parameters[name] for name in names]
+        with seeded(job.seed + share.rank, device), piece.training_only(names):
             task = Task(
                 module=piece.module if share.world == 1 else spread(piece.module, device),
                 parameters=parameters,
@@ -193,7 +194,12 @@ class TorchTrainer(TorchSettings):
                 device=device,
                 seed=job.seed,
                 share=share,
-                correction=Correcting.of(correction, weights.parameters, piece.parameters),
+                correction=Correcting.of(
+                    correction,
+                    weights.parameters,
+                    {name: piece.parameters[name] for name in names},
+                ),
+                ahead=0.0 if correction is None else correction.ahead,
             )
             try:
                 loss, steps = fit(task, source)
@@ -214,6 +220,8 @@ class TorchTrainer(TorchSettings):
             job.learning_rate == first.learning_rate and job.options == first.options
             for job in jobs
         )
+        if any(job.correction is not None and not job.correction.only_adds for job in jobs):
+            return None
         if not alike or self.optimizer is not None or settings.processes() > 1:
             return None
         device = choose_device(settings.device)

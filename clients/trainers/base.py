@@ -13,7 +13,8 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from umbel.core.errors import ConfigError
-from umbel.strategies.objective import CORRECTION, Correction
+from umbel.strategies.objective import AHEAD, CORRECTION, PARTS, Correction
+from umbel.strategies.transform import needs_of
 
 if TYPE_CHECKING:
     from umbel.clients.ledger.node_ledger import Receipt
@@ -132,7 +133,9 @@ class Trainer(Protocol):
 class Honours(Protocol):
     """A trainer that says what it does beyond plain training.
 
-    `correction`: it adds `job.correction` to every gradient, and says its `steps`.
+    `correction`: it adds `job.correction` to every gradient, and says its `steps`. `parts`: it can
+    leave parameters as they are that the correction does not train. `ahead`: it can take gradients
+    a step ahead.
     """
 
     @property
@@ -141,11 +144,19 @@ class Honours(Protocol):
         ...
 
 
+_MORE = {
+    PARTS: "trains some parameters and leaves the others as they are",
+    AHEAD: "takes the gradient a step ahead",
+}
+"""What a layer may need of a trainer beyond corrections, and how that is said."""
+
+
 def check_honours(trainer: Trainer, stack: "Stack") -> None:
     """Refuse a stack that asks for what a trainer would leave out.
 
     Raises:
-        ConfigError: the trainer does not apply the corrections of the stack's objectives.
+        ConfigError: the trainer does not do what a layer needs of it, or would break its own
+            promise with it.
     """
     honours = trainer.honours if isinstance(trainer, Honours) else frozenset()
     if "start-loss" in stack.needs and isinstance(trainer, RecordPrivate):
@@ -163,6 +174,13 @@ def check_honours(trainer: Trainer, stack: "Stack") -> None:
             f"{stack} counts the nodes' local steps, and {type(trainer).__name__} does not say "
             "them; take TorchTrainer, KerasTrainer or JaxTrainer"
         )
+    for what, does in _MORE.items():
+        asking = [layer.name for layer in stack.layers if what in needs_of(layer)]
+        if asking and what not in honours:
+            raise ConfigError(
+                f"{asking[0]} {does}, and {type(trainer).__name__} cannot do that; take "
+                f"TorchTrainer, or leave {asking[0]} out"
+            )
     if stack.objectives and CORRECTION not in honours:
         raise ConfigError(
             f"{stack.objectives[0].name} changes the gradients that nodes train with, and "

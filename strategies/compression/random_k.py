@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from umbel.core.errors import RunError, StackError
+from umbel.strategies.compression.unsent import UNSENT, refuse_segments
 from umbel.strategies.contexts import NodeContext, RoundContext
 from umbel.strategies.facts import Facts
 from umbel.strategies.transform import Stateless
@@ -56,17 +57,7 @@ class RandomK(Stateless):
             raise StackError(f"the fraction of {self.name} is {self.fraction}; give 0 < f <= 1")
 
     def check(self, facts: Facts, state: None) -> Facts:  # noqa: ARG002
-        if facts.segments:
-            raise StackError(
-                f"{self.name} would send a part of {facts.segments[0][0]} only, which has to "
-                "arrive whole; leave out the compression, or take a method that sends nothing "
-                "beside the update"
-            )
-        if facts.modulus is not None:
-            raise StackError(
-                f"{self.name} keeps what it does not send as real numbers, and it would be given "
-                "integers of a secure sum; put it first"
-            )
+        refuse_segments(self.name, facts)
         return facts.replace(size=self.count(facts.size))
 
     def count(self, size: int) -> int:
@@ -83,13 +74,13 @@ class RandomK(Stateless):
     def encode(self, update: Tensor, ctx: NodeContext) -> Tensor:
         if ctx.round < 1:
             raise RunError(f"{self.name} was not told the round, from which its places follow")
-        whole = update + ctx.recall("unsent", update)
+        whole = update + ctx.recall(UNSENT, update)
         places = self.places(whole.numel(), ctx.round)
         sent = whole[places]
         length = float(torch.linalg.vector_norm(whole))
         whole[places] = 0
-        ctx.memory["unsent"] = whole
-        ctx.report("unsent", float(torch.linalg.vector_norm(whole)) / length if length else 0.0)
+        ctx.memory[UNSENT] = whole
+        ctx.report(UNSENT, float(torch.linalg.vector_norm(whole)) / length if length else 0.0)
         return sent
 
     def decode(self, total: Tensor, state: Any, ctx: RoundContext) -> tuple[Tensor, Any]:

@@ -16,7 +16,9 @@ from umbel.strategies.methods.ditto import Ditto
 from umbel.strategies.methods.feddyn import FedDyn
 from umbel.strategies.methods.fedexp import FedExP
 from umbel.strategies.methods.fednova import FedNova
+from umbel.strategies.methods.fedrep import FedRep
 from umbel.strategies.methods.options import MethodOptions
+from umbel.strategies.methods.perfedavg import PerFedAvg
 from umbel.strategies.methods.personal_parts import (
     PersonalParts,
     named_parts,
@@ -56,6 +58,12 @@ def _fedper(own: MethodOptions, _: Options, model: FirstModel) -> PersonalParts:
     return PersonalParts(named_parts(sizes, own.personal_layers), sum(sizes.values()))
 
 
+def _fedrep(own: MethodOptions, _: Options, model: FirstModel) -> FedRep:
+    sizes = _sizes(model()[0])
+    parts = named_parts(sizes, own.personal_layers, "fedrep")
+    return FedRep(parts, sum(sizes.values()), head_epochs=own.fedrep_head_epochs)
+
+
 def _fedbn(_: MethodOptions, options: Options, model: FirstModel) -> PersonalParts:  # noqa: ARG001
     parameters, buffers = model()
     sizes = _sizes(parameters)
@@ -78,6 +86,8 @@ METHODS: Mapping[str, Make] = {
     "ditto": lambda own, *_: Ditto(own.ditto_lambda),
     "fedper": _fedper,
     "fedbn": _fedbn,
+    "fedrep": _fedrep,
+    "per-fedavg": lambda own, *_: PerFedAvg(own.perfedavg_alpha),
 }
 
 

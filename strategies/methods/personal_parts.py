@@ -26,10 +26,8 @@ from umbel.core.errors import ConfigError, StackError
 from umbel.strategies.contexts import NodeContext, RoundContext
 from umbel.strategies.facts import Facts
 from umbel.strategies.methods.needs import need_whole
+from umbel.strategies.objective import Places
 from umbel.strategies.transform import Stateless
-
-Parts = tuple[tuple[int, int], ...]
-"""Beginnings and ends of the personal coordinates, in order."""
 
 STATISTICS = ".running_mean"
 """How the buffers end that layers of batch normalisation have."""
@@ -47,7 +45,7 @@ class PersonalParts(Stateless):
         StackError: no part, all of the model, or parts that are not in order.
     """
 
-    parts: Parts
+    parts: Places
     model_size: int
     name: str = "fedper"
     keeps_parts: ClassVar[bool] = True
@@ -104,12 +102,13 @@ class PersonalParts(Stateless):
         return whole, state
 
 
-def named_parts(sizes: Mapping[str, int], patterns: str) -> Parts:
+def named_parts(sizes: Mapping[str, int], patterns: str, method: str = "fedper") -> Places:
     """The places of the parameters whose names match patterns such as `head.*,bias`.
 
     Args:
         sizes: coordinates of each parameter, in the model's order.
         patterns: of names, with commas between them.
+        method: that wants them, for what is said.
 
     Raises:
         ConfigError: none is given, or one matches nothing.
@@ -117,8 +116,8 @@ def named_parts(sizes: Mapping[str, int], patterns: str) -> Parts:
     given = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
     if not given:
         raise ConfigError(
-            "method=fedper keeps parts of the model on the nodes, and personal-layers does not say "
-            f"which; name parameters, such as personal-layers='{list(sizes)[-1]}'"
+            f"method={method} keeps parts of the model on the nodes, and personal-layers does not "
+            f"say which; name parameters, such as personal-layers='{list(sizes)[-1]}'"
         )
     for pattern in given:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in sizes):
@@ -129,7 +128,7 @@ def named_parts(sizes: Mapping[str, int], patterns: str) -> Parts:
     return _places(sizes, {n for n in sizes for p in given if fnmatch.fnmatchcase(n, p)})
 
 
-def normalisation_parts(sizes: Mapping[str, int], buffers: Mapping[str, Tensor]) -> Parts:
+def normalisation_parts(sizes: Mapping[str, int], buffers: Mapping[str, Tensor]) -> Places:
     """The places of the weights and biases of batch normalisation.
 
     Raises:
@@ -145,7 +144,7 @@ def normalisation_parts(sizes: Mapping[str, int], buffers: Mapping[str, Tensor])
     return _places(sizes, found)
 
 
-def _places(sizes: Mapping[str, int], chosen: set[str]) -> Parts:
+def _places(sizes: Mapping[str, int], chosen: set[str]) -> Places:
     places, start = [], 0
     for name, size in sizes.items():
         if name in chosen:

@@ -80,15 +80,25 @@ def descended(
     """The model after gradient descent on one node's loss and a correction."""
     hessian, right, model = curvature(part), slope(part), start
     velocity = torch.zeros_like(start)
+    trained = torch.ones_like(start)
+    if correction is not None and correction.trains is not None:
+        trained = sum((_among(start, *place) for place in correction.trains), 0 * start)
+    ahead = 0.0 if correction is None else correction.ahead
     for _ in range(steps):
-        gradient = hessian @ model - right
+        there = model - ahead * (hessian @ model - right)
+        gradient = hessian @ there - right
         if correction is not None:
             anchor = start if correction.anchor is None else correction.anchor
             gradient = gradient + correction.strength * (model - anchor)
             gradient = gradient if correction.offset is None else gradient + correction.offset
-        velocity = momentum * velocity + gradient
+        velocity = momentum * velocity + gradient * trained
         model = model - rate * velocity
     return model
+
+
+def _among(like: Tensor, begin: int, end: int) -> Tensor:
+    places = torch.arange(len(like))
+    return ((begin <= places) & (places < end)).to(like)
 
 
 @dataclass
@@ -177,7 +187,14 @@ class Run:
                 told, start_loss=float((part.x @ self.model - part.y[:, 0]).square().mean())
             )
         how = (self.steps[node], self.rate)
-        update = descended(part, start, *how, correction, self.momentum) - start
+        end = descended(part, start, *how, correction, self.momentum)
+        if self.stack.phases:
+            end, correction = start, correction or Correction()
+            for phase in self.stack.phases:
+                steps = int(phase.options.get("local-epochs", self.steps[node]))  # of full batches
+                mine = replace(correction, trains=phase.trains)
+                end = descended(part, end, steps, self.rate, mine, self.momentum)
+        update = end - start
         for layer in self.stack.twice:
             ctx = own_context(told, layer.name, memory)
             own, pull = layer.second(self.model, ctx)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import RecordDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.strategies.quadratics import (
     NODES,
@@ -21,8 +21,9 @@ from tests.strategies.quadratics import (
     optimum,
     slope,
 )
+from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.base import Job, Weights
-from umbel.core.errors import StackError
+from umbel.core.errors import ConfigError, StackError
 from umbel.strategies.contexts import Memory, NodeContext
 from umbel.strategies.facts import Facts
 from umbel.strategies.methods.feddyn import FedDyn
@@ -30,6 +31,7 @@ from umbel.strategies.methods.fedexp import FedExP
 from umbel.strategies.methods.fednova import FedNova
 from umbel.strategies.methods.fedprox import FedProx
 from umbel.strategies.methods.needs import effective_steps
+from umbel.strategies.methods.perfedavg import PerFedAvg
 from umbel.strategies.methods.qfedavg import QFedAvg
 from umbel.strategies.methods.scaffold import Scaffold
 from umbel.strategies.objective import Correction
@@ -65,7 +67,7 @@ def drifted(steps: Any, *, normalised: bool = False, rate: float = RATE, mu: flo
 
 @pytest.mark.parametrize(
     "layer",
-    [FedProx(0.1), Scaffold(), FedDyn(), FedNova(), FedExP(), QFedAvg()],
+    [FedProx(0.1), Scaffold(), FedDyn(), FedNova(), FedExP(), QFedAvg(), PerFedAvg()],
     ids=lambda m: m.name,
 )
 def test_methods_keep_the_laws_of_layers(layer: Any) -> None:
@@ -209,6 +211,59 @@ def test_fedexp_steps_as_far_as_the_paper_says() -> None:
     assert near(further.rounds(1), rate * mean) and further.metrics["fedexp.rate"] == rate
     alike = Run(Stack((FedExP(),)), nodes()[:1] * 3, [10] * 3)
     assert near(alike.rounds(3), Run(Stack(), nodes()[:1] * 3, [10] * 3).rounds(3), 1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_per_fedavg_stops_where_one_step_leads_to_the_optimum(steps: int) -> None:
+    """The mean of (I - alpha H_i) (H_i w - r_i), over local steps of B_i = (I - alpha H_i) H_i."""
+    alpha, eye = 0.05, torch.eye(SIZE, dtype=torch.float64)
+    left = torch.zeros(SIZE, SIZE, dtype=torch.float64)
+    right = torch.zeros(SIZE, dtype=torch.float64)
+    for part in nodes():
+        look = eye - alpha * curvature(part)
+        bent = look @ curvature(part)
+        way = eye - torch.linalg.matrix_power(eye - RATE * bent, steps)
+        pull = way @ torch.linalg.inv(bent) @ look
+        left, right = left + pull @ curvature(part), right + pull @ slope(part)
+    found = run(PerFedAvg(alpha), steps=[steps] * NODES).rounds(900 // steps + 200)
+    assert near(found, torch.linalg.solve(left, right))
+    assert not near(found, optimum(nodes()), 1e-2)
+
+
+def test_trainers_step_ahead_and_leave_parts_as_the_mathematics_does() -> None:
+    """The gradient at w - alpha gradient(w), and parameters that a phase does not train."""
+    options = {**TRAINER.OPTIONS, "local-steps": 6}
+    start = torch.linspace(-1, 1, SIZE, dtype=torch.float64)
+    for correction in (
+        Correction(ahead=0.2),
+        Correction(anchor=0 * start, strength=0.3, ahead=0.1),
+    ):
+        job = Job(1, 0, options, RATE, correction=correction)
+        found = TRAINER.train(Weights({"weight": start.view(1, SIZE)}), nodes()[1], job)
+        wanted = descended(nodes()[1], start, 6, RATE, correction)
+        assert near(found.weights.parameters["weight"][0], wanted, 1e-6)
+    two = TorchTrainer(Halves, loss="mse", batch_size=0)
+    halves = {"one": start[:2].clone(), "other": start[2:].clone()}
+    for correction in (Correction(trains=((2, 4),)), Correction(start, start, 0.4, ((0, 2),))):
+        job = Job(1, 0, {**options, "weight-decay": 0.0}, RATE, correction=correction)
+        found = two.train(Weights(dict(halves)), nodes()[1], job)
+        wanted = descended(nodes()[1], start, 6, RATE, correction)
+        assert near(torch.cat(list(found.weights.parameters.values())), wanted, 1e-6)
+    with pytest.raises(ConfigError, match="trains 1 of the 2 values of one"):
+        job = replace(job, correction=Correction(trains=((1, 4),)))
+        two.train(Weights(dict(halves)), nodes()[1], job)
+
+
+class Halves(nn.Module):
+    """The same line, as two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.other = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ torch.cat([self.one, self.other]))[:, None]
 
 
 def test_objectives_of_one_stack_add_up() -> None:

@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.strategies.quadratics import NODES, SIZE, Run, curvature, near, nodes, optimum, slope
+from tests.strategies.quadratics import (
+    NODES,
+    RATE,
+    SIZE,
+    Run,
+    curvature,
+    near,
+    nodes,
+    optimum,
+    slope,
+)
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.base import check_honours
 from umbel.clients.trainers.private_sgd import PrivateSgd
@@ -16,6 +26,7 @@ from umbel.strategies.composition import check_rounds, compose
 from umbel.strategies.facts import Facts
 from umbel.strategies.methods.ditto import Ditto
 from umbel.strategies.methods.fedprox import FedProx
+from umbel.strategies.methods.fedrep import FedRep
 from umbel.strategies.methods.named import KIND
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.methods.personal_parts import PersonalParts, named_parts
@@ -34,9 +45,11 @@ PROTECTIONS: dict[str, dict[str, Any]] = {
     "local": {"epsilon": 50.0, "clipping-norm": 3.0, "mechanism": "local"},
 }
 OWN = {"fedprox": {"proximal-mu": 0.5}, "fedper": {"personal-layers": "head*"}}
+OWN["fedrep"] = OWN["fedper"]
 MODEL = {"body": torch.zeros(3), "head.weight": torch.zeros(1)}
 BUFFERS = {"head.running_mean": torch.zeros(1)}
 MORE = {"scaffold": SIZE, "fednova": 1, "fedexp": 1, "q-fedavg": 1, "fedper": -1, "fedbn": -1}
+MORE["fedrep"] = -1
 
 
 def options_of(method: str, protection: str) -> dict[str, Any]:
@@ -104,6 +117,7 @@ TORCH = TorchTrainer(lambda: torch.nn.Linear(2, 2))
 def test_trainers_that_would_leave_out_what_a_method_asks_for_are_refused() -> None:
     private = PrivateSgd(trainer=TORCH)
     deaf = SoftmaxTrainer(width=2)
+    beyond = {"fedrep", "per-fedavg"}
     for method in METHODS:
         layer = layer_of(options_of(method, "plain"))
         stack = Stack(() if layer is None else (layer,))
@@ -111,8 +125,8 @@ def test_trainers_that_would_leave_out_what_a_method_asks_for_are_refused() -> N
             stack = Stack((FedProx(0.1),))
         check_honours(TORCH, stack)
         for trainer, refused in (
-            (private, {"q-fedavg", "ditto"}),
-            (deaf, {"fedprox", "scaffold", "feddyn", "fednova", "ditto"}),
+            (private, {"q-fedavg", "ditto", *beyond}),
+            (deaf, {"fedprox", "scaffold", "feddyn", "fednova", "ditto", *beyond}),
         ):
             if method in refused:
                 with pytest.raises(ConfigError, match=r"; take|, or leave"):
@@ -127,6 +141,9 @@ def test_trainers_that_would_leave_out_what_a_method_asks_for_are_refused() -> N
         ("scafold", {}, "it can be .*fedavg, fedprox, scaffold"),
         ("fedprox", {"proximal-mu": 0.0}, "needs proximal-mu above 0"),
         ("fedper", {"personal-layers": ""}, "does not say which"),
+        ("fedrep", {"personal-layers": ""}, "method=fedrep keeps parts.* does not say which"),
+        ("fedrep", {"fedrep-head-epochs": 0}, "fedrep-head-epochs is 0"),
+        ("per-fedavg", {"perfedavg-alpha": 0.0}, "perfedavg-alpha is 0.0; it must be above 0"),
         ("fedper", {"personal-layers": "tail"}, "which is no parameter of the model"),
         ("fedper", {"personal-layers": "*"}, "nothing is learned together"),
         ("feddyn", {"feddyn-alpha": 0.0}, "feddyn-alpha is 0.0; it must be above 0"),
@@ -173,6 +190,32 @@ def test_personal_parts_are_each_nodes_and_the_rest_is_everybodys() -> None:
     shared = torch.stack(gradients).mean(0)[[0, 3]]
     assert near(shared, torch.zeros(2, dtype=torch.float64))
     assert all(torch.equal(own[[0, 3]], trial.model[[0, 3]]) for own in owns)
+
+
+def test_fedreps_heads_are_solved_before_the_body_steps() -> None:
+    """One round by the paper's own order, and where it stops."""
+    layer = FedRep(((1, 3),), SIZE, head_epochs=7)
+    assert [phase.trains for phase in layer.phases()] == [((1, 3),), ((0, 1), (3, 4))]
+    trial = Run(Stack((layer,)), nodes(), [1] * NODES)
+    start = trial.model
+    body, bodies = torch.tensor([0, 3]), []
+    for part in nodes():
+        own = start.clone()
+        for _ in range(7):
+            own[1:3] -= RATE * (curvature(part) @ own - slope(part))[1:3]
+        bodies.append((-RATE * (curvature(part) @ own - slope(part)))[body])
+    assert near(trial.rounds(1)[body], torch.stack(bodies).mean(0), 1e-12)
+    trial.rounds(800)
+    owns = [trial.own(node) for node in range(NODES)]
+    gradients = [curvature(p) @ w - slope(p) for p, w in zip(nodes(), owns, strict=True)]
+    assert all(near(g[1:3], torch.zeros(2, dtype=torch.float64)) for g in gradients)
+    assert near(torch.stack(gradients).mean(0)[body], torch.zeros(2, dtype=torch.float64))
+
+
+def test_two_layers_cannot_both_say_what_nodes_train_in_turn() -> None:
+    first = FedRep(((1, 3),), SIZE)
+    with pytest.raises(StackError, match="fedrep and other both say"):
+        Stack((first, FedRep(((0, 1),), SIZE, name="other"))).phases  # noqa: B018
 
 
 def test_a_node_that_remembers_another_model_is_refused() -> None:

@@ -130,7 +130,7 @@ def test_methods_that_send_more_than_the_update_are_refused(method: str) -> None
 
 
 def test_what_it_cannot_do_is_refused_with_a_sentence() -> None:
-    with pytest.raises(ConfigError, match="nothing is compressed; add compression=random-k"):
+    with pytest.raises(ConfigError, match="nothing is compressed; give compression=random-k"):
         CompressionOptions(compression_fraction=0.5)
     with pytest.raises(ConfigError, match="compression-fraction"):
         CompressionOptions("random-k", 0.0)

@@ -36,6 +36,7 @@ def data(node: Any, options: Any) -> Split:  # noqa: ARG001
 
 FEDERATION = Federation(TorchTrainer(Net, batch_size=8, learning_rate=0.2), data)
 OWN = {"fedprox": {"proximal-mu": 0.1}, "fedper": {"personal-layers": "head.*"}}
+OWN["fedrep"] = OWN["fedper"]
 
 
 def run(folder: Path, method: str, rounds: int = 2, **options: Any) -> umbel.Result:
@@ -51,12 +52,17 @@ def test_every_method_runs_by_its_name(method: str, tmp_path: Path) -> None:
 
 def test_models_of_their_own_serve_nodes_that_disagree(tmp_path: Path) -> None:
     """No common model suits both groups; a head of one's own does, and so does Ditto."""
-    common = run(tmp_path / "a", "fedavg", 12)["metrics"]["accuracy"]
-    for method in ("fedper", "ditto"):
+    plain = run(tmp_path / "a", "fedavg", 12)
+    common = plain["metrics"]["accuracy"]
+    for method in ("fedper", "fedrep", "ditto"):
         assert run(tmp_path / method, method, 12)["metrics"]["accuracy"] > common + 0.15
+    tuned = run(tmp_path / "tuned", "fedavg", 12, **{"fine-tune-epochs": 8})
+    assert tuned["metrics"]["accuracy"] > common + 0.15
+    models = [one.model().state_dict()["head.weight"] for one in (plain, tuned)]
+    assert torch.equal(*models), "nothing of the tuned models leaves the nodes"
 
 
-@pytest.mark.parametrize("method", ["scaffold", "fedper", "ditto"])
+@pytest.mark.parametrize("method", ["scaffold", "fedper", "fedrep", "ditto"])
 def test_memories_survive_a_stop(method: str, tmp_path: Path) -> None:
     """A run that goes on from its directory ends with the bits of one that was not stopped."""
     whole = run(tmp_path / "whole", method, 4)
@@ -81,6 +87,8 @@ def test_what_cannot_be_had_is_a_sentence(tmp_path: Path) -> None:
     for given, words in (
         ({"method": "scafold"}, "method is 'scafold'; it can be fedavg, fedprox, scaffold"),
         ({"method": "scaffold", "feddyn-alpha": 0.5}, "give method=feddyn"),
+        ({"fine-tune-epochs": 1, "client-eval-every": -1}, "none is tuned, because client-eval"),
+        ({"fine-tune-epochs": 1, "secure": True}, "none is tuned, because updates are hidden"),
         ({"method": "fedper", "personal-layers": "tail"}, "no parameter of the model"),
         ({"method": "fedper", "personal-layers": "head.*", "keep-model": "best"}, "keep"),
     ):

@@ -72,6 +72,11 @@ def privacy(
     ] = False,
 ) -> None:
     """Attack every defence, test every claim; exit 3 where one does not hold or was not tested."""
+    from umbel.core.options import parse
+    from umbel.first_look import look
+
+    if app is not None:
+        look(app, parse(config or []))
     from rich.console import Console
 
     from umbel.benchmarks.attack import report as privacy_report

@@ -103,15 +103,15 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Train an app on this machine and write a report."""
-    from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
     from umbel.core.options import parse
+    from umbel.first_look import look
 
     if resume is not None and (path is not None or out is not None):
         raise ConfigError("--resume names the run to continue; leave out APP and --out")
     options = parse(config or [])
     if path is not None:
-        open_app(path).check_syntax()  # refused before anything heavy is imported
+        look(path, options)
 
     from umbel.running import Interrupted, run
     from umbel.server.output import strict
@@ -149,6 +149,10 @@ def options_command(
     as_json: AsJson = False,
 ) -> None:
     """List every option of an app: type, default, values, meaning, and who reads it."""
+    from umbel.first_look import look
+
+    if path is not None:
+        look(path)
     from umbel.commands import options_listing
     from umbel.core.app_folder import open_app
     from umbel.federation import FederationServerApp

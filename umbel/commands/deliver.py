@@ -197,6 +197,11 @@ def tune(
 ) -> None:
     """Search for better options, judged on examples that the result never sees."""
     from umbel.core.options import parse
+    from umbel.first_look import look
+
+    options = parse(config or [])
+    look(path, options)
+
     from umbel.server.output import strict
     from umbel.tuning import tune as search
 
@@ -205,7 +210,7 @@ def tune(
         space=space,
         trials=trials,
         metric=metric,
-        options=parse(config or []),
+        options=options,
         nodes=nodes,
         out=out,
         workers=workers,

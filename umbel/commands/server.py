@@ -75,8 +75,13 @@ def server(
     as_json: AsJson = False,
 ) -> None:
     """Coordinate a federation: wait for its nodes, run the app, end."""
-    from umbel import __version__
     from umbel.core.options import parse
+    from umbel.first_look import look
+
+    changes = parse(config or [])
+    look(path, changes)
+
+    from umbel import __version__
     from umbel.server.link.grid import StoppedError
     from umbel.server.link.service import ServerSettings
 
@@ -98,7 +103,6 @@ def server(
         from umbel.server.output.session import UNPROTECTED
 
         _only_link(**{"--enough": enough != 1, "--serve": stay, "--out": out is not None})
-        changes = parse(config or [])
         if unprotected:
             os.environ[UNPROTECTED] = "1"  # Flower runs the app in processes of its own
         try:
@@ -115,7 +119,7 @@ def server(
 
     run = RunSettings(
         app=path,
-        changes=parse(config or []),
+        changes=changes,
         nodes=nodes,
         enough=enough,
         stay=stay,
@@ -182,10 +186,13 @@ def client(
     """Be a node of a federation: stay connected, train when asked."""
     from umbel import __version__
     from umbel.clients.process.start import StartSettings, start_node
+    from umbel.core.app_folder import open_app
     from umbel.core.options import parse
 
     _begin()
     _check_engine(engine)
+    if path is not None:
+        open_app(path).check_syntax()
     settings = StartSettings(
         state=state,
         app=path,

@@ -22,7 +22,7 @@ from umbel.clients.trainers.base import (
 from umbel.core.errors import ConfigError
 from umbel.core.records import Manifest
 from umbel.core.streams import seeded
-from umbel.strategies.objective import CORRECTION, Correction
+from umbel.strategies.objective import AHEAD, CORRECTION, PARTS, Correction
 from umbel.strategies.run_options import RunOptions
 from umbel.testing.laws import hold, same
 
@@ -73,9 +73,14 @@ def check_trainer(
         _numbers(f"{name}: metrics of training are finite numbers", trained.metrics, nan=False)
     _judged(name, trainer, trained.weights, examples, known)
     _unknown_options(name, trainer, first, examples, known, trained if repeatable else None)
-    honours = isinstance(trainer, Honours) and CORRECTION in trainer.honours
+    said = trainer.honours if isinstance(trainer, Honours) else frozenset[str]()
+    honours = CORRECTION in said
     if honours and repeatable:
         _corrected(name, trainer, first, examples, known, trained)
+        if PARTS in said:
+            _parted(name, trainer, first, examples, known)
+        if AHEAD in said:
+            _led(name, trainer, first, examples, known, trained)
     if isinstance(trainer, CohortTrainer):
         _cohort(name, trainer, first, examples, known)
         if honours:
@@ -263,6 +268,53 @@ def _direction(first: Weights, length: float) -> torch.Tensor:
     size = Manifest.of(first.parameters).size
     vector = torch.randn(size, generator=torch.Generator().manual_seed(5))
     return vector * (length / float(vector.norm()))
+
+
+def _parted(
+    name: str, trainer: Trainer, first: Weights, examples: Any, options: Mapping[str, Any]
+) -> None:
+    """Parameters that a correction does not train keep their bits."""
+    end = next(iter(first.parameters.values())).numel()
+    job = replace(_job(options), correction=Correction(trains=((0, end),)))
+    after = trainer.train(first, examples, job).weights
+    moved = [n for n, old in first.parameters.items() if not torch.equal(old, after.parameters[n])]
+    hold(
+        set(moved) <= {next(iter(first.parameters))},
+        f"{name}: a trainer that honours parts leaves the others as they are",
+        f"with the first parameter to be trained, {moved} changed",
+        "give the optimiser only the parameters that `job.correction.trains` names",
+    )
+
+
+def _led(
+    name: str,
+    trainer: Trainer,
+    first: Weights,
+    examples: Any,
+    options: Mapping[str, Any],
+    plain: Trained,
+) -> None:
+    """Gradients a hair ahead are those at the place itself; a step ahead is another place."""
+    layout = Manifest.of(first.parameters)
+    start, there = (layout.flatten(w.parameters) for w in (first, plain.weights))
+
+    def trained(ahead: float) -> torch.Tensor:
+        job = replace(_job(options), correction=Correction(ahead=ahead))
+        return layout.flatten(trainer.train(first, examples, job).weights.parameters)
+
+    near, way = float((trained(1e-9) - there).norm()), float((there - start).norm())
+    hold(
+        near <= 0.1 * way + 1e-6 * (1 + float(start.norm())),
+        f"{name}: gradients that are taken a hair ahead are those without",
+        f"they moved the model by {near:.3g}, and training moves it by {way:.3g}",
+        "bring the weights back before the step, and keep the gradient",
+    )
+    hold(
+        not torch.equal(trained(0.1), there),
+        f"{name}: a trainer that honours ahead takes gradients elsewhere",
+        "with ahead=0.1 it made the same model",
+        "take the gradient at w - ahead x gradient(w)",
+    )
 
 
 def _corrected(
