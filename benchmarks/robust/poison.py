@@ -73,7 +73,7 @@ def flipped(examples: Examples) -> Examples:
     return Examples(examples.x, labels.max() - labels)
 
 
-def patched(x: ArrayLike) -> ArrayLike:
+def patched(x: ArrayLike) -> Any:
     """The inputs with the patch; those that were given stay as they are."""
     made: Any = x.clone() if isinstance(x, torch.Tensor) else np.array(x)
     if not len(made):
