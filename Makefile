@@ -23,14 +23,14 @@ demo: $(READY) ## train the bundled example on this machine and write its report
 federation: $(READY) ## a server and five node processes on this machine, one of them killed on the way
 	deploy/federation.sh $(abspath $(BIN))/umbel
 
-test: $(READY) ## the test suite (without the tests marked slow)
-	$(BIN)/pytest
+test: $(READY) ## the test suite (without the tests marked slow), in two processes of a thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(READY) ## the tests marked slow
 	$(BIN)/pytest -m slow
 
 $(VENV)/.clusters: $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[dask]'
+	$(BIN)/python -m pip install --quiet --editable '.[dask,data,ray]' 'moto[s3,server]>=5,<6'
 	@touch $@
 
 test-clusters: $(VENV)/.clusters ## the tests on real clusters, which they start on this machine

@@ -13,7 +13,7 @@ from umbel.clients.gate import Guarded, Known
 from umbel.core.contents import find_record
 from umbel.core.errors import StackError
 from umbel.core.names import CONFIG, EXAMPLES, METRICS, STATISTICS
-from umbel.strategies.node_policy import NodePolicy, PolicyError
+from umbel.strategies.policy.node_policy import NodePolicy, PolicyError
 from umbel.strategies.protection import Protection
 
 

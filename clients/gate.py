@@ -27,7 +27,8 @@ from flwr.clientapp import ClientApp
 
 from umbel.core.errors import ConfigError, RunError, UmbelError, place
 from umbel.core.flower import RAISED
-from umbel.strategies.node_policy import NodePolicy, PolicyError, policy_of
+from umbel.strategies.policy.node_policy import NodePolicy, PolicyError
+from umbel.strategies.policy.reading import policy_of
 from umbel.strategies.secure.wire import stage_of
 
 if TYPE_CHECKING:

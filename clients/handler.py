@@ -21,7 +21,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from umbel.clients.data.examples import Node, Split
+from umbel.clients.data.examples import ChecksNodes, Node, Split
 from umbel.clients.gate import guarded
 from umbel.clients.given import trainer_of
 from umbel.clients.holding import Holder
@@ -245,10 +245,7 @@ class FederationClientApp(ClientApp):
 
     Attributes:
         half: answers messages.
-        takes_mapped: arrays that it gets need not hold bytes; mapped memory will do.
     """
-
-    takes_mapped = True
 
     def __init__(self, half: ClientHandler) -> None:
         super().__init__()
@@ -273,6 +270,15 @@ class FederationClientApp(ClientApp):
     def app_options(self) -> Options | None:
         """What options are in the app's own files, complete; None where nobody has told."""
         return None if self._own is None else self.half.options(self._own)
+
+    def check_data(self, run_config: Options, nodes: int) -> None:
+        """Look for what is wrong with virtual nodes' data, before any is asked.
+
+        Raises:
+            ConfigError: they cannot be had, or not by so many nodes.
+        """
+        if isinstance(self.half.data, ChecksNodes):
+            self.half.data.check(nodes, self.half.options(run_config))
 
     def known(self, context: Context) -> Plan:
         """What the gate asks about."""

@@ -16,6 +16,7 @@ from umbel.clients.statistics import TRAINED
 from umbel.clients.trainers.base import Job, Options, Trained, Trainer, Tree, Weights, own_promise
 from umbel.core.contents import find_record, take_record
 from umbel.core.errors import ConfigError
+from umbel.core.held import buffer_of
 from umbel.core.records import (
     Manifest,
     from_array,
@@ -158,7 +159,7 @@ class Plan:
                 "the server's; start both with the same app and options"
             )
         model = take_record(message.content, MODEL, ArrayRecord)
-        sent = model[PARAMETERS].data
+        sent = buffer_of(model[PARAMETERS])
         if before is not None and before.sent is sent:
             vector, parameters = before.vector, before.weights.parameters
         else:

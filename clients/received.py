@@ -34,7 +34,7 @@ class Received:
     vector: Tensor
     job: Job
     account: Charging
-    sent: bytes
+    sent: bytes | memoryview
     start_loss: float | None = None
 
 

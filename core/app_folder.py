@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from umbel.core.app_syntax import check_syntax
+from umbel.core.app_syntax import Sources, read_sources
 from umbel.core.errors import ConfigError, described
 from umbel.core.options import Value, flatten, read_toml
 
@@ -59,14 +59,10 @@ class AppFolder:
     nodes: int | None
     pool: str | None = None
 
-    def check_syntax(self) -> frozenset[str]:
-        """Refuse files that are no Python, without importing any; ConfigError says which.
-
-        Returns:
-            The names of what they call.
-        """
+    def sources(self) -> Sources:
+        """Read its files without importing any; ConfigError says which is no Python."""
         modules = [reference.partition(":")[0] for reference in (self.server, self.client)]
-        return check_syntax(self.path, modules)
+        return read_sources(self.path, modules)
 
     def server_app(self) -> "ServerApp":
         """Import the server's app; ConfigError says what went wrong."""
@@ -98,10 +94,11 @@ class AppFolder:
 
 
 def open_app(path: Path) -> AppFolder:
-    """Read an app's `pyproject.toml`.
+    """Read an app's `pyproject.toml`, and whether its files are Python.
 
     Raises:
-        ConfigError: no folder, no pyproject, or one that is not a Flower app's.
+        ConfigError: no folder, no pyproject, one that is not a Flower app's, or a file of the app
+            that is no Python.
     """
     path = path.expanduser().resolve()
     if not path.is_dir():
@@ -118,7 +115,7 @@ def open_app(path: Path) -> AppFolder:
             f"{file} must name its two apps under [tool.flwr.app.components], as "
             'serverapp = "server_app:app" and clientapp = "client_app:app"'
         )
-    return AppFolder(
+    folder = AppFolder(
         path=path,
         name=str(project.get("project", {}).get("name", path.name)),
         server=str(references[0]),
@@ -127,6 +124,8 @@ def open_app(path: Path) -> AppFolder:
         nodes=_nodes(file, project),
         pool=_pool(file, project),
     )
+    folder.sources()
+    return folder
 
 
 def _table(file: Path, table: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from umbel.core.errors import ConfigError
-from umbel.core.options import OptionGroup, Options, Value, checked, dashed, renamed
+from umbel.core.options import Options, checked, dashed
 from umbel.core.registry import is_known, names
 
 _KEY = "umbel.limit"
@@ -68,6 +68,15 @@ class Limit:
             return f"{'above' if self.without_least else 'at least'} {self.least:g}"
         return "any" if self.infinite else "finite"
 
+    def refusal(self, name: str, value: bool | int | float | str) -> str:
+        """The sentence for a value that is not admitted."""
+        hint = f" ({self.hint})" if self.hint else ""
+        if self.choices or self.kind:
+            return f"{name} is {value!r}; it can be {self.words()}{hint}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name} is {value}; it must be finite{hint}"
+        return f"{name} is {value}; it must be {self.words()}{hint}"
+
 
 def at_least(least: float, hint: str = "") -> Limit:
     """Finite numbers from `least` up."""
@@ -117,38 +126,30 @@ def check_limits(settings: Any) -> None:
         raise ConfigError(problem)
 
 
-def check_alone(group: type[OptionGroup], options: Options) -> None:
-    """Refuse what can be refused of a group's options one by one, before anything is imported.
-
-    What goes together is left to the group, and the names of parts to where the app is there,
-    which may bring its own.
-
-    Args:
-        group: the dataclass.
-        options: any; names that the group does not have are left alone.
-
-    Raises:
-        ConfigError: as `check_limits`, or a value of another type.
-    """
-    defaults, limits = group.defaults(), limits_of(group)
-    for name, value in renamed(options).items():
-        if name in defaults:
-            right = checked(name, value, defaults[name])
-            if name in limits and not limits[name].kind and not limits[name].admits(right):
-                raise ConfigError(_problem(name, right, limits[name]))
-
-
 def _problems(settings: Any) -> Iterator[str]:
     for name, limit in limits_of(settings).items():
         value = getattr(settings, name.replace("-", "_"))
         if not limit.admits(value):
-            yield _problem(name, value, limit)
+            yield limit.refusal(name, value)
 
 
-def _problem(name: str, value: Value, limit: Limit) -> str:
-    hint = f" ({limit.hint})" if limit.hint else ""
-    if limit.choices or limit.kind:
-        return f"{name} is {value!r}; it can be {limit.words()}{hint}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{name} is {value}; it must be finite{hint}"
-    return f"{name} is {value}; it must be {limit.words()}{hint}"
+def check_values(kind: Any, options: Options, *, registers: bool) -> None:
+    """Look at each option alone: its type and its limit, not what options are together.
+
+    Args:
+        kind: a group of options; names of others are left alone.
+        options: some of a run.
+        registers: parts may still be registered, so an unknown name of one may be good.
+
+    Raises:
+        ConfigError: the first value that no run can have.
+    """
+    limits = limits_of(kind)
+    for name, default in kind.defaults().items():
+        if name not in options:
+            continue
+        value = checked(name, options[name], default)
+        limit = limits.get(name)
+        if limit is None or (registers and limit.kind) or limit.admits(value):
+            continue
+        raise ConfigError(limit.refusal(name, value))

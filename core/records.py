@@ -5,9 +5,8 @@ what Flower's `Array` stores; they are written with one copy and read with none.
 """
 
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -16,14 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
-from numpy.lib import format as npy
 from torch import Tensor
 
-Tree = dict[str, Tensor]
+from umbel.core.held import Held, HeldArray, buffer_of
+from umbel.core.npy import STYPE, header_of, values_in
 
-_STYPE = "numpy.ndarray"
-_PLAIN = frozenset(np.dtype(code) for code in "fde?BHILQbhilq")
-"""What torch holds too, in this machine's byte order."""
+Tree = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -99,23 +96,22 @@ class Manifest:
         return tree
 
 
-def to_array(vector: Tensor, join: Callable[[Iterable[Any]], Any] = b"".join) -> Array:
+def to_array(vector: Tensor, hold: Callable[[Sequence[Any]], Held] | None = None) -> Array:
     """A tensor as a Flower `Array`; its bytes are copied once. bfloat16 travels as float32.
 
     Args:
         vector: the tensor.
-        join: makes what the array holds, of its header and its values.
+        hold: puts what it is given, in parts, where the array's bytes shall lie; they are the
+            array's own if None.
     """
     if vector.dtype == torch.bfloat16:  # numpy has no such type
         vector = vector.float()
     values = vector.detach().cpu().contiguous().numpy()
-    data = join((_header(values.dtype.str, values.shape), values.reshape(-1).data.cast("B")))
+    parts = (header_of(values.dtype.str, values.shape), values.reshape(-1).data.cast("B"))
     name = _name_of(values.dtype)
-    if isinstance(data, bytes):
-        return Array(name, values.shape, _STYPE, data)
-    array = Array(name, values.shape, _STYPE, b"")
-    array.data = data  # Flower asks for bytes when an array is made
-    return array
+    if hold is None:
+        return Array(name, values.shape, STYPE, b"".join(parts))
+    return HeldArray(name, values.shape, STYPE, hold(parts))
 
 
 def record_of(arrays: Mapping[str, Array]) -> ArrayRecord:
@@ -169,14 +165,9 @@ def from_array(array: Array) -> Tensor:
     Raises:
         ValueError: the bytes are not those of a plain numeric array.
     """
-    if array.stype != _STYPE:
-        raise ValueError(f"an array is serialised as {array.stype!r}, not as {_STYPE!r}")
-    dtype, shape, start = _read_header(bytes(array.data[: _header_length(array.data)]))
-    if len(array.data) - start != prod(shape) * dtype.itemsize:
-        raise ValueError(f"an array of shape {shape} came with {len(array.data)} bytes")
-    if prod(shape) == 0:
-        return torch.from_numpy(np.zeros(shape, dtype))
-    values = np.frombuffer(array.data, dtype, offset=start).reshape(shape)
+    values = values_in(buffer_of(array), array.stype)
+    if values.size == 0:
+        return torch.from_numpy(values.copy())
     return torch.from_numpy(np.asarray(_Writable(values)))
 
 
@@ -192,34 +183,3 @@ class _Writable:
 
 _name_of: Callable[[np.dtype[Any]], str] = lru_cache(maxsize=256)(str)
 """A dtype's name, which NumPy puts together every time that it is asked."""
-
-
-@lru_cache(maxsize=256)
-def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    out = io.BytesIO()
-    npy.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return out.getvalue()
-
-
-def _header_length(data: bytes) -> int:
-    if data[:6] != npy.MAGIC_PREFIX or len(data) < 12:
-        raise ValueError("an array's bytes do not begin like a saved numpy array")
-    if data[6] == 1:
-        return 10 + int.from_bytes(data[8:10], "little")
-    return 12 + min(int.from_bytes(data[8:12], "little"), len(data))
-
-
-@lru_cache(maxsize=256)
-def _read_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
-    file = io.BytesIO(header)
-    try:
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        if version not in ((1, 0), (2, 0), (3, 0)):
-            raise ValueError(f"the format has no version {version}")
-        shape, fortran_order, dtype = read(file)
-    except Exception as error:  # numpy's parser lets several kinds through on damaged text
-        raise ValueError(f"an array's header cannot be read: {error}") from error
-    if dtype not in _PLAIN or (fortran_order and len(shape) > 1):
-        raise ValueError(f"an array has the dtype {dtype}, which is not plain numbers in C order")
-    return dtype, shape, len(header)

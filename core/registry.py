@@ -12,7 +12,6 @@ kept as it was given; who asks for it knows what a part of that kind has to do.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -37,7 +36,6 @@ GROUP = "umbel.parts"
 """Entry points of installed packages: their names are `KIND.NAME`, their values the parts."""
 
 _built_in: dict[tuple[str, str], Any] = {}
-_homes: dict[str, str] = {}
 _registered: dict[tuple[str, str], Any] = {}
 
 
@@ -59,7 +57,7 @@ def register(kind: str, name: str, part: Any) -> None:
         raise ConfigError(
             f"a part is registered as {name!r}; give it a name without spaces, such as 'my-{kind}'"
         )
-    if name == OWN or is_built_in(kind, name):
+    if name == OWN or (kind, name) in _built_in:
         raise ConfigError(f"the {kind} {name!r} is Umbel's own; register yours by another name")
     refuse_class(kind, part)
     _registered[kind, name] = part
@@ -70,29 +68,14 @@ def provide(kind: str, name: str, part: Any) -> None:
     _built_in[kind, name] = part
 
 
-def provided_by(kind: str, module: str) -> None:
-    """Say which module provides Umbel's own parts of a kind: it is imported when one is asked for.
-
-    Options name parts, and are read where importing the parts would take seconds.
-    """
-    _homes[kind] = module
-
-
 def is_built_in(kind: str, name: str) -> bool:
     """Whether Umbel itself brings a part of this name."""
-    _bring(kind)
     return (kind, name) in _built_in
-
-
-def _bring(kind: str) -> None:
-    if kind in _homes:
-        importlib.import_module(_homes.pop(kind))
 
 
 def names(kind: str) -> tuple[str, ...]:
     """Every name of a kind: the built-in ones first, in their own order."""
     _check_kind(kind)
-    _bring(kind)
     known = [*_built_in, *_registered, *_installed()]
     return tuple(dict.fromkeys(name for k, name in known if k == kind))
 
@@ -100,7 +83,7 @@ def names(kind: str) -> tuple[str, ...]:
 def is_known(kind: str, name: str) -> bool:
     """Whether there is a part of this name; other packages are looked at last, it takes a while."""
     key = (kind, name)
-    return is_built_in(kind, name) or key in _registered or key in _installed()
+    return key in _built_in or key in _registered or key in _installed()
 
 
 def make(kind: str, name: str, options: Mapping[str, Any], *more: Any) -> Any:
@@ -116,7 +99,7 @@ def make(kind: str, name: str, options: Mapping[str, Any], *more: Any) -> Any:
         ConfigError: there is none, or a package's cannot be imported.
     """
     key = (kind, name)
-    if is_built_in(kind, name):
+    if key in _built_in:
         found = _built_in[key]
     elif key in _registered:
         found = _registered[key]

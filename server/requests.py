@@ -7,6 +7,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from umbel.core.contents import take_record
+from umbel.core.held import buffer_of
 from umbel.core.records import Manifest, from_array, record_of, to_array
 from umbel.server.base_grid import BaseGrid
 from umbel.server.checkpoint import Position
@@ -80,7 +81,7 @@ class Requests:
         if not requests:
             return 0
         model = take_record(requests[0].content, MODEL, ArrayRecord)
-        sent = sum(len(array.data) for name, array in model.items() if name.startswith(SENT))
+        sent = sum(len(buffer_of(array)) for name, array in model.items() if name.startswith(SENT))
         size = self._manifest.size * self._manifest.dtype.itemsize
         return len(requests) * (size + self._synced_buffers.size * 4 + sent)
 

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from umbel.core.contents import records_of
 from umbel.core.errors import RunError
+from umbel.core.held import buffer_of
 from umbel.core.text import plain
 from umbel.server.kept_model import KeptModel
 from umbel.server.output.rundir import RunDirectory
@@ -156,4 +157,4 @@ def _size(message: Message) -> int:
     if message.has_error():
         return 0
     arrays = records_of(message.content, ArrayRecord)
-    return sum(len(array.data) for record in arrays for array in record.values())
+    return sum(len(buffer_of(array)) for record in arrays for array in record.values())

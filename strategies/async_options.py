@@ -1,14 +1,15 @@
 """The options of asynchronous rounds, and what cannot be asked for under them."""
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from umbel.core.errors import ConfigError
 from umbel.core.limits import at_least, check_limits, one_of, option
 from umbel.core.options import OptionGroup, dashed
-from umbel.strategies.collect import Seals
-from umbel.strategies.declared import OfOneRound
 from umbel.strategies.run_options import RunOptions
-from umbel.strategies.stack import Stack
+
+if TYPE_CHECKING:  # options are told without torch, which takes a second
+    from umbel.strategies.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class AsyncOptions(OptionGroup):
         """What an update counts for that is so many rounds behind."""
         return float((1 + behind) ** -self.async_staleness)
 
-    def check(self, run: RunOptions, stack: Stack, promised: bool) -> None:
+    def check(self, run: RunOptions, stack: "Stack", promised: bool) -> None:
         """Refuse what asynchronous rounds cannot give.
 
         Args:
@@ -69,6 +70,9 @@ class AsyncOptions(OptionGroup):
         """
         if not self.on:
             return
+        from umbel.strategies.collect import Seals
+        from umbel.strategies.declared import OfOneRound
+
         cure = "wait for cohorts (mode=sync)"
         if stack.private or promised:
             raise ConfigError(

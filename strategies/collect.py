@@ -58,7 +58,7 @@ class PlainSum(ReadsReplies):
 
     weighting: Weighting = "examples"
     longest: float = 1e8
-    hold_bytes: int = 64 << 20
+    hold_bytes: int = 32 << 20
     max_examples: int = 0
     name: str = "plain-sum"
 

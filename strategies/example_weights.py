@@ -82,7 +82,7 @@ class LimitedFold(OrderedSum):
         self,
         size: int,
         dtype: torch.dtype,
-        hold_bytes: int = 64 << 20,
+        hold_bytes: int = 32 << 20,
         *,
         patience: Patience,
         block: int = BLOCK,

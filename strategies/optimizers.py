@@ -7,15 +7,13 @@ The update is a direction of improvement, so it plays the part of the negative g
     -c optimizer=NAME            a name; see `umbel.register`
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from umbel.core.errors import RunError
-from umbel.core.registry import provide
 
 Slots = dict[str, Tensor]
 """An optimiser's state: named tensors of the model's size."""
@@ -148,36 +146,3 @@ class Adaptive:
 
 def _moved(parameters: Tensor, direction: Tensor, rate: float) -> Tensor:
     return torch.add(parameters, direction.to(parameters.dtype), alpha=rate)
-
-
-# ---- by name, from the options `server-learning-rate` and those beside it
-
-
-def _rate(options: Mapping[str, Any], own: float) -> float:
-    """The server's learning rate; 0 is the optimiser's own."""
-    return float(options["server-learning-rate"]) or own
-
-
-def _adaptive(name: Literal["fedadam", "fedyogi", "fedadagrad"]) -> None:
-    provide(
-        "optimizer",
-        name,
-        lambda options: Adaptive(
-            name,
-            _rate(options, 0.1),
-            float(options["beta-1"]),
-            float(options["beta-2"]),
-            float(options["adaptive-epsilon"]),
-        ),
-    )
-
-
-provide("optimizer", "fedavg", lambda options: FedAvg(_rate(options, 1.0)))
-provide(
-    "optimizer",
-    "fedavgm",
-    lambda options: FedAvgM(_rate(options, 1.0), float(options["server-momentum"])),
-)
-_adaptive("fedadam")
-_adaptive("fedyogi")
-_adaptive("fedadagrad")

@@ -52,7 +52,7 @@ class OrderedSum:
     """
 
     def __init__(
-        self, size: int, dtype: torch.dtype, hold_bytes: int = 64 << 20, block: int = BLOCK
+        self, size: int, dtype: torch.dtype, hold_bytes: int = 32 << 20, block: int = BLOCK
     ) -> None:
         self._block = torch.zeros(size, dtype=dtype)
         self._total: Tensor | None = None

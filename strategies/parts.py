@@ -15,10 +15,9 @@ from typing import Any
 
 from umbel.core.errors import ConfigError
 from umbel.core.registry import KINDS, OWN, is_function, made, make, names, refuse_class
+from umbel.strategies import known_names as known_names
 from umbel.strategies.aggregator import Aggregator
-from umbel.strategies.aggregators.named import RobustOptions as RobustOptions  # and its rules
 from umbel.strategies.exchange import Exchange
-from umbel.strategies.methods import named as named
 from umbel.strategies.optimizers import ServerOptimizer
 from umbel.strategies.samplers import Sampler
 from umbel.strategies.transform import Transform

@@ -6,13 +6,9 @@ from typing import Any
 from umbel.core.errors import ConfigError
 from umbel.core.limits import above, at_least, check_limits, named, one_of, option, up_to_one
 from umbel.core.options import OptionGroup, Value, dashed
-from umbel.core.registry import OWN, is_built_in, provided_by
+from umbel.core.registry import OWN, is_built_in, make
+from umbel.strategies import known_names as known_names
 from umbel.strategies.schedules import SCHEDULES, factor
-
-provided_by("optimizer", "umbel.strategies.optimizers")
-provided_by("sampler", "umbel.strategies.samplers")
-provided_by("aggregator", "umbel.strategies.aggregators.named")
-provided_by("objective", "umbel.strategies.methods.named")
 
 
 @dataclass(frozen=True)
@@ -24,10 +20,13 @@ class RunOptions(OptionGroup):
         seed: what fixes the partition, the first model, local shuffles and (without privacy)
             cohorts.
         cohort: who takes part in a round: `all` nodes, a `fixed` number, each node with the same
-            probability (`poisson`), or another sampler that is registered. `app` is the one that
-            the app brings: `Federation(sampler=...)`.
+            probability (`poisson`), those of some that are drawn on which the loss is largest
+            (`power-of-choice`), those worth most (`oort`), or another sampler that is registered.
+            `app` is the one that the app brings: `Federation(sampler=...)`.
         cohort_size: how many nodes take part in a round; for `poisson` their expected number.
         cohort_cap: the most nodes of a Poisson round; 0 is no cap.
+        cohort_candidates: with `cohort=power-of-choice`, how many nodes are drawn, of which those
+            with the largest losses take part; 0 is twice `cohort-size`.
         min_replies: the fewest usable replies of a round; with fewer the model stays as it is. 0 is
             half of the nodes that are asked; a private round counts with any number.
         round_timeout: seconds to wait for the replies of a round; 0 waits for ever.
@@ -73,6 +72,7 @@ class RunOptions(OptionGroup):
     cohort: str = option("all", named("sampler", OWN))
     cohort_size: float = option(0.0, at_least(0))
     cohort_cap: int = option(0, at_least(0))
+    cohort_candidates: int = option(0, at_least(0))
     min_replies: int = option(0, at_least(0))
     round_timeout: float = option(3600.0, at_least(0))
     optimizer: str = option("fedavg", named("optimizer", OWN))
@@ -104,11 +104,15 @@ class RunOptions(OptionGroup):
                 f"warmup-rounds is {self.warmup_rounds} of {self.rounds} rounds, so the learning "
                 "rate would never be reached; warm up for fewer rounds"
             )
+        if self.cohort_candidates and self.cohort != "power-of-choice":
+            raise ConfigError(
+                f"cohort-candidates is {self.cohort_candidates}, but cohort is {self.cohort}; give "
+                "cohort=power-of-choice, or leave cohort-candidates out"
+            )
         # each of these raises where its options do not make one, before a run has begun
         self.learning_rate_factor(self.warmup_rounds + 1)
-        for kind, name in (("optimizer", self.optimizer), ("sampler", self.cohort)):
-            if is_built_in(kind, name):
-                self.part(kind)
+        if is_built_in("sampler", self.cohort):
+            make("sampler", self.cohort, self._named())
 
     def part(self, kind: str) -> Any:
         """The part of a kind that these options name, where it needs no others and no app.
@@ -116,10 +120,12 @@ class RunOptions(OptionGroup):
         Raises:
             ConfigError: the options are of an app that brings its own.
         """
-        from umbel.strategies.parts import required_part  # torch with it; options are read without
+        from umbel.strategies.parts import required_part  # with torch, which options do not need
 
-        own: dict[str, Value] = {dashed(f.name): getattr(self, f.name) for f in fields(self)}
-        return required_part(kind, None, own)
+        return required_part(kind, None, self._named())
+
+    def _named(self) -> dict[str, Value]:
+        return {dashed(f.name): getattr(self, f.name) for f in fields(self)}
 
     def rate_in(self, number: int, base: float | None) -> float | None:
         """The nodes' learning rate in round `number`; None where the trainer has none.

@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from umbel.core.errors import ConfigError, RunError
-from umbel.core.registry import make, provide
+from umbel.core.registry import make
+from umbel.strategies import sampler_names as sampler_names
 
 
 class SampledNode(Protocol):
@@ -125,6 +126,53 @@ class Sampler(Protocol):
     def select(self, nodes: Sequence[N], ctx: SamplingContext) -> Sequence[N]:
         """The nodes of a round: some of `nodes`, none twice."""
         ...
+
+
+@runtime_checkable
+class ByLosses(Protocol):
+    """A sampler that says whether its choice follows what nodes measured on their examples.
+
+    Where a run hides that, such a choice would show it, so it is refused.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in `Sampler`."""
+        ...
+
+    @property
+    def by_losses(self) -> bool:
+        """Whether it does."""
+        ...
+
+
+def loss_of(node: SampledNode, ctx: SamplingContext, name: str) -> float:
+    """The loss that a node measured when it trained last; infinite where it never did.
+
+    Raises:
+        RunError: it measured none, or none that is a number.
+    """
+    history = ctx.of(node)
+    if not history.metrics:
+        return math.inf
+    loss = history.metrics.get("loss", math.nan)
+    if not math.isfinite(loss):
+        raise RunError(
+            f"cohort={name} chooses nodes by the loss that they measure in training, and node "
+            f"{node.name} said {'none' if 'loss' not in history.metrics else loss}; return a "
+            "finite loss among the metrics of training, or take cohort=fixed"
+        )
+    return float(loss)
+
+
+def examples_of(
+    nodes: Sequence[SampledNode], ctx: SamplingContext
+) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """Numbers of examples, shape (nodes,); the mean of the known ones where one is not known."""
+    said = [float(ctx.of(node).metrics.get("num-examples", 0)) for node in nodes]
+    known = [count for count in said if count > 0]
+    usual = sum(known) / len(known) if known else 1.0
+    return np.array([count if count > 0 else usual for count in said])
 
 
 class Drawn:
@@ -299,9 +347,6 @@ def _generator(entropy: Sequence[int] | None) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(entropy))))
 
 
-# ---- by name, from the options `cohort-size` and `cohort-cap`
-
-
 def make_sampler(name: str, size: float, cap: int = 0) -> Sampler:
     """The sampler that the options `cohort`, `cohort-size` and `cohort-cap` name.
 
@@ -310,27 +355,3 @@ def make_sampler(name: str, size: float, cap: int = 0) -> Sampler:
     """
     found: Sampler = make("sampler", name, {"cohort-size": size, "cohort-cap": cap})
     return found
-
-
-def _size(name: str, options: Mapping[str, Any]) -> float:
-    size = float(options["cohort-size"])
-    if not (size > 0 and math.isfinite(size)):
-        raise ConfigError(
-            f"cohort={name} needs cohort-size, the number of nodes in a round, but it is {size:g}"
-        )
-    return size
-
-
-def _poisson(options: Mapping[str, Any]) -> Poisson:
-    size, cap = _size("poisson", options), int(options["cohort-cap"])
-    if cap and cap < size:
-        raise ConfigError(
-            f"cohort-cap is {cap}, below cohort-size {size:g}; set it to at least "
-            f"{math.ceil(size + 3 * math.sqrt(size))}, or leave it out"
-        )
-    return Poisson(size, cap or None)
-
-
-provide("sampler", "all", Everyone())
-provide("sampler", "fixed", lambda options: FixedSize(math.ceil(_size("fixed", options))))
-provide("sampler", "poisson", _poisson)

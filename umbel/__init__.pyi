@@ -1,5 +1,10 @@
 """The public names of Umbel, each said once: for type checkers, and for `umbel` to import by."""
 
+from umbel.clients.at_rest.rows import StoredRows as StoredRows
+from umbel.clients.at_rest.stored import Arrow as Arrow
+from umbel.clients.at_rest.stored import Csv as Csv
+from umbel.clients.at_rest.stored import ImageFolder as ImageFolder
+from umbel.clients.at_rest.stored import Parquet as Parquet
 from umbel.clients.data.examples import Examples as Examples
 from umbel.clients.data.examples import Node as Node
 from umbel.clients.data.examples import Split as Split
@@ -64,6 +69,7 @@ from umbel.strategies.exchange import Exchange as Exchange
 from umbel.strategies.exchange import PlainExchange as PlainExchange
 from umbel.strategies.facts import Claim as Claim
 from umbel.strategies.facts import Facts as Facts
+from umbel.strategies.methods.afl import AgnosticFL as AgnosticFL
 from umbel.strategies.methods.ditto import Ditto as Ditto
 from umbel.strategies.methods.feddyn import FedDyn as FedDyn
 from umbel.strategies.methods.fedexp import FedExP as FedExP
@@ -78,10 +84,12 @@ from umbel.strategies.methods.scaffold import Scaffold as Scaffold
 from umbel.strategies.objective import Correction as Correction
 from umbel.strategies.objective import LocalObjective as LocalObjective
 from umbel.strategies.objective import Objective as Objective
+from umbel.strategies.oort import Oort as Oort
 from umbel.strategies.optimizers import Adaptive as Adaptive
 from umbel.strategies.optimizers import FedAvg as FedAvg
 from umbel.strategies.optimizers import FedAvgM as FedAvgM
 from umbel.strategies.optimizers import ServerOptimizer as ServerOptimizer
+from umbel.strategies.power_of_choice import PowerOfChoice as PowerOfChoice
 from umbel.strategies.private.adaptive_clip import AdaptiveClip as AdaptiveClip
 from umbel.strategies.private.banded_gaussian import BandedGaussian as BandedGaussian
 from umbel.strategies.private.clip import Clip as Clip

@@ -44,7 +44,7 @@ from umbel.server.roster import roster
 from umbel.server.rounds import Rounds
 from umbel.server.shortfall import Shortfall
 from umbel.server.training_spec import Evaluate, Outcome, TrainingSpec
-from umbel.strategies.aggregators.named import RobustOptions
+from umbel.strategies import groups
 from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
 from umbel.strategies.compression.options import CompressionOptions
@@ -54,11 +54,10 @@ from umbel.strategies.layout import shows_statistics
 from umbel.strategies.methods.fine_tuning import FineTuning
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.parts import check_given, default_names, part_for, required_part
-from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.protection import hides, quiet
 from umbel.strategies.run_options import RunOptions
+from umbel.strategies.samplers import ByLosses
 from umbel.strategies.schedules import checked_rate
-from umbel.strategies.secure.options import SecureOptions
 from umbel.strategies.stack import Stack
 
 if TYPE_CHECKING:
@@ -168,13 +167,7 @@ class Federation:
         """
         own = renamed(self.options)
         known = {
-            **RunOptions.defaults(),
-            **AsyncOptions.defaults(),
-            **PrivacyOptions.defaults(),
-            **SecureOptions.defaults(),
-            **MethodOptions.defaults(),
-            **CompressionOptions.defaults(),
-            **RobustOptions.defaults(),
+            **groups.defaults(),
             **default_names(self._parts),
         }
         trainer = self.trainer_for({**known, **own, **renamed(given or {})})
@@ -252,10 +245,17 @@ class Federation:
             trainer.check_options(options)
         MethodOptions.read(options).check_for(str(options["method"]))
         required_part("optimizer", self.optimizer, options)
-        required_part("sampler", self.sampler, options)
+        sampler = required_part("sampler", self.sampler, options)
         stack = self.stack_for(options, asked)
         promised = promising(trainer, options) is not None
         AsyncOptions.read(options).check(asked.run, stack, promised)
+        why = self._quiet(trainer, stack, options)
+        if why and isinstance(sampler, ByLosses) and sampler.by_losses:
+            raise ConfigError(
+                f"cohort={sampler.name} chooses nodes by the losses that they measure, and who is "
+                f"asked would show those, which nobody may see because {why}; take cohort=fixed or "
+                "poisson"
+            )
         self._check_judged(trainer, stack, asked.run, options)
 
     def _check_judged(

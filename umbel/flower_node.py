@@ -22,7 +22,7 @@ from umbel.clients.process.policy_file import policy_file
 from umbel.clients.process.start import StartSettings, enrolled, gpu_environment
 from umbel.core.errors import ConfigError
 from umbel.flower_process import FlowerProcess, environment, program
-from umbel.strategies.node_policy import FORMER, POLICY
+from umbel.strategies.policy.reading import FORMER, POLICY
 from umbel.transport.certificates import load_key
 from umbel.transport.keyfiles import write_secret
 

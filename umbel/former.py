@@ -29,6 +29,7 @@ ADDRESSES = {
     "strategies.app": "core.app_folder",
     "strategies.errors": "core.errors",
     "strategies.layer": "strategies.transform",
+    "strategies.node_policy": "strategies.policy.node_policy",
     "strategies.options": "core.options",
     "strategies.records": "core.records",
 }

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbel.core.app_folder import open_app
+from umbel.clients.data.examples import ChecksNodes
 from umbel.core.errors import ConfigError
 from umbel.core.errors import Interrupted as Interrupted
 from umbel.core.options import Options, renamed
 from umbel.federation import Federation
 from umbel.notebook import notebook_progress
+from umbel.opening import opened
 from umbel.result import Result
 from umbel.runner import Prepared, Subject, execute, log_to, prepare
 from umbel.server.embedded.grid import EmbeddedGrid, ObservedGrid
@@ -33,7 +34,6 @@ from umbel.strategies.secure.options import SecureOptions
 
 NODES = 10
 """Virtual nodes of an app that does not say how many it wants."""
-EXAMPLES = Path(__file__).parent / "examples"
 
 
 def run(
@@ -97,6 +97,8 @@ def run(
             fork_server=nursery,
         )
         try:
+            if place.in_process or place.maps_files:  # else the nodes' data are elsewhere
+                _check_data(planned)
             directory = _directory(planned, place, out, resume, shown)
         except BaseException:
             place.close()
@@ -141,10 +143,7 @@ def _planned(
         check_promise_stays(began, changes)
         check_method_stays(began, changes)
         changes = {**before["changes"], **changes}
-    if isinstance(app, Federation):
-        subject = Subject.of(app)
-    else:
-        subject = Subject.of(open_app(Path(app) if app is not None else example()))
+    subject = Subject.of(app if isinstance(app, Federation) else opened(app, changes))
     if resume is not None and subject.federation is None:
         raise ConfigError(
             f"{subject.name} keeps its own rounds, so Umbel cannot continue it; only apps made "
@@ -152,6 +151,15 @@ def _planned(
         )
     prepared = prepare(subject, changes, began)
     return _Planned(prepared, nodes or subject.nodes or NODES, pool or subject.pool or DEFAULT)
+
+
+def _check_data(planned: _Planned) -> None:
+    """Raises:
+    ConfigError: the nodes' data cannot be had, or not by so many nodes.
+    """
+    federation = planned.prepared.federation
+    if federation is not None and isinstance(federation.data, ChecksNodes):
+        federation.data.check(planned.nodes, planned.prepared.options)
 
 
 def _before(resume: Path) -> dict[str, Any]:
@@ -164,13 +172,6 @@ def _before(resume: Path) -> dict[str, Any]:
             "that `umbel run` began can"
         )
     return before
-
-
-def example(name: str = "fashion") -> Path:
-    """A bundled example: beside this file in a wheel, in `examples/` in a checkout."""
-    if (EXAMPLES / name).is_dir():
-        return EXAMPLES / name
-    return Path(__file__).resolve().parent.parent / "examples" / name
 
 
 def check_method_stays(began: Options, changes: Options) -> None:
@@ -283,7 +284,6 @@ def _executed(
         run_id=directory.config().get("run_id", 1),  # runs of earlier releases had no other
         group_size=prepared.group_size,
         log=directory.log_path,
-        mapped=whole,
     )
     try:
         with grid:

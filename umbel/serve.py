@@ -14,6 +14,7 @@ from typing import Any
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
 from umbel.core.options import Options
+from umbel.opening import check_changes
 from umbel.runner import CANNOT_GO_ON, Prepared, Subject, execute, log_to, prepare
 from umbel.server.link.grid import LinkGrid, ObservedLinkGrid, StoppedError
 from umbel.server.link.room import MARGIN
@@ -114,9 +115,23 @@ def submit(state: Path, changes: Options) -> None:
         raise ConfigError(f"{state} is no coordinator's state; start one with: umbel server")
     enrolment = Enrolment(state)
     try:
+        _check_submission(enrolment.fact("run"), changes)
         enrolment.keep("submissions", [*(enrolment.fact("submissions") or []), dict(changes)])
     finally:
         enrolment.close()
+
+
+def _check_submission(last: Mapping[str, Any] | None, changes: Options) -> None:
+    """Refuse here what the server would refuse, as far as its app is known by its last run.
+
+    Raises:
+        ConfigError: a value that no run of the app can have.
+    """
+    if last is None or not Path(last["path"]).is_dir():
+        return
+    app = RunDirectory(Path(last["path"])).config().get("app_path")
+    if app is not None and Path(app).is_dir():
+        check_changes(open_app(Path(app)), changes)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from umbel.benchmarks.speed.ray_side import echo_under_ray
 from umbel.clients.admission import admit
 from umbel.core.app_folder import open_app
 from umbel.core.flower import take_identity
-from umbel.core.records import to_array
+from umbel.core.records import record_of, to_array
 from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.strategies.collect import RoundSpec
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
-from umbel.strategies.node_policy import POLICY, policy_of
+from umbel.strategies.policy.reading import POLICY, policy_of
 from umbel.strategies.stack import Stack
 from umbel.strategies.transform import Facts
 
@@ -30,6 +30,8 @@ CASES = ((100, 100), (1000, 100), (10_000, 1000))
 """Nodes of the federation, and messages of a round."""
 LARGE = 10_000_000
 """Float32 parameters of the large model."""
+MOST_BESIDE = 1.3
+"""Time of a message of changed arrays over workers, by that in process, where it is not sent."""
 GATE_MS = 0.2
 """A node's policy and the contract of a round, for each message."""
 _POLICIES: dict[str, tuple[dict[str, bool | int | float | str], str]] = {
@@ -40,6 +42,23 @@ _POLICIES: dict[str, tuple[dict[str, bool | int | float | str], str]] = {
     ),
 }
 """Options of a run, and the policy of its nodes."""
+_FLOWERS = {
+    "server_app.py": "from flwr.serverapp import ServerApp\n\napp = ServerApp()\n",
+    "client_app.py": """\
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    x = message.content["model"]["x"].numpy()
+    x += 1
+    return Message(RecordDict({"model": ArrayRecord({"x": Array(x)})}), reply_to=message)
+""",
+}
+"""An app that returns other numbers by Flower's own means."""
 _TASK = """
 import numpy as np
 from umbel import Federation, FunctionTrainer
@@ -84,20 +103,50 @@ def measure(*, quick: bool = False, flower: bool = False, workers: int = 2) -> l
                         ray,
                     )
                 )
-        size = LARGE // scale
-        for count in (0, workers):
-            copy = memcpy(4 * size)
-            seconds = exchange(app, 20, 20, size, count, repeats=3 if quick else 7)
-            figures.append(
-                Figure(
-                    "messages",
-                    f"{size / 1e6:.0f} M float32, {_where(count)}",
-                    seconds / copy,
-                    "copies/message",
-                    COPIES,
-                    {"one copy in ms": 1e3 * copy},
-                )
+        figures += large(app, LARGE // scale, workers, quick=quick)
+        figures += large_and_other(Path(where), LARGE // scale, workers, quick=quick)
+    return figures
+
+
+def large(app: Path, size: int, workers: int, *, quick: bool) -> list[Figure]:
+    """A model that comes back as it was."""
+    figures = []
+    for count in (0, workers):
+        copy = memcpy(4 * size)
+        seconds = exchange(app, 20, 20, size, count, repeats=3 if quick else 7)
+        figures.append(
+            Figure(
+                "messages",
+                f"{size / 1e6:.0f} M float32, {_where(count)}",
+                seconds / copy,
+                "copies/message",
+                COPIES,
+                {"one copy in ms": 1e3 * copy},
             )
+        )
+    return figures
+
+
+def large_and_other(where: Path, size: int, workers: int, *, quick: bool) -> list[Figure]:
+    """A model that comes back with other numbers, as from Umbel's own nodes and Flower's."""
+    figures = []
+    for name, app in {
+        "Umbel's nodes": apps.write_adding(where / "adding"),
+        "Flower's arrays": apps.write_app(where / "flower", _FLOWERS, name="flower"),
+    }.items():
+        alone, beside = (
+            exchange(app, 20, 20, size, count, repeats=3 if quick else 7) for count in (0, workers)
+        )
+        figures.append(
+            Figure(
+                "messages",
+                f"{size / 1e6:.0f} M float32, changed by {name}, {_where(workers)}",
+                beside / alone,
+                "x in process",
+                MOST_BESIDE,
+                {"ms in process": 1e3 * alone},
+            )
+        )
     return figures
 
 
@@ -109,10 +158,9 @@ def exchange(
     app: Path, nodes: int, messages: int, size: int, workers: int, *, repeats: int
 ) -> float:
     """Median seconds a message, over rounds of `messages` messages with `size` float32 each."""
-    model = ArrayRecord({"x": to_array(torch.zeros(size))})
-    content = RecordDict({"model": model})
     times = []
     with EmbeddedGrid(app, nodes, workers=workers) as grid:
+        content = RecordDict({"model": record_of({"x": to_array(torch.zeros(size))})})
         cohort = grid.get_node_ids()[:messages]
         for repeat in range(repeats + 2):
             requests = [Message(content, node, "train", group_id=str(repeat)) for node in cohort]

@@ -8,7 +8,7 @@ accepted by the torch trainer as well.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -84,6 +84,17 @@ class Split:
 
     train: Any
     test: Any = None
+
+
+@runtime_checkable
+class ChecksNodes(Protocol):
+    """A `data` function that can tell beforehand whether so many nodes get their examples."""
+
+    def check(self, nodes: int, options: Mapping[str, bool | int | float | str]) -> None:
+        """Raises:
+        ConfigError: they do not, with the cure.
+        """
+        ...
 
 
 @dataclass(frozen=True)

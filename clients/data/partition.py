@@ -216,7 +216,7 @@ class ByKey:
                 f"there are {len(names)} different keys for {parts} nodes; "
                 f"use at most {len(names)} nodes"
             )
-        rows = _rows(_deal(sizes, parts, generator_of(seed))[which], parts)
+        rows = _rows(deal(sizes, parts, generator_of(seed))[which], parts)
         smallest = min(range(parts), key=lambda part: len(rows[part]))
         if len(rows[smallest]) < self.min_examples:
             raise ConfigError(
@@ -302,7 +302,7 @@ def _at_least(owner: Rows, parts: int, least: int, generator: np.random.Generato
     return after
 
 
-def _deal(sizes: Rows, parts: int, generator: np.random.Generator) -> Rows:
+def deal(sizes: Rows, parts: int, generator: np.random.Generator) -> Rows:
     """The node of each key: the largest key first, each to the node with the least so far."""
     if len(sizes) == parts:
         return np.arange(parts)

@@ -25,7 +25,7 @@ from umbel.clients.ledger.names import COORDINATOR, DATA, IDENTITY_FILE, LEDGER,
 from umbel.core.contents import find_record
 from umbel.core.errors import StackError
 from umbel.strategies.layout import CONFIG
-from umbel.strategies.node_policy import policy_of
+from umbel.strategies.policy.reading import policy_of
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.release import ChargesNode, Promise, Release
 from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY

@@ -18,7 +18,8 @@ from umbel.clients.process.sessions import SecureSessions
 from umbel.clients.process.spent import SpentRounds
 from umbel.core.errors import ConfigError, RunError
 from umbel.core.flower import CRASHED, RAISED
-from umbel.strategies.node_policy import PolicyError, policy_of
+from umbel.strategies.policy.node_policy import PolicyError
+from umbel.strategies.policy.reading import policy_of
 from umbel.strategies.secure.policy import RefusalError
 from umbel.transport.codec import Buffer, CodecError
 from umbel.transport.link_pb2 import Begin

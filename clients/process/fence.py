@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from flwr.app import ConfigRecord, MetricRecord
 
-from umbel.strategies.node_policy import NodePolicy, PolicyError
+from umbel.strategies.policy.node_policy import NodePolicy, PolicyError
 from umbel.transport.codec import Buffer, decode, size_of
 
 LARGEST = 1 << 14

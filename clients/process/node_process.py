@@ -18,6 +18,7 @@ import ctypes
 import json
 import mmap
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -37,6 +38,7 @@ from umbel.core.app_folder import open_app
 from umbel.core.contents import take_record
 from umbel.core.errors import ConfigError, described
 from umbel.core.flower import Envelope
+from umbel.core.streams import seed_all
 from umbel.strategies.secure.node import EXTERNAL_SESSION, SPENT
 from umbel.strategies.secure.wire import SECURE
 from umbel.transport.codec import Buffer, decode, encode, encode_values, size_of
@@ -216,6 +218,9 @@ def main() -> None:
     pipe, outbound, *inbound = (int(each) for each in sys.argv[1:])
     # What an app prints must not reach the parent's standard output, which may be JSON.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # PyTorch's generator begins with the same number in every process of every machine. What a
+    # node draws may be noise that hides it from the coordinator, so it comes of no option.
+    seed_all(secrets.randbits(63))
     Worker(socket.socket(fileno=pipe), outbound, inbound).serve()
 
 

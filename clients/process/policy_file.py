@@ -4,7 +4,8 @@ from pathlib import Path
 
 from umbel.clients.process.membership import NodeSettings
 from umbel.core.errors import ConfigError
-from umbel.strategies.node_policy import FORMER, POLICY, default_file
+from umbel.strategies.policy.keys import default_file
+from umbel.strategies.policy.reading import FORMER, POLICY
 
 
 def policy_file(folder: Path, settings: NodeSettings) -> Path:

@@ -18,7 +18,7 @@ from umbel.clients.process.membership import ExpiredError, Membership, NodeSetti
 from umbel.clients.process.policy_file import policy_file
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError, RunError
-from umbel.strategies.node_policy import FORMER, POLICY, policy_of
+from umbel.strategies.policy.reading import FORMER, POLICY, policy_of
 from umbel.strategies.secure.node import IDENTITY
 from umbel.transport import loop
 from umbel.transport.allocator import share_one_arena

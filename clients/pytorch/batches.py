@@ -6,7 +6,7 @@ scaled from 0..255 to 0..1. Other integers arrive as int64 where the model takes
 ids, categories), else as real numbers (16-bit images, counts), if those hold them exactly.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from umbel.clients.at_rest.rows import StoredRows
 from umbel.clients.data.arrays import plain_array
 from umbel.clients.data.examples import ArrayLike, Examples
 from umbel.clients.local_settings import LocalSettings
@@ -27,8 +28,12 @@ RESIDENT_BYTES = 1 << 28
 """Arrays up to this size are moved to an accelerator whole, larger ones batch by batch."""
 
 
+Mixed = Callable[[torch.Generator], Iterator[Tensor]]
+"""An epoch's rows in a mixed order, piece by piece."""
+
+
 def plan(
-    size: int, settings: LocalSettings, seed: int, *, least: int = 1
+    size: int, settings: LocalSettings, seed: int, *, least: int = 1, mixed: Mixed | None = None
 ) -> Iterator[Tensor | None]:
     """The rows of each step, in order; None is all rows (a full batch needs no shuffle).
 
@@ -40,21 +45,35 @@ def plan(
         settings: batch size, epochs and steps.
         seed: of the shuffles.
         least: the smallest batch that the model can be trained on (2 with batch norm).
+        mixed: draws the order of an epoch; a random permutation if None.
     """
     batch = settings.batch_size or size
     generator = torch.Generator().manual_seed((seed ^ SHUFFLE) & ((1 << 63) - 1))
     cuts = list(range(0, size, batch))
     if len(cuts) > 1 and size - cuts[-1] < least:
         cuts.pop()
-    edges = [*cuts, size]
+    sizes = [end - start for start, end in zip(cuts, [*cuts[1:], size], strict=True)]
     steps = settings.local_steps or settings.local_epochs * len(cuts)
     for done in range(0, steps, len(cuts)):
         if len(cuts) == 1:
             yield None
             continue
-        order = torch.randperm(size, generator=generator)
-        for step in range(min(len(cuts), steps - done)):
-            yield order[edges[step] : edges[step + 1]]
+        if mixed is None:
+            pieces = iter([torch.randperm(size, generator=generator)])
+        else:
+            pieces = mixed(generator)
+        yield from _cut(pieces, sizes[: steps - done])
+
+
+def _cut(pieces: Iterator[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Rows that come in pieces, as batches of these sizes."""
+    waiting = next(pieces)
+    start = 0
+    for size in sizes:
+        while len(waiting) - start < size:
+            waiting, start = torch.cat([waiting[start:], next(pieces)]), 0
+        yield waiting[start : start + size]
+        start += size
 
 
 class Source(Protocol):
@@ -63,6 +82,11 @@ class Source(Protocol):
     @property
     def size(self) -> int:
         """How many examples there are."""
+        ...
+
+    @property
+    def mixed(self) -> Mixed | None:
+        """The order of an epoch; None where any order is as quick as another."""
         ...
 
     def batch(self, rows: Tensor | None) -> tuple[Any, Any]:
@@ -94,6 +118,8 @@ def open_source(
         source = ArraySource(
             _stored(examples.x, device, "inputs"), _stored(examples.y, device, "targets")
         )
+    elif isinstance(examples, StoredRows):
+        source = StreamSource(examples)
     else:
         _refuse_others(examples)
         source = DatasetSource(RowReader.of(examples, target, names))
@@ -137,6 +163,10 @@ class ArraySource:
     def size(self) -> int:
         return int(self.x.shape[0])
 
+    @property
+    def mixed(self) -> Mixed | None:
+        return None
+
     def batch(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         return rows_of(self.x, rows), rows_of(self.y, rows)
 
@@ -151,8 +181,56 @@ class DatasetSource:
     def size(self) -> int:
         return len(self.rows.dataset)
 
+    @property
+    def mixed(self) -> Mixed | None:
+        return None
+
     def batch(self, rows: Tensor | None) -> tuple[Any, Any]:
         return self.rows.batch(range(self.size) if rows is None else rows.tolist())
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """Rows that are read from where they lie while they are trained on."""
+
+    rows: StoredRows
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    @property
+    def mixed(self) -> Mixed | None:
+        return self._mixed
+
+    def _mixed(self, generator: torch.Generator) -> Iterator[Tensor]:
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        return map(torch.from_numpy, self.rows.order(np.random.default_rng(seed)))
+
+    def batch(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        if rows is None and self.rows.bytes > self.rows.memory:
+            raise ConfigError(
+                f"{self.rows.who} has {self.size:,} rows of {self.rows.bytes:,} bytes, more than "
+                f"memory={self.rows.memory:,}, and a batch of all of them was asked for; set "
+                "batch-size, or raise memory"
+            )
+        wanted = np.arange(self.size) if rows is None else rows.numpy()
+        found = self.rows.take(wanted)
+        return rows_of(found.x, None), rows_of(found.y, None)
+
+
+def whole_source(source: Source, who: str) -> Source:
+    """The source, for somebody who takes rows from anywhere at any time.
+
+    Raises:
+        ConfigError: its rows are read one after another.
+    """
+    if source.mixed is not None:
+        raise ConfigError(
+            f"{who} takes every batch from all of a node's {source.size:,} records, and these are "
+            "too many to be held in memory; raise memory=... of the stored data"
+        )
+    return source
 
 
 @dataclass(frozen=True)
@@ -170,6 +248,10 @@ class RealSource:
     @property
     def size(self) -> int:
         return self.stored.size
+
+    @property
+    def mixed(self) -> Mixed | None:
+        return self.stored.mixed
 
     def batch(self, rows: Tensor | None) -> tuple[Any, Any]:
         x, y = self.stored.batch(rows)

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from umbel.clients.data.arrays import not_a_number
-from umbel.clients.pytorch.batches import Source, plan, real_type, to_device, to_model
+from umbel.clients.pytorch.batches import (
+    Source,
+    plan,
+    real_type,
+    to_device,
+    to_model,
+    whole_source,
+)
 from umbel.clients.pytorch.correcting import Correcting
 from umbel.clients.pytorch.losses import Objective
 from umbel.clients.pytorch.rows import first_shape
@@ -189,7 +196,7 @@ def fit(task: Task, source: Source) -> tuple[float, int]:
     scaler = torch.amp.GradScaler("cuda") if lower == torch.float16 else None
     losses = _Losses(task.settings.learning_rate)
     steps = 0
-    batches = plan(source.size, task.settings, task.seed, least=task.least)
+    batches = plan(source.size, task.settings, task.seed, least=task.least, mixed=source.mixed)
     for rows, back in _ahead(batches, task, source, real) if task.ahead else _here(batches):
         steps += 1
         task.optimizer.zero_grad()
@@ -233,6 +240,7 @@ def _ahead(
     The last step goes ahead on the first batch. What comes with the rows brings the parameters
     back, and leaves the gradients.
     """
+    whole_source(source, "a step ahead")
     each = list(batches)
     for rows, other in zip(each, [*each[1:], each[0]], strict=True):
         before = [parameter.detach().clone() for parameter in task.parameters]

@@ -181,7 +181,8 @@ class JaxTrainer(JaxSettings):
             pull = _pull(program, job.correction or proximal(settings), weights, params)
             losses, counts = [], []
             active = np.bool_(True)
-            for number, rows in enumerate(plan(batches.size, settings, job.seed)):
+            steps = plan(batches.size, settings, job.seed, mixed=batches.source.mixed)
+            for number, rows in enumerate(steps):
                 x, y, count, size = self._batch(program, batches, rows, settings)
                 weight = (np.arange(size) < count).astype(np.float32)
                 seed = words(job.seed, number)
@@ -307,6 +308,8 @@ class JaxTrainer(JaxSettings):
     ) -> list[Trained] | None:
         """All nodes' steps side by side; a node that has taken its own stays as it is."""
         jax = program.jax
+        if any(batches.source.mixed is not None for batches in opened):
+            return None  # each is read in an order of its own
         steps = [list(plan(b.size, settings, j.seed)) for b, j in zip(opened, jobs, strict=True)]
         size = settings.batch_size or max(b.size for b in opened)
         places = 1 << (len(jobs) - 1).bit_length()  # few sizes, so that little is compiled

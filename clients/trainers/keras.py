@@ -273,7 +273,7 @@ class KerasTrainer(KerasSettings):
         piece.model.reset_metrics()
         least = 2 if piece.buffers else 1
         loss, steps = math.nan, 0
-        for rows in plan(batches.size, settings, seed, least=least):
+        for rows in plan(batches.size, settings, seed, least=least, mixed=batches.source.mixed):
             x, y = self._pair(piece, batches, rows)
             try:
                 loss = piece.model.train_on_batch(x, y, return_dict=True)["loss"]

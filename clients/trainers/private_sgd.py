@@ -22,7 +22,7 @@ from dp_accounting import NonPrivateDpEvent
 from torch import Tensor, nn
 
 from umbel.clients.ledger.node_ledger import StateLedger, total
-from umbel.clients.pytorch.batches import Source, to_device, to_model
+from umbel.clients.pytorch.batches import Source, to_device, to_model, whole_source
 from umbel.clients.pytorch.correcting import Correcting, proximal
 from umbel.clients.pytorch.intake import opened
 from umbel.clients.pytorch.loop import make_optimizer
@@ -212,7 +212,7 @@ class PrivateSgd(ExamplePrivacy):
         _refuse_ignored(settings)
         _refuse_beside(averaged_buffers(weights.buffers, str(job.options.get("buffers", "local"))))
         piece = self.trainer.bench.piece(job.options, device)
-        source = opened(piece, examples, self.trainer.target)
+        source = whole_source(opened(piece, examples, self.trainer.target), "PrivateSgd")
         plan = self.schedule(source.size, job.options)
         piece.load(weights)
         with seeded(job.seed, device):

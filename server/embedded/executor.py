@@ -65,19 +65,6 @@ class TrainsMany(Protocol):
         """The replies, in order; None where it would not."""
 
 
-@runtime_checkable
-class TakesMapped(Protocol):
-    """An app that says whether arrays may lie in mapped memory, and hold no bytes."""
-
-    takes_mapped: bool
-    """Whether they may."""
-
-
-def takes_mapped(app: object) -> bool:
-    """Whether an app's arrays may lie in mapped memory."""
-    return isinstance(app, TakesMapped) and bool(app.takes_mapped)
-
-
 @dataclass(frozen=True)
 class Executor:
     """A client app and what every virtual node of a run shares.

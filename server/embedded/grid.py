@@ -62,8 +62,6 @@ class EmbeddedGrid(BaseGrid):
         nursery: the process that worker processes come from, started earlier to save time; made
             here if None.
         log: file for what the nodes print and for their tracebacks.
-        mapped: large arrays of replies need not be bytes: they may lie in memory that is mapped
-            from the workers, which Flower's own functions do not expect.
 
     Attributes:
         states: what lasts of the nodes between their messages.
@@ -87,7 +85,6 @@ class EmbeddedGrid(BaseGrid):
         group_size: int = 1,
         nursery: ForkServer | None = None,
         log: Path | None = None,
-        mapped: bool = False,
     ) -> None:
         if nodes < 1:
             raise ConfigError(f"nodes is {nodes}; a federation needs at least one")
@@ -108,7 +105,7 @@ class EmbeddedGrid(BaseGrid):
                 raise ConfigError(
                     "worker processes need an app's folder; use workers=0 for an object"
                 )
-            pool.start(Work(app, config, nodes, threads, log, mapped))
+            pool.start(Work(app, config, nodes, threads, log))
         except BaseException:
             pool.close()
             raise
@@ -197,7 +194,7 @@ class EmbeddedGrid(BaseGrid):
         """A vector as it is sent: a large one lies where the worker processes can map it."""
         if not self._pool.maps_files or vector.numel() * vector.element_size() < BY_FILE:
             return to_array(vector)
-        return to_array(vector, lambda parts: File().fill(list(parts)))
+        return to_array(vector, lambda parts: File().fill(parts))
 
     def name_of(self, node_id: int) -> str:
         """The node's name in reports: its partition."""

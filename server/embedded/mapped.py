@@ -8,12 +8,16 @@ A file has no name, and vanishes with the last process that holds or maps it.
 """
 
 import ctypes
+import itertools
 import mmap
 import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -21,29 +25,25 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _REUSE = 1 << 25
 
 
-class Mapped(mmap.mmap):
-    """Bytes of a file, as an `Array` may hold them: they can be read, cut and copied like bytes.
-
-    Whoever writes to them changes a copy of its own. Pickled, they are bytes.
+@dataclass(frozen=True)
+class Mapped:
+    """Bytes of a file, to be read; whoever writes to them changes a copy of its own.
 
     Attributes:
-        origin: the file, where that holds nothing else and can be given to other processes.
+        view: the bytes.
+        file: where they lie, as long as they may be sent on without a copy.
+        at: where they begin in it.
     """
 
-    origin: "File | None" = None
+    view: memoryview
+    file: "File | None" = None
+    at: int = 0
 
-    def __new__(cls, handle: int, length: int, offset: int = 0) -> "Mapped":
-        return super().__new__(cls, handle, length, access=mmap.ACCESS_COPY, offset=offset)
+    def __len__(self) -> int:
+        return len(self.view)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return bytes, (self[:],)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, bytes | Mapped):
-            return NotImplemented
-        return self[:] == other[:]
-
-    __hash__ = None  # type: ignore[assignment]
+        return bytes, (bytes(self.view),)
 
 
 class File:
@@ -64,7 +64,7 @@ class File:
         """Write blobs into an empty file."""
         at = 0
         for blob in blobs:
-            at = -(-self._write(blob, at) // PAGE) * PAGE
+            at = to_page(self._write(blob, at))
         os.ftruncate(self.handle, at)
 
     def fill(self, parts: Sequence[Any]) -> Mapped:
@@ -72,9 +72,7 @@ class File:
         size = 0
         for part in parts:
             size = self._write(part, size)
-        blob = Mapped(self.handle, size)
-        blob.origin = self
-        return blob
+        return Mapped(self._map(size), self)
 
     def _write(self, blob: Any, at: int) -> int:
         """Where the blob ends that begins there."""
@@ -84,13 +82,34 @@ class File:
             at, view = at + written, view[written:]
         return at
 
-    def maps(self, lengths: Sequence[int]) -> tuple[Mapped, ...]:
-        """The blobs, mapped; they outlive this object."""
-        blobs, at = [], 0
-        for length in lengths:
-            blobs.append(Mapped(self.handle, length, at))
-            at += -(-length // PAGE) * PAGE
-        return tuple(blobs)
+    def maps(self, lengths: Sequence[int], *, keep: bool = False) -> list[Mapped]:
+        """The blobs, mapped; they outlive this object.
+
+        Args:
+            lengths: of the blobs, in order.
+            keep: hold the file open with them, so that they can be sent on without a copy.
+        """
+        starts = [0, *itertools.accumulate(to_page(length) for length in lengths)]
+        view = self._map(starts[-2] + lengths[-1])
+        file = self if keep else None
+        return [
+            Mapped(view[at : at + length], file, at)
+            for at, length in zip(starts, lengths, strict=False)
+        ]
+
+    def _map(self, length: int) -> memoryview:
+        """Its first bytes. Unlike `mmap`, this leaves no file open: a round may have thousands."""
+        try:
+            name = f"/dev/fd/{self.handle}"
+            whole = torch.from_file(name, shared=False, size=length, dtype=torch.uint8)
+        except RuntimeError:  # there is no such folder
+            return memoryview(mmap.mmap(self.handle, length, access=mmap.ACCESS_COPY))
+        return memoryview(whole.numpy())  # type: ignore[arg-type]  # every array is a buffer
+
+
+def to_page(at: int) -> int:
+    """The beginning of the first page from there."""
+    return -(-at // PAGE) * PAGE
 
 
 def _new_file() -> int:

@@ -8,18 +8,24 @@ Pickle is used between a process and its own children only; what comes from othe
 through `umbel.transport.codec`.
 """
 
+import copyreg
 import io
 import pickle
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from umbel.server.embedded.mapped import File, Mapped
+from flwr.app import Array
+
+from umbel.core.held import Held, HeldArray
+from umbel.server.embedded.mapped import File, Mapped, to_page
 
 LARGE = 4096
 """Bytes from which an array's data travels as a blob."""
+
+Blob: TypeAlias = bytes | Mapped
 
 
 @dataclass(frozen=True)
@@ -27,18 +33,45 @@ class Packed:
     """A pickled object and the blobs it refers to, by position."""
 
     text: bytes
-    blobs: tuple[bytes | Mapped, ...]
+    blobs: tuple[Blob, ...]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The bytes of an array, wherever they lie."""
+
+    blob: bytes | Held
+
+
+def _parts_of(array: Array) -> tuple[Any, ...]:
+    blob = array.held if type(array) is HeldArray else array.data
+    data = _Values(blob) if len(blob) >= LARGE else blob
+    return _array, (array.dtype, array.shape, array.stype, data)
+
+
+def _array(dtype: str, shape: tuple[int, ...], stype: str, blob: Blob) -> Array:
+    if isinstance(blob, Mapped):
+        return HeldArray(dtype, shape, stype, blob)
+    array = Array.__new__(Array)
+    array.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=blob)
+    return array
 
 
 class _Pickler(pickle.Pickler):
+    dispatch_table = copyreg.dispatch_table | {Array: _parts_of, HeldArray: _parts_of}
+
     def __init__(self, out: io.BytesIO) -> None:
         super().__init__(out, protocol=5)
-        self.blobs: list[bytes | Mapped] = []
+        self.blobs: list[Blob] = []
 
-    def persistent_id(self, obj: Any) -> int | None:
-        if (type(obj) is bytes or type(obj) is Mapped) and len(obj) >= LARGE:
+    def persistent_id(self, obj: Any) -> tuple[int, bool] | None:
+        """The position of a blob, and whether it must be bytes again."""
+        if type(obj) is _Values:
+            self.blobs.append(_known(obj.blob))
+            return len(self.blobs) - 1, False
+        if type(obj) is bytes and len(obj) >= LARGE:
             self.blobs.append(obj)
-            return len(self.blobs) - 1
+            return len(self.blobs) - 1, True
         return None
 
 
@@ -47,8 +80,15 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(packed.text))
         self._blobs = packed.blobs
 
-    def persistent_load(self, pid: int) -> bytes | Mapped:
-        return self._blobs[pid]
+    def persistent_load(self, pid: tuple[int, bool]) -> Blob:
+        position, to_bytes = pid
+        blob = self._blobs[position]
+        return bytes(blob.view) if to_bytes and isinstance(blob, Mapped) else blob
+
+
+def _known(blob: bytes | Held) -> Blob:
+    """What somebody else than this engine holds is copied."""
+    return blob if isinstance(blob, bytes | Mapped) else bytes(blob.view)
 
 
 def pack(thing: Any) -> Packed:
@@ -76,11 +116,21 @@ def by_file(packed: Packed) -> File | None:
     large = [blob for blob in packed.blobs if len(blob) >= BY_FILE]
     if not large:
         return None
-    only = large[0] if len(large) == 1 else None
-    if isinstance(only, Mapped) and only.origin is not None:
-        return only.origin
+    there = _lie_in(large)
+    if there is not None:
+        return there
     file = File()
-    file.lay(large)
+    file.lay([blob.view if isinstance(blob, Mapped) else blob for blob in large])
+    return file
+
+
+def _lie_in(blobs: Sequence[Blob]) -> File | None:
+    """The file that has these blobs where `lay` would put them; None if there is none."""
+    file, at = blobs[0].file if isinstance(blobs[0], Mapped) else None, 0
+    for blob in blobs:
+        if not isinstance(blob, Mapped) or blob.file is not file or blob.at != at:
+            return None
+        at += to_page(len(blob))
     return file
 
 
@@ -98,17 +148,17 @@ def send(pipe: socket.socket, packed: Packed, file: File | None = None) -> None:
     small = [blob for blob in packed.blobs if len(blob) < BY_FILE]
     pipe.sendall(head + lengths + packed.text)
     for blob in small:
-        pipe.sendall(blob)
+        pipe.sendall(blob.view if isinstance(blob, Mapped) else blob)
     if there is not None:
         socket.send_fds(pipe, [b"f"], [there.handle])
 
 
-def receive(pipe: socket.socket, *, mapped: bool = False) -> Packed:
-    """Read one packed object.
+def receive(pipe: socket.socket, *, keep: bool = False) -> Packed:
+    """Read one packed object; large blobs are mapped where they lie.
 
     Args:
         pipe: a Unix socket.
-        mapped: leave large blobs where they are, and map them; else they become bytes.
+        keep: hold the file open that they lie in, so that they can be sent on without a copy.
 
     Raises:
         EOFError: the other side has gone.
@@ -116,20 +166,15 @@ def receive(pipe: socket.socket, *, mapped: bool = False) -> Packed:
     size, count, with_file = _HEAD.unpack(_exactly(pipe, _HEAD.size))
     lengths = [_LENGTH.unpack(_exactly(pipe, _LENGTH.size))[0] for _ in range(count)]
     text = _exactly(pipe, size)
-    small = iter([_exactly(pipe, length) for length in lengths if length < BY_FILE])
-    large: Iterator[bytes | Mapped] = iter(())
+    small: Iterator[Blob] = iter([_exactly(pipe, length) for length in lengths if length < BY_FILE])
+    large: Iterator[Blob] = iter(())
     if with_file:
         _, handles, _, _ = socket.recv_fds(pipe, 1, 1)
         if not handles:
             raise EOFError
-        maps = File(handles[0]).maps([length for length in lengths if length >= BY_FILE])
-        large = iter(maps) if mapped else map(_copied, maps)
+        over = [length for length in lengths if length >= BY_FILE]
+        large = iter(File(handles[0]).maps(over, keep=keep))
     return Packed(text, tuple(next(small if length < BY_FILE else large) for length in lengths))
-
-
-def _copied(blob: Mapped) -> bytes:
-    with blob:
-        return blob[:]
 
 
 def _exactly(pipe: socket.socket, size: int) -> bytes:

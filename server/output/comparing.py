@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,10 +35,10 @@ from umbel.server.output.plots import (
 from umbel.server.output.progress import count, duration, headline, number
 from umbel.server.output.rundir import RunDirectory
 
-_COLORS = (BLUE, VERMILION, GREEN, ORANGE, PINK, SKY, GREY)
-_DRAWN = 2 * len(_COLORS)  # whole and dashed lines; of more, nobody can tell which is which
+COLORS = (BLUE, VERMILION, GREEN, ORANGE, PINK, SKY, GREY)
+DRAWN = 2 * len(COLORS)  # whole and dashed lines; of more, nobody can tell which is which
 _SETTINGS = ("app", "engine", "nodes")  # of config.json, beside the options
-_MISSING = "-"
+MISSING = "-"
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ class Compared:
             return "coordinator"
         return "nodes" if any(metric in one.federated for one in self.rounds) else ""
 
+    def own(self, metric: str | None, what: str) -> float | None:
+        """Of the nodes' last evaluation on their own test examples: `mean` or `worst_decile`."""
+        found = [one.federated.get(metric or "", {}) for one in self.rounds]
+        return next((part[what] for part in reversed(found) if what in part), None)
+
     @property
     def trained(self) -> list[Round]:
         """The rounds of training that ended."""
@@ -145,12 +150,14 @@ class Comparison:
             "bytes_up": _whole(_total(one.bytes_up for one in run.trained)),
             "seconds": _total(one.seconds for one in run.trained),
             "epsilon": run.epsilon,
+            "own": run.own(self.metric, "mean"),
+            "own_worst": run.own(self.metric, "worst_decile"),
         }
 
     def differences(self) -> dict[str, dict[str, list[Any]]]:
         """Under `settings` and `options`: a value a run of each in which the runs differ."""
         settings = [{key: run.config.get(key) for key in _SETTINGS} for run in self.runs]
-        options = [_options(run.config) for run in self.runs]
+        options = [options_of(run.config) for run in self.runs]
         return {"settings": _differing(settings), "options": _differing(options)}
 
     def as_json(self) -> dict[str, Any]:
@@ -170,12 +177,12 @@ class Comparison:
 
     def _row(self, line: Mapping[str, Any]) -> list[str]:
         def text(value: float | None) -> str:
-            return _MISSING if value is None else metric_text(self.metric or "", value)
+            return MISSING if value is None else metric_text(self.metric or "", value)
 
         at, seconds = line["best_round"], line["seconds"]
         best = text(line["best"]) + ("" if at is None else f" (round {at:,})")
         reached = line["target_round"]
-        goal = [] if self.target is None else [_MISSING if reached is None else f"{reached:,}"]
+        goal = [] if self.target is None else [MISSING if reached is None else f"{reached:,}"]
         traffic = [line[name] for name in ("bytes_down", "bytes_up")]
         return [
             plain(line["name"]),
@@ -183,9 +190,9 @@ class Comparison:
             text(line["last"]),
             best,
             *goal,
-            *(_MISSING if amount is None else size_text(amount) for amount in traffic),
-            _MISSING if seconds is None else _time(seconds),
-            _MISSING if line["epsilon"] is None else number(line["epsilon"]),
+            *(MISSING if amount is None else size_text(amount) for amount in traffic),
+            MISSING if seconds is None else time_text(seconds),
+            MISSING if line["epsilon"] is None else number(line["epsilon"]),
         ]
 
     def differing(self) -> Table:
@@ -206,6 +213,16 @@ class Comparison:
             f"{', '.join(nodes)}, and by the coordinator elsewhere: compare the two with care."
         ]
 
+    @property
+    def title(self) -> str:
+        """Of the page."""
+        return f"{count(len(self.runs), 'run')} compared"
+
+    def plots(self) -> list[Plot]:
+        """What can be drawn of them."""
+        plot = self.plot()
+        return [] if plot is None else [plot]
+
     def plot(self) -> Plot | None:
         """The metric by round, a line a run; None where there is nothing to draw."""
         name = self.metric or ""
@@ -219,13 +236,13 @@ class Comparison:
             return None
         scale = 100.0 if is_share(name, [v for _, pairs in points for _, v in pairs]) else 1.0
         lines = []
-        for order, (label, pairs) in enumerate(points[:_DRAWN]):
+        for order, (label, pairs) in enumerate(points[:DRAWN]):
             x, y = np.array(pairs, dtype=float).T
-            color, dashed = _COLORS[order % len(_COLORS)], order >= len(_COLORS)
+            color, dashed = COLORS[order % len(COLORS)], order >= len(COLORS)
             lines.append(Line(plain(label), color, x, y * scale, dashed=dashed))
         sentence = f"The {name} of each run by round."
-        if len(points) > _DRAWN:
-            sentence += f" Drawn are the first {_DRAWN} runs."
+        if len(points) > DRAWN:
+            sentence += f" Drawn are the first {DRAWN} runs."
         unit = f"{name} (%)" if scale == 100 else name
         title = f"{title_text(name)} by round"
         logarithmic = direction(name) <= 0
@@ -260,7 +277,22 @@ def compare(folders: Sequence[Path], target: Target | None = None) -> Comparison
     return Comparison(runs, _metric(runs, target), target)
 
 
-def write_page(found: Comparison, file: Path) -> Path:
+class Shown(Protocol):
+    """What a page shows of runs side by side."""
+
+    @property
+    def title(self) -> str: ...
+
+    def table(self) -> Table: ...
+
+    def differing(self) -> Table: ...
+
+    def notes(self) -> list[str]: ...
+
+    def plots(self) -> list[Plot]: ...
+
+
+def write_page(found: Shown, file: Path) -> Path:
     """Write the table, the plot and the differences as one page that needs nothing beside itself.
 
     Raises:
@@ -273,16 +305,15 @@ def write_page(found: Comparison, file: Path) -> Path:
         raise ConfigError(f"--out is {file}, which is a folder; name a file in it")
     if RunDirectory(file.parent).holds_run():
         raise ConfigError(f"--out is {file}, in a run's own directory; put the page elsewhere")
-    plot = found.plot()
     page = (
         environment()
         .get_template("comparing.html")
         .render(
-            title=f"{count(len(found.runs), 'run')} compared",
+            title=found.title,
             notes=found.notes(),
             table=found.table(),
             differing=found.differing(),
-            plots=[] if plot is None else [plot],
+            plots=found.plots(),
         )
     )
     return RunDirectory(file.parent).write_bytes(file.name, page.encode("utf-8", "replace"))
@@ -321,7 +352,8 @@ def _metric(runs: Sequence[Compared], target: Target | None) -> str | None:
     return target.metric
 
 
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in a run's `config.json`, by their names of today."""
     options = config.get("options")
     return renamed(options) if isinstance(options, Mapping) else {}
 
@@ -329,10 +361,10 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
 def _differing(each: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     names = sorted({name for values in each for name in values})
     found = {name: [values.get(name) for values in each] for name in names}
-    return {name: values for name, values in found.items() if len(set(map(_same, values))) > 1}
+    return {name: values for name, values in found.items() if len(set(map(same_text, values))) > 1}
 
 
-def _same(value: Any) -> str:
+def same_text(value: Any) -> str:
     """The same text for the same value: 1 and 1.0 are one, 1 and true are not."""
     whole = isinstance(value, float) and value.is_integer()
     return strict.canonical(int(value) if whole else value)
@@ -340,7 +372,7 @@ def _same(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     if value is None:
-        return _MISSING
+        return MISSING
     return plain(value if value and isinstance(value, str) else strict.dumps(value))
 
 
@@ -354,5 +386,5 @@ def _whole(amount: float | None) -> int | None:
     return None if amount is None else round(amount)
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     return duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"

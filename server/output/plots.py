@@ -94,8 +94,9 @@ def draw_lines(
     zero: bool = False,
     logarithmic: bool = False,
     wide: bool = False,
+    across: str = "round",
 ) -> Plot:
-    """Lines over rounds.
+    """Lines over rounds, or over what else they are given.
 
     Args:
         name: see `Plot`; so are `title` and `sentence`.
@@ -107,6 +108,7 @@ def draw_lines(
         logarithmic: the y axis may have a logarithmic scale; it gets one where the values are
             positive and spread over more than a factor of 50.
         wide: see `Plot`; there is room for many lines with long labels.
+        across: the label of the x axis; rounds are whole numbers.
     """
     labels = [line.label for line in lines]
     columns = _columns(labels, wide)
@@ -124,7 +126,11 @@ def draw_lines(
             _logarithmic(axes.yaxis, axes.set_yscale)
             label += ", logarithmic scale"
         axes.set_ylabel(label)
-        _rounds_axis(axes)
+        if across == "round":
+            _rounds_axis(axes)
+        else:
+            axes.set_xlabel(across)
+            axes.grid(axis="y")
         if len(lines) > 1:
             _legend(axes, columns)
 

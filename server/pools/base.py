@@ -47,7 +47,6 @@ class Work:
         nodes: how many virtual nodes there are.
         threads: of a node's tensor operations.
         log: where the app's own output goes, on this machine.
-        mapped: large arrays of replies may lie in memory that is mapped from other processes.
         token: of this run of this engine, so that a worker loads the app once.
     """
 
@@ -56,7 +55,6 @@ class Work:
     nodes: int
     threads: int = 1
     log: Path | None = None
-    mapped: bool = False
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 

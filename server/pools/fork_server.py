@@ -60,7 +60,7 @@ def work(pipe: socket.socket) -> None:
 
     from umbel.core.app_folder import open_app
     from umbel.core.streams import expendable
-    from umbel.server.embedded.executor import Executor, Task, takes_mapped
+    from umbel.server.embedded.executor import Executor, Task
     from umbel.server.embedded.mapped import reuse_memory
     from umbel.server.embedded.packing import Packed, pack, receive, send, unpack
 
@@ -76,13 +76,12 @@ def work(pipe: socket.socket) -> None:
             return
         executor = Executor(app, start["run_config"], start["nodes"], start["threads"])
         send(pipe, pack({"error": None}))
-        mapped = takes_mapped(app)
         contents: dict[int, Packed] = {}
         while True:
             bare, held, new = unpack(receive(pipe))
             contents = {number: contents[number] for number in held if number in contents}
             for number in new:
-                contents[number] = receive(pipe, mapped=mapped)
+                contents[number] = receive(pipe, keep=True)
             tasks: list[Task] = [replace(task, content=contents[task.content]) for task in bare]
             if not tasks:  # nothing is to be done for now
                 continue

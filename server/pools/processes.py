@@ -47,6 +47,7 @@ class ForkServer:
         )
         theirs.close()
         self._control = ours
+        self._asked = False
 
     def fork(self) -> tuple[int, socket.socket]:
         """A new worker: its process id and our end of its socket.
@@ -54,6 +55,7 @@ class ForkServer:
         Raises:
             RunError: the fork server has died.
         """
+        self._asked = True
         ours, theirs = socket.socketpair()
         try:
             socket.send_fds(self._control, [b"w"], [theirs.fileno()])
@@ -69,6 +71,8 @@ class ForkServer:
     def close(self) -> None:
         """End the process; its workers end when their sockets close."""
         self._control.close()
+        if not self._asked:  # it may still import, which nobody shall wait for
+            self._process.kill()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -121,7 +125,6 @@ class Processes(Pool):
             raise ConfigError(f"workers is {count}; use 0 to run the nodes in this process")
         self._count = count
         self._fork_server = fork_server
-        self._mapped = False
         self._start = pack(None)
         self._contents: dict[int, _Content] = {}
         self._sent = 0
@@ -145,7 +148,6 @@ class Processes(Pool):
         """Fork the processes, which load the app by themselves."""
         if self._fork_server is None:
             self._fork_server = ForkServer(work.threads)
-        self._mapped = work.mapped
         self._count = min(self._count, work.nodes)
         self._start = pack(
             {
@@ -254,7 +256,7 @@ class Processes(Pool):
 
     def _hear(self, worker: _Worker) -> None:
         try:
-            said = unpack(receive(worker.pipe, mapped=self._mapped))
+            said = unpack(receive(worker.pipe))
         except (EOFError, OSError):
             self._on_exit(worker)
             return

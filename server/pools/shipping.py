@@ -126,7 +126,7 @@ def shipped(work: Work) -> Shipment:
                 "too much to send to every worker; keep data elsewhere"
             )
         files[name.as_posix()] = file.read_bytes()
-    bare = replace(work, app=Path(folder.path.name), log=None, mapped=False)
+    bare = replace(work, app=Path(folder.path.name), log=None)
     return Shipment(bare, str(folder.path), folder.digest(), files, versions())
 
 

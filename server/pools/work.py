@@ -7,8 +7,9 @@ other.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Protocol, runtime_checkable
 
 from flwr.clientapp import ClientApp
 
@@ -19,6 +20,17 @@ from umbel.server.pools.base import Group, Results, Work
 
 KEPT = 4
 """Runs whose apps a process keeps loaded."""
+
+
+@runtime_checkable
+class ChecksData(Protocol):
+    """An app that can tell, where its nodes run, whether their data can be had."""
+
+    def check_data(self, run_config: Mapping[str, Any], nodes: int) -> None:
+        """Raises:
+        ConfigError: they cannot, with the cure.
+        """
+        ...
 
 
 class Loaded:
@@ -34,6 +46,7 @@ class Loaded:
     def __init__(self, work: Work) -> None:
         with streams.kept():  # an app may seed the generators where it is imported
             app = work.app if isinstance(work.app, ClientApp) else open_app(work.app).client_app()
+        self.app = app
         self._executor = Executor(app, work.run_config, work.nodes, work.threads)
         self._log = _opened(work.log)
 
@@ -77,10 +90,12 @@ def load(work: Work) -> None:
     """Load the app, so that what is wrong with it is said before the first group.
 
     Raises:
-        ConfigError: the app does not import here.
+        ConfigError: the app does not import here, or its nodes' data cannot be had here.
     """
     with _turn:
-        _ready(work)
+        app = _ready(work).app
+        if isinstance(app, ChecksData):
+            app.check_data(work.run_config, work.nodes)
 
 
 def unload(work: Work) -> None:

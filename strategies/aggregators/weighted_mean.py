@@ -81,7 +81,7 @@ class WeightedMean(Aggregator[Sums]):
     """
 
     weighting: Weighting = "examples"
-    hold_bytes: int = 64 << 20
+    hold_bytes: int = 32 << 20
     max_examples: int = 0
     name: str = "weighted-mean"
     kind: Literal["sum"] = "sum"

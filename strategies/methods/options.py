@@ -13,6 +13,7 @@ _OF = {
     "ditto_lambda": ("ditto",),
     "personal_layers": ("fedper", "fedrep"),
     "fedrep_head_epochs": ("fedrep",),
+    "afl_rate": ("afl",),
     "perfedavg_alpha": ("per-fedavg",),
 }
 """Which methods each option is for."""
@@ -27,6 +28,7 @@ class MethodOptions(OptionGroup):
         fedexp_eps: with `method=fedexp`, what keeps the server's step bounded.
         qfedavg_q: with `method=q-fedavg`, how much more nodes count on which the model is worse; 0
             is FedAvg.
+        afl_rate: with `method=afl`, how fast nodes come to count more on which the model is worse.
         ditto_lambda: with `method=ditto`, the strength of the pull of personal models to the
             common one.
         personal_layers: with `method=fedper` or `fedrep`, the parameters that stay on the nodes:
@@ -42,6 +44,7 @@ class MethodOptions(OptionGroup):
     feddyn_alpha: float = option(0.1, above(0))
     fedexp_eps: float = option(1e-3, above(0))
     qfedavg_q: float = option(1.0, at_least(0))
+    afl_rate: float = option(0.1, above(0))
     ditto_lambda: float = option(0.1, above(0))
     personal_layers: str = ""
     fedrep_head_epochs: int = option(5, at_least(1))

@@ -24,7 +24,7 @@ from flwr.app import ConfigRecord, Context
 from umbel.core.contents import find_record
 from umbel.core.errors import ConfigError
 from umbel.privacy.masking import keys
-from umbel.strategies.node_policy import policy_of
+from umbel.strategies.policy.reading import policy_of
 from umbel.strategies.secure.message import Plain, blob, number
 from umbel.strategies.secure.node import EXTERNAL_SESSION, IDENTITY, SPENT
 from umbel.strategies.secure.policy import Policy, RefusalError

@@ -1,6 +1,6 @@
 """What a node insists on in a secure sum, whatever the coordinator asks, and why it refuses.
 
-The numbers come from the node's policy file; see `umbel.strategies.node_policy`, which has what a
+The numbers come from the policy file; see `umbel.strategies.policy.node_policy`, which has what a
 node allows besides. Without roster and authority, identities are pinned on first use.
 """
 

@@ -42,7 +42,7 @@ from umbel.strategies.aggregator import Aggregate, Contribution, Rejected, Round
 from umbel.strategies.aggregators.weighted_mean import WeightedMean
 from umbel.strategies.contract import settings_digest
 from umbel.strategies.exchange import ClientFn, Gather, Sealing
-from umbel.strategies.node_policy import policy_of
+from umbel.strategies.policy.reading import policy_of
 from umbel.strategies.secure.checks import AbortedError
 from umbel.strategies.secure.identity import (
     check_fresh,

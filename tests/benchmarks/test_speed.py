@@ -90,7 +90,7 @@ def test_the_bare_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_both_sides_train_the_same_model(tmp_path: Path) -> None:
     """Else the comparison would be of two different things."""
     from umbel.core.app_folder import load
-    from umbel.running import example
+    from umbel.opening import example
 
     server = load(example(), "server_app:app", object)
     federation = server.federation  # type: ignore[attr-defined]

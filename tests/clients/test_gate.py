@@ -28,7 +28,8 @@ from umbel.core.records import from_array
 from umbel.federation import Federation
 from umbel.strategies.collect import EXAMPLES, METRICS, UPDATE
 from umbel.strategies.layout import CONFIG, STATISTICS
-from umbel.strategies.node_policy import NodePolicy, PolicyError
+from umbel.strategies.policy.node_policy import PolicyError
+from umbel.strategies.policy.reading import load_policy
 from umbel.strategies.private.private_mean import PrivateMean
 from umbel.strategies.secure.wire import plain_of
 
@@ -145,7 +146,7 @@ def test_a_policy_that_asks_for_protection_lets_no_bare_update_leave(
     assert asked(tmp_path, "", {}) == ""
     if not text.startswith("unprotected"):
         with pytest.raises(ConfigError, match="unprotected = true and"):
-            NodePolicy.load(policy(tmp_path, f"{text}\nunprotected = true"))
+            load_policy(policy(tmp_path, f"{text}\nunprotected = true"))
 
 
 def test_an_old_policy_file_under_its_old_key_is_read(tmp_path: Path) -> None:
@@ -356,7 +357,7 @@ def test_records_that_training_protects_are_told_about_by_nothing_else(tmp_path:
     def admitted(text: str, **options: Any) -> str:
         context = Liar({"example-epsilon": 2.0, **options}, app=app).contexts[100]
         message = Message(RecordDict({CONFIG: ConfigRecord({"round": 1})}), 100, "train")
-        rules = NodePolicy.load(policy(tmp_path, text))
+        rules = load_policy(policy(tmp_path, text))
         try:
             admit(rules, "train", message, liar.client, liar.client.known(context), alone=True)
         except PolicyError as refusal:

@@ -87,6 +87,46 @@ def with_trainee(tmp_path: Path, use: Callable[[AppProcess], Coroutine[Any, Any,
     asyncio.run(run())
 
 
+DRAWS = """
+import random
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    drawn = [random.random(), float(np.random.rand()), float(torch.rand(1, dtype=torch.float64))]
+    return Message(RecordDict({"c": ConfigRecord({"drawn": drawn})}), reply_to=message)
+"""
+
+
+def test_every_process_draws_numbers_of_its_own_in_every_message(tmp_path: Path) -> None:
+    """Two nodes' shuffles, dropout and noise are not the same, nor those of a replaced process."""
+    app, drawn = make_app(tmp_path / "app", DRAWS), []
+
+    async def ask(name: str) -> None:
+        process = AppProcess(AppSettings(app, tmp_path / name, {"partition-id": 4}))
+        try:
+            await process.start()
+            for message in ("1", "2"):
+                begin, _ = instruction(message, RecordDict())
+                answer = await process.run(begin, 9, 60)
+                assert answer.error is None
+                drawn.append(decode(answer.parts).config_records["c"]["drawn"])
+        finally:
+            process.stop()
+
+    for name in ("one", "other"):
+        asyncio.run(ask(name))
+    for numbers in zip(*drawn, strict=True):
+        assert len(set(numbers)) == 4
+
+
 def test_one_process_answers_small_and_large_and_survives_what_apps_do(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,7 +42,7 @@ from umbel.privacy.budget.events import ADD_OR_REMOVE, REPLACE, ZERO_OUT, Charge
 from umbel.privacy.masking import keys
 from umbel.strategies import statement as statements
 from umbel.strategies.collect import PlainSum
-from umbel.strategies.node_policy import POLICY
+from umbel.strategies.policy.reading import POLICY
 from umbel.strategies.private.clip import Clip
 from umbel.strategies.release import Release
 from umbel.strategies.secure.identity import enrolled_key

@@ -6,14 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.clusters.until import until
 from tests.fakes import APPS, WarmCommand
 from umbel.core.errors import ConfigError
 
@@ -21,15 +20,6 @@ pytestmark = pytest.mark.clusters
 distributed = pytest.importorskip("distributed")
 
 OPTIONS = ("-c", "rounds=3", "--nodes", "6")
-START_S = 120.0
-
-
-def until(condition: Callable[[], bool], seconds: float = START_S) -> None:
-    """Wait for a condition."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        threading.Event().wait(0.05)
 
 
 class Cluster:

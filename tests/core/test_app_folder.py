@@ -184,10 +184,10 @@ def test_what_is_no_python_is_seen_without_importing_anything(tmp_path: Path) ->
     (path / "helpers").mkdir()
     (path / "helpers" / "__init__.py").write_text("")
     (path / "helpers" / "more.py").write_text("import server_app\nx = 1\n")
-    open_app(path).check_syntax()
+    open_app(path)
     (path / "helpers" / "more.py").write_text("x = 1\n\ndef broken(:\n")
     with pytest.raises(ConfigError, match=r"does not import: SyntaxError.*more\.py, line 3"):
-        open_app(path).check_syntax()
+        open_app(path)
     (path / "helpers" / "more.py").write_bytes(b"x = 1\0\n")
     with pytest.raises(ConfigError, match=r"does not import: .*more\.py"):
-        open_app(path).check_syntax()
+        open_app(path)

@@ -8,7 +8,8 @@ from umbel.clients.data.datasets import place
 from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
 from umbel.federation import FederationServerApp
-from umbel.running import example, run
+from umbel.opening import example
+from umbel.running import run
 from umbel.server.output.progress import SilentProgress
 from umbel.server.private.verify import verify
 

@@ -69,5 +69,5 @@ def test_a_folder_full_of_data_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_log_stays_at_the_coordinator(tmp_path: Path) -> None:
-    work = Work(APPS / "digits", {}, 1, log=tmp_path / "log.txt", mapped=True)
-    assert shipped(work).work.log is None and not shipped(work).work.mapped
+    work = Work(APPS / "digits", {}, 1, log=tmp_path / "log.txt")
+    assert shipped(work).work.log is None

@@ -23,9 +23,10 @@ from tests.strategies.quadratics import (
 )
 from umbel.clients.pytorch.trainer import TorchTrainer
 from umbel.clients.trainers.base import Job, Weights
-from umbel.core.errors import ConfigError, StackError
+from umbel.core.errors import ConfigError, RunError, StackError
 from umbel.strategies.contexts import Memory, NodeContext
 from umbel.strategies.facts import Facts
+from umbel.strategies.methods.afl import AgnosticFL
 from umbel.strategies.methods.feddyn import FedDyn
 from umbel.strategies.methods.fedexp import FedExP
 from umbel.strategies.methods.fednova import FedNova
@@ -67,7 +68,7 @@ def drifted(steps: Any, *, normalised: bool = False, rate: float = RATE, mu: flo
 
 @pytest.mark.parametrize(
     "layer",
-    [FedProx(0.1), Scaffold(), FedDyn(), FedNova(), FedExP(), QFedAvg(), PerFedAvg()],
+    [FedProx(0.1), Scaffold(), FedDyn(), FedNova(), FedExP(), QFedAvg(), PerFedAvg(), AgnosticFL()],
     ids=lambda m: m.name,
 )
 def test_methods_keep_the_laws_of_layers(layer: Any) -> None:
@@ -200,6 +201,35 @@ def test_qfedavg_is_algorithm_2() -> None:
         weights.append(q * loss ** (q - 1) * delta.square().sum() + loss**q / RATE)
     wanted = start - torch.stack(deltas).sum(0) / torch.stack(weights).sum(0)
     assert near(run(QFedAvg(q)).rounds(1), wanted)
+
+
+def test_afl_reaches_the_minimax() -> None:
+    """The optimum of a mixture, whose nodes with weight are all as bad and worse than the rest."""
+    trial = run(AgnosticFL(0.01), steps=[1] * NODES)
+    model, parts = trial.rounds(1000), nodes()
+    losses = torch.stack([((p.x @ model - p.y[:, 0]) ** 2).mean() for p in parts])
+    logs = torch.stack([trial.memory(node, "afl")["log"] for node in range(NODES)])
+    mixture = torch.softmax(logs, 0)
+    active = mixture > 1e-3
+    assert 1 < int(active.sum()) < NODES
+    assert near(losses[active], losses.max().expand(int(active.sum())))
+    assert bool((losses[~active] < losses.max() - 1).all())
+    assert near(model, optimum(parts, mixture.tolist()))
+    assert float(losses.max()) < float(
+        torch.stack([((p.x @ optimum(parts) - p.y[:, 0]) ** 2).mean() for p in parts]).max()
+    )
+
+
+def test_afl_keeps_weights_over_rounds_without_a_node() -> None:
+    trial = run(AgnosticFL(0.01), steps=[1] * NODES)
+    trial.rounds(6, sampled=[(0, 1), (1, 2, 3)])
+    with pytest.raises(KeyError):
+        trial.memory(4, "afl")["log"]
+    before = trial.memory(0, "afl")["log"]
+    trial.rounds(1, sampled=[(1, 4)])
+    assert torch.equal(trial.memory(0, "afl")["log"], before)
+    with pytest.raises(RunError, match="lower afl-rate"):
+        run(AgnosticFL(100.0)).rounds(1)
 
 
 def test_fedexp_steps_as_far_as_the_paper_says() -> None:

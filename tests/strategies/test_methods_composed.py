@@ -48,7 +48,15 @@ OWN = {"fedprox": {"proximal-mu": 0.5}, "fedper": {"personal-layers": "head*"}}
 OWN["fedrep"] = OWN["fedper"]
 MODEL = {"body": torch.zeros(3), "head.weight": torch.zeros(1)}
 BUFFERS = {"head.running_mean": torch.zeros(1)}
-MORE = {"scaffold": SIZE, "fednova": 1, "fedexp": 1, "q-fedavg": 1, "fedper": -1, "fedbn": -1}
+MORE = {
+    "scaffold": SIZE,
+    "fednova": 1,
+    "fedexp": 1,
+    "q-fedavg": 1,
+    "fedper": -1,
+    "fedbn": -1,
+    "afl": 1,
+}
 MORE["fedrep"] = -1
 
 
@@ -97,7 +105,10 @@ def test_every_pair_works(method: str, protection: str) -> None:
         assert bounded.size == size, "the bound is that of all segments together"
     trial = Run(decided, nodes(), [4] * NODES)
     assert bool(torch.isfinite(trial.rounds(2)).all())
-    if protection == "secure" and method != "q-fedavg":  # whose longer vectors are clipped
+    if protection == "secure" and method not in (
+        "q-fedavg",
+        "afl",
+    ):  # whose longer vectors are clipped
         assert near(
             trial.model, Run(stack_of(method, "plain"), nodes(), [4] * NODES).rounds(2), 1e-2
         )
@@ -125,7 +136,7 @@ def test_trainers_that_would_leave_out_what_a_method_asks_for_are_refused() -> N
             stack = Stack((FedProx(0.1),))
         check_honours(TORCH, stack)
         for trainer, refused in (
-            (private, {"q-fedavg", "ditto", *beyond}),
+            (private, {"q-fedavg", "afl", "ditto", *beyond}),
             (deaf, {"fedprox", "scaffold", "feddyn", "fednova", "ditto", *beyond}),
         ):
             if method in refused:
@@ -143,6 +154,7 @@ def test_trainers_that_would_leave_out_what_a_method_asks_for_are_refused() -> N
         ("fedper", {"personal-layers": ""}, "does not say which"),
         ("fedrep", {"personal-layers": ""}, "method=fedrep keeps parts.* does not say which"),
         ("fedrep", {"fedrep-head-epochs": 0}, "fedrep-head-epochs is 0"),
+        ("afl", {"afl-rate": 0.0}, "afl-rate is 0.0; it must be above 0"),
         ("per-fedavg", {"perfedavg-alpha": 0.0}, "perfedavg-alpha is 0.0; it must be above 0"),
         ("fedper", {"personal-layers": "tail"}, "which is no parameter of the model"),
         ("fedper", {"personal-layers": "*"}, "nothing is learned together"),
@@ -247,6 +259,7 @@ def test_policies_are_told_what_methods_take_into_the_update() -> None:
     for method, metrics, counts in (
         ("scaffold", "none", "none"),
         ("q-fedavg", "summed", "none"),
+        ("afl", "summed", "none"),
         ("fednova", "none", "summed"),
     ):
         found = Outlook(stack_of(method, "secure"), SIZE).under({})

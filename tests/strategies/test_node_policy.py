@@ -6,14 +6,9 @@ from pathlib import Path
 import pytest
 
 from umbel.core.errors import ConfigError
-from umbel.strategies.node_policy import (
-    KEYS,
-    NodePolicy,
-    PolicyError,
-    default_file,
-    policy_of,
-    policy_path,
-)
+from umbel.strategies.policy.keys import KEYS, default_file
+from umbel.strategies.policy.node_policy import NodePolicy, PolicyError
+from umbel.strategies.policy.reading import load_policy, policy_of, policy_path
 from umbel.strategies.protection import Protection
 
 
@@ -57,7 +52,7 @@ def test_what_cannot_be_meant_stops_the_node(tmp_path: Path, text: str) -> None:
     file = tmp_path / "policy.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"policy\.toml says"):
-        NodePolicy.load(file)
+        load_policy(file)
 
 
 @pytest.mark.parametrize("said", ["'unlimited'", "inf"])
@@ -66,20 +61,20 @@ def test_no_limit_asks_nothing_of_updates_and_is_not_the_first_promise(
 ) -> None:
     file = tmp_path / "policy.toml"
     file.write_text(f"epsilon = {said}\nrecord-epsilon = {said}\nunprotected = true\n")
-    policy = NodePolicy.load(file)
+    policy = load_policy(file)
     policy.check_protection(Protection())
     assert policy.unprotected and not policy.protects
     assert policy.in_force()["epsilon"] == policy.in_force()["record-epsilon"] == "unlimited"
     assert NodePolicy().in_force()["epsilon"] == "what the first run promises"
     file.write_text(f"epsilon = {said}\nrecord-epsilon = 8.0\n")
     with pytest.raises(PolicyError, match="record-epsilon is limited"):
-        NodePolicy.load(file).check_protection(Protection())
+        load_policy(file).check_protection(Protection())
 
 
 def test_the_file_that_a_node_writes_itself_changes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     file.write_text(default_file())
-    assert NodePolicy.load(file) == NodePolicy()
+    assert load_policy(file) == NodePolicy()
     for key in KEYS:
         assert f"\n#{key.name} = " in default_file() or key.name == "options"
         if key.example and key.name not in ("apps", "roster", "authority"):
@@ -92,7 +87,7 @@ def test_every_line_of_that_file_can_be_used(tmp_path: Path) -> None:
     skipped = ("apps", "roster", "authority", "unprotected")  # of this owner's own; or it conflicts
     file = tmp_path / "policy.toml"
     file.write_text("\n".join(line for line in used if not line.startswith(skipped)))
-    policy = NodePolicy.load(file)
+    policy = load_policy(file)
     assert {*policy.given, *skipped} == {key.name for key in KEYS}
     assert not policy.unprotected
     assert policy.in_force().keys() == {key.name for key in KEYS}

@@ -156,7 +156,8 @@ def test_a_name_that_no_option_can_have_is_refused(kind: str, name: str, words: 
 def test_a_name_that_nobody_registered_lists_those_there_are() -> None:
     register("sampler", "some", Some())
     assert RunOptions(cohort="some").cohort == "some"
-    with pytest.raises(ConfigError, match=r"cohort is 'sone'; .* all, fixed, poisson, some, app"):
+    known = "all, fixed, poisson, power-of-choice, oort, some, app"
+    with pytest.raises(ConfigError, match=rf"cohort is 'sone'; .* {known}"):
         RunOptions(cohort="sone")
     with pytest.raises(ConfigError, match=r"optimizer=app .* brings none; it can be fedavg"):
         required_part("optimizer", None, {**OPTIONS, "optimizer": "app"})

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives import serialization
 from umbel.core.errors import ConfigError
 from umbel.privacy.masking import keys
 from umbel.privacy.masking.session import Member
-from umbel.strategies.node_policy import NodePolicy
+from umbel.strategies.policy.reading import load_policy
 from umbel.strategies.secure.policy import Policy, RefusalError, fingerprint
 from umbel.transport.certificates import (
     load_certificate,
@@ -37,7 +37,7 @@ def test_a_policy_file_sets_every_limit(tmp_path: Path) -> None:
         'mode = "malicious"\nmin-cohort = 20\nmin-neighbours = 30\nbits = [16, 32]\n'
         'max-norm = 2.5\nmin-noise = 1\nroster = "roster.txt"\n'
     )
-    whole = NodePolicy.load(file)
+    whole = load_policy(file)
     policy = whole.sums
     assert (policy.mode, policy.min_cohort, policy.min_neighbours) == ("malicious", 20, 30)
     assert (policy.bits, whole.max_norm, whole.min_noise) == ((16, 32), 2.5, 1)
@@ -67,16 +67,16 @@ def test_a_policy_that_cannot_be_read_stops_the_node(tmp_path: Path, text: str) 
     file = tmp_path / "policy.toml"
     file.write_text(text)
     with pytest.raises(ConfigError):
-        NodePolicy.load(file)
+        load_policy(file)
     with pytest.raises(ConfigError):
-        NodePolicy.load(tmp_path / "missing.toml")
+        load_policy(tmp_path / "missing.toml")
 
 
 def test_a_roster_file_with_a_bad_line(tmp_path: Path) -> None:
     (tmp_path / "roster.txt").write_text("clinic-a 1234\n")
     (tmp_path / "policy.toml").write_text('roster = "roster.txt"')
     with pytest.raises(ConfigError, match="clinic-a 1234"):
-        NodePolicy.load(tmp_path / "policy.toml")
+        load_policy(tmp_path / "policy.toml")
 
 
 def certified(folder: Path, name: str) -> tuple[bytes, bytes, bytes]:

@@ -11,7 +11,7 @@ from umbel.benchmarks.attack.plans import full, quick
 from umbel.commands.bench_privacy import opened
 from umbel.commands.cli import main
 from umbel.core.errors import ConfigError
-from umbel.running import example
+from umbel.opening import example
 
 
 def umbel(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.fakes import WarmCommand
 from umbel.clients.process.membership import Membership, NodeSettings
 from umbel.flower_node import _command
-from umbel.strategies.node_policy import KEYS
+from umbel.strategies.policy.keys import KEYS
 from umbel.transport.certificates import make_server_identity, open_authority, save_identity
 
 

@@ -10,7 +10,7 @@ from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
 from umbel.core.limits import limits_of
 from umbel.federation import FederationServerApp
-from umbel.running import example
+from umbel.opening import example
 from umbel.strategies.run_options import RunOptions
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"

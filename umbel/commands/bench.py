@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from umbel.commands.bench_methods import methods
 from umbel.commands.bench_privacy import privacy
 from umbel.commands.bench_robust import robust
 from umbel.commands.groups import Commands
@@ -48,7 +49,7 @@ def speed(
 ) -> None:
     """Speed and memory of the embedded engine, beside bare loops and Flower."""
     from umbel.benchmarks.speed.suite import PRIVATE, Apps, main
-    from umbel.running import example
+    from umbel.opening import example
     from umbel.scaffold import new_app
 
     named = [*(part or []), *(["link"] if link else []), *(["secure"] if secure else [])]
@@ -61,6 +62,7 @@ def speed(
         raise typer.Exit(3)
 
 
+app.command("methods")(methods)
 app.command("privacy")(privacy)
 app.command("robust")(robust)
 

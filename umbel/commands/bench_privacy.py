@@ -72,15 +72,16 @@ def privacy(
     ] = False,
 ) -> None:
     """Attack every defence, test every claim; exit 3 where one does not hold or was not tested."""
-    from umbel.core.options import parse
-    from umbel.first_look import look
+    from umbel.core.errors import ConfigError
 
-    if app is not None:
-        look(app, parse(config or []))
+    if config and app is None and not utility:
+        raise ConfigError("-c changes an app's options; name the app with --app")
+    # an app's faults are told before anything else is imported
+    own = None if app is None or utility or table else opened(app, config or [])
+
     from rich.console import Console
 
     from umbel.benchmarks.attack import report as privacy_report
-    from umbel.core.errors import ConfigError
     from umbel.server.output import strict
 
     if table is not None:
@@ -89,9 +90,7 @@ def privacy(
     if utility:
         _utility(app, full, recipes, epsilons, repeats, out, as_json)
         return
-    if config and app is None:
-        raise ConfigError("-c changes an app's options; name the app with --app")
-    report = _measured(app, config or [], full, inject, seed, workers)
+    report = _measured(own, full, inject, seed, workers)
     out = out or Path("runs") / time.strftime("bench-privacy-%Y%m%d-%H%M%S")
     report.about["command"] = " ".join(["umbel", *sys.argv[1:]])  # type: ignore[index]
     files = privacy_report.write(report, out)
@@ -142,7 +141,8 @@ def _utility(
     """Accuracy against epsilon, by whole private runs."""
     from umbel.benchmarks.speed import utility
     from umbel.core.errors import ConfigError
-    from umbel.running import example, run
+    from umbel.opening import example
+    from umbel.running import run
     from umbel.server.output import strict
     from umbel.server.output.rundir import machine, versions
 
@@ -173,8 +173,7 @@ def _utility(
 
 
 def _measured(
-    app: Path | None,
-    config: list[str],
+    own: tuple[Any, dict[str, Any], int, str] | None,
     full: bool,
     inject: Fault | None,
     seed: int,
@@ -187,12 +186,12 @@ def _measured(
 
     canaries = 5000 if full else 1000
     fault = None if inject is None else _FAULTS[inject]
-    if app is not None:
-        from umbel.benchmarks.attack import own
+    if own is not None:
+        from umbel.benchmarks.attack.own import attack
 
-        federation, options, nodes, name = opened(app, config)
+        federation, options, nodes, name = own
         broken = None if fault is None else FAULTS[fault]
-        return own.attack(
+        return attack(
             federation, nodes, options, name=name, canaries=canaries, seed=seed, fault=broken
         )
     if fault is not None:
@@ -212,21 +211,24 @@ def opened(app: Path, config: list[str]) -> tuple[Any, dict[str, Any], int, str]
     Raises:
         ConfigError: the app was not made with `Federation`, or an option is unknown.
     """
-    from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
     from umbel.core.options import override, parse
+    from umbel.opening import opened as opened_app
+
+    changes = parse(config)
+    folder = opened_app(app, changes)
+    server = folder.server_app()
+
     from umbel.federation import FederationServerApp
     from umbel.running import NODES
 
-    folder = open_app(app)
-    server = folder.server_app()
     if not isinstance(server, FederationServerApp):
         raise ConfigError(
             f"{folder.name} keeps its own rounds, so its stack cannot be taken out and attacked; "
             "only apps made with Federation can"
         )
     federation = server.federation
-    options = override(federation.complete(folder.options), parse(config))
+    options = override(federation.complete(folder.options), changes)
     return federation, options, folder.nodes or NODES, folder.name
 
 

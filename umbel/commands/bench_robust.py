@@ -42,15 +42,11 @@ def robust(
     ] = False,
 ) -> None:
     """Play every attack against every aggregator; exit 3 where one falls below its floor."""
-    from umbel.core.options import parse
-    from umbel.first_look import look
-
-    if app is not None:
-        look(app, parse(config or []))
     from rich.console import Console
 
     from umbel.benchmarks.robust import report, suite
     from umbel.commands.bench_privacy import opened
+    from umbel.core.options import parse
     from umbel.running import example
     from umbel.server.output import strict
     from umbel.strategies.aggregators.named import RULES

@@ -105,13 +105,13 @@ def run_command(
     """Train an app on this machine and write a report."""
     from umbel.core.errors import ConfigError
     from umbel.core.options import parse
-    from umbel.first_look import look
+    from umbel.opening import opened
 
     if resume is not None and (path is not None or out is not None):
         raise ConfigError("--resume names the run to continue; leave out APP and --out")
     options = parse(config or [])
-    if path is not None:
-        look(path, options)
+    if resume is None:
+        opened(path, options).server_app()  # its faults are told before anything else is imported
 
     from umbel.running import Interrupted, run
     from umbel.server.output import strict
@@ -149,21 +149,20 @@ def options_command(
     as_json: AsJson = False,
 ) -> None:
     """List every option of an app: type, default, values, meaning, and who reads it."""
-    from umbel.first_look import look
+    if markdown:
+        from umbel.commands.options_listing import reference
 
-    if path is not None:
-        look(path)
+        typer.echo(reference(), nl=False)
+        return
+    from umbel.opening import opened
+
+    folder = opened(path, {})
+    server = folder.server_app()
+
     from umbel.commands import options_listing
-    from umbel.core.app_folder import open_app
     from umbel.federation import FederationServerApp
-    from umbel.running import example
     from umbel.server.output import strict
 
-    if markdown:
-        typer.echo(options_listing.reference(), nl=False)
-        return
-    folder = open_app(path if path is not None else example())
-    server = folder.server_app()
     federation = server.federation if isinstance(server, FederationServerApp) else None
     rows = options_listing.listing(federation, folder.options)
     if as_json:

@@ -41,13 +41,13 @@ def policy(state: server_commands.State, as_json: server_commands.AsJson = False
     from umbel.core.app_folder import open_app
     from umbel.core.errors import ConfigError
     from umbel.server.output import strict
-    from umbel.strategies.node_policy import NodePolicy
+    from umbel.strategies.policy.reading import load_policy
 
     if not state.is_dir():
         raise ConfigError(f"there is no folder {state}; a node makes it when it is first started")
     settings = settings_in(state) or NodeSettings("")
     file = policy_file(state, settings)
-    force = NodePolicy.load(file).in_force()
+    force = load_policy(file).in_force()
     app_path = Path(settings.app) if settings.app else None
     digest = open_app(app_path).digest() if app_path is not None and app_path.is_dir() else ""
     if as_json:
@@ -70,12 +70,12 @@ def budget(state: server_commands.State, as_json: server_commands.AsJson = False
     from umbel.clients.process.policy_file import policy_file
     from umbel.core.errors import ConfigError
     from umbel.server.output import strict
-    from umbel.strategies.node_policy import NodePolicy
+    from umbel.strategies.policy.reading import load_policy
 
     if not state.is_dir():
         raise ConfigError(f"there is no folder {state}; a node makes it when it is first started")
     settings = settings_in(state) or NodeSettings("")
-    policy = NodePolicy.load(policy_file(state, settings))
+    policy = load_policy(policy_file(state, settings))
     limits = Limits(policy.participations, policy.epsilon, policy.record_epsilon)
     ledger = LedgerFile(Path(str(settings.node_config.get(STATE) or state)), limits)
     rows = ledger.budget()

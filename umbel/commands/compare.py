@@ -22,16 +22,28 @@ Out = Annotated[
     Path | None,
     typer.Option(metavar="FILE.html", help="Write a page with the table and a plot by round."),
 ]
+OverSeeds = Annotated[
+    bool,
+    typer.Option("--over-seeds", help="Runs that differ in their seed alone are one line."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line on stdout.")]
 
 
-def compare(runs: Runs, target: Goal = None, out: Out = None, as_json: AsJson = False) -> None:
+def compare(
+    runs: Runs,
+    target: Goal = None,
+    over_seeds: OverSeeds = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
     """Put runs side by side: what each reached and spent, and the options in which they differ."""
     from umbel.server.output import strict
+    from umbel.server.output.averaging import averaged
     from umbel.server.output.comparing import Target, write_page
     from umbel.server.output.comparing import compare as compared
 
-    found = compared(runs, None if target is None else Target.parse(target))
+    whole = compared(runs, None if target is None else Target.parse(target))
+    found = averaged(whole) if over_seeds else whole
     page = None if out is None else write_page(found, out)
     if as_json:
         typer.echo(strict.dumps({**found.as_json(), "page": page}))

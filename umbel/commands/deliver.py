@@ -197,10 +197,10 @@ def tune(
 ) -> None:
     """Search for better options, judged on examples that the result never sees."""
     from umbel.core.options import parse
-    from umbel.first_look import look
+    from umbel.opening import opened
 
-    options = parse(config or [])
-    look(path, options)
+    changes = parse(config or [])
+    opened(path, changes).server_app()  # its faults are told before anything else is imported
 
     from umbel.server.output import strict
     from umbel.tuning import tune as search
@@ -210,7 +210,7 @@ def tune(
         space=space,
         trials=trials,
         metric=metric,
-        options=options,
+        options=changes,
         nodes=nodes,
         out=out,
         workers=workers,

@@ -17,24 +17,7 @@ from umbel.clients.trainers.private_sgd import PrivateSgd
 from umbel.core.limits import limits_of
 from umbel.core.options import Value, dashed, shown
 from umbel.federation import Federation
-from umbel.strategies.aggregators.named import RobustOptions
-from umbel.strategies.async_options import AsyncOptions
-from umbel.strategies.compression.options import CompressionOptions
-from umbel.strategies.methods.options import MethodOptions
-from umbel.strategies.private.options import PrivacyOptions
-from umbel.strategies.run_options import RunOptions
-from umbel.strategies.secure.options import SecureOptions
-
-GROUPS: Mapping[str, type[Any]] = {
-    "every run": RunOptions,
-    "asynchronous rounds": AsyncOptions,
-    "privacy": PrivacyOptions,
-    "secure sum": SecureOptions,
-    "method": MethodOptions,
-    "compression": CompressionOptions,
-    "robust aggregation": RobustOptions,
-}
-"""Who reads an option, and the group that holds it."""
+from umbel.strategies.groups import GROUPS
 
 _TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 

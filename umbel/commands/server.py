@@ -75,18 +75,18 @@ def server(
     as_json: AsJson = False,
 ) -> None:
     """Coordinate a federation: wait for its nodes, run the app, end."""
-    from umbel.core.options import parse
-    from umbel.first_look import look
-
-    changes = parse(config or [])
-    look(path, changes)
-
     from umbel import __version__
-    from umbel.server.link.grid import StoppedError
-    from umbel.server.link.service import ServerSettings
+    from umbel.core.options import parse
+    from umbel.opening import opened
 
     _begin()
     _check_engine(engine)
+    changes = parse(config or [])
+    opened(path, changes).server_app()  # its faults are told before anything else is imported
+
+    from umbel.server.link.grid import StoppedError
+    from umbel.server.link.service import ServerSettings
+
     own = _own(certificate, key, root)
     settings = ServerSettings(
         state=state,
@@ -185,14 +185,17 @@ def client(
 ) -> None:
     """Be a node of a federation: stay connected, train when asked."""
     from umbel import __version__
-    from umbel.clients.process.start import StartSettings, start_node
-    from umbel.core.app_folder import open_app
     from umbel.core.options import parse
 
     _begin()
     _check_engine(engine)
     if path is not None:
-        open_app(path).check_syntax()
+        from umbel.opening import opened
+
+        opened(path, {})
+
+    from umbel.clients.process.start import StartSettings, start_node
+
     settings = StartSettings(
         state=state,
         app=path,

@@ -1,0 +1,1 @@
+"""Methods side by side: over seeds, and over how unlike the nodes are."""
