@@ -42,17 +42,20 @@ def robust(
     ] = False,
 ) -> None:
     """Play every attack against every aggregator; exit 3 where one falls below its floor."""
+    from umbel.commands.bench_privacy import opened
+    from umbel.core.options import parse
+    from umbel.opening import example
+
+    # Before anything that takes a while to import, so that a slip is told at once.
+    federation, options, _, name = opened(app or example(), config or [])
+
     from rich.console import Console
 
     from umbel.benchmarks.robust import report, suite
-    from umbel.commands.bench_privacy import opened
-    from umbel.core.options import parse
-    from umbel.running import example
     from umbel.server.output import strict
     from umbel.strategies.aggregators.named import RULES
 
     console = Console(stderr=True)
-    federation, options, _, name = opened(app or example(), config or [])
     if app is None and "cohort" not in parse(config or []):
         options["cohort"] = "all"  # of a few nodes that are drawn, chance makes more liars
     setting = suite.Setting(federation, nodes, options, liars, omniscient)
