@@ -83,6 +83,13 @@ class HeldArray(Array):
         return Array, (self.dtype, self.shape, self.stype, bytes(self.held.view))
 
 
+def array_of(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Array:
+    """`Array(dtype, shape, stype, data)`, which does not look at what these are."""
+    array = Array.__new__(Array)
+    array.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=data)
+    return array
+
+
 def buffer_of(array: Array) -> bytes | memoryview:
     """An array's bytes where they lie; to be read only."""
     return array.held.view if type(array) is HeldArray else array.data

@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from umbel.core.held import Held, HeldArray, buffer_of
+from umbel.core.held import Held, HeldArray, array_of, buffer_of
 from umbel.core.npy import STYPE, header_of, values_in
 
 Tree = dict[str, Tensor]
@@ -110,7 +110,7 @@ def to_array(vector: Tensor, hold: Callable[[Sequence[Any]], Held] | None = None
     parts = (header_of(values.dtype.str, values.shape), values.reshape(-1).data.cast("B"))
     name = _name_of(values.dtype)
     if hold is None:
-        return Array(name, values.shape, STYPE, b"".join(parts))
+        return array_of(name, values.shape, STYPE, b"".join(parts))
     return HeldArray(name, values.shape, STYPE, hold(parts))
 
 

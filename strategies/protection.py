@@ -156,7 +156,8 @@ class Outlook:
             StackError: a layer of noise is told another bound than the layers before it give.
         """
         noise, shares, layer = 0.0, 0, self._noisy
-        if isinstance(layer, MakesOwnNoise) and _is(layer, _LOCAL):
+        # To ask for a protocol takes longer than all of this, so there has to be a layer first.
+        if layer is not None and isinstance(layer, MakesOwnNoise) and _is(layer, _LOCAL):
             noise = float(layer.noise_multiplier)
         elif layer is not None:
             self._check_bound(layer, told)

@@ -14,10 +14,14 @@ from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed import apps
 from umbel.benchmarks.speed.ray_side import echo_under_ray
 from umbel.clients.admission import admit
+from umbel.core import streams
 from umbel.core.app_folder import open_app
-from umbel.core.flower import take_identity
+from umbel.core.contents import take_record
+from umbel.core.flower import Envelope, take_identity
 from umbel.core.records import record_of, to_array
+from umbel.server.embedded.executor import Executor, Task
 from umbel.server.embedded.grid import EmbeddedGrid
+from umbel.server.embedded.packing import pack
 from umbel.strategies.collect import RoundSpec
 from umbel.strategies.layout import CONFIG, MODEL, PARAMETERS
 from umbel.strategies.policy.reading import POLICY, policy_of
@@ -32,6 +36,8 @@ LARGE = 10_000_000
 """Float32 parameters of the large model."""
 MOST_BESIDE = 1.3
 """Time of a message of changed arrays over workers, by that in process, where it is not sent."""
+NODE_MS = 0.15
+"""Processor time of a node's half of a message whose trainer does nothing."""
 GATE_MS = 0.2
 """A node's policy and the contract of a round, for each message."""
 _POLICIES: dict[str, tuple[dict[str, bool | int | float | str], str]] = {
@@ -87,6 +93,9 @@ def measure(*, quick: bool = False, flower: bool = False, workers: int = 2) -> l
         Figure("messages", f"policy and contract, {name}", 1e3 * seconds, "ms/message", GATE_MS)
         for name, seconds in gate(repeats=20 if quick else 2000).items()
     ]
+    idle = node(repeats=20 if quick else 2000)
+    name = "a node that trains nothing, its own half"
+    figures.append(Figure("messages", name, 1e3 * idle, "ms/message", NODE_MS))
     with tempfile.TemporaryDirectory() as where:
         app = apps.write_echo(Path(where))
         for nodes, messages in ((n // scale, m // scale) for n, m in CASES):
@@ -198,6 +207,30 @@ def gate(*, repeats: int) -> dict[str, float]:
                     raise RuntimeError("the message was refused")
             found[name] = (time.thread_time() - began) / repeats
     return found
+
+
+def node(*, repeats: int) -> float:
+    """Seconds of processor time in which a virtual node answers, if its trainer does nothing.
+
+    From the packed request to the reply: the records, the gate, the seeds and the layers.
+    """
+    take_identity(1)
+    with tempfile.TemporaryDirectory() as where:
+        folder = apps.write_federation(Path(where) / "app", _TASK, name="ten", config="")
+        app: Any = open_app(folder).client_app()
+        known = app.known(Context(1, 1001, {}, RecordDict(), {}))
+        message = _asked(known.stack)
+        take_record(message.content, CONFIG, ConfigRecord)["manifest"] = known.manifest.digest
+        executor, content = Executor(app, {}, 3), pack(message.content)
+        tasks = [Task(Envelope.of(message), content, None, seed) for seed in range(repeats)]
+        with streams.kept():
+            first = executor.one_by_one(tasks[:1])  # makes what is kept
+            if first[0].failure:
+                raise RuntimeError(first[0].failure)
+            began = time.thread_time()
+            for task in tasks:
+                executor.one_by_one([task])
+            return (time.thread_time() - began) / repeats
 
 
 def _asked(stack: Stack) -> Message:

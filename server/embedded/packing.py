@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from flwr.app import Array
 
-from umbel.core.held import Held, HeldArray
+from umbel.core.held import Held, HeldArray, array_of
 from umbel.server.embedded.mapped import File, Mapped, to_page
 
 LARGE = 4096
@@ -52,9 +52,7 @@ def _parts_of(array: Array) -> tuple[Any, ...]:
 def _array(dtype: str, shape: tuple[int, ...], stype: str, blob: Blob) -> Array:
     if isinstance(blob, Mapped):
         return HeldArray(dtype, shape, stype, blob)
-    array = Array.__new__(Array)
-    array.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=blob)
-    return array
+    return array_of(dtype, shape, stype, blob)
 
 
 class _Pickler(pickle.Pickler):

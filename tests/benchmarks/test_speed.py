@@ -47,6 +47,7 @@ def test_messages_come_back_and_take_time(tmp_path: Path) -> None:
     app = apps.write_echo(tmp_path / "echo")
     assert messages.exchange(app, 5, 3, 10, 0, repeats=2) > 0
     assert messages.memcpy(1 << 20) > 0
+    assert 0 < messages.node(repeats=3) < 1
 
 
 def test_aggregation_is_measured_beside_flower_and_the_memory() -> None:
