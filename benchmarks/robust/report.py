@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from umbel.benchmarks.robust.suite import BACKDOOR, Cell, percent
+from umbel.benchmarks.robust.suite import Cell, percent
 from umbel.core.errors import ConfigError
 from umbel.server.output import strict
 
@@ -35,7 +35,7 @@ def _shown(cell: Cell | None) -> str:
         return ""
     if cell.refused:
         return "refused"
-    if cell.backdoor is None or not cell.attack.startswith(BACKDOOR):
+    if cell.backdoor is None:
         return percent(cell.accuracy)
     return f"{percent(cell.accuracy)} ({percent(cell.backdoor)})"
 
