@@ -36,13 +36,13 @@ def measure(*, quick: bool = False) -> list[Figure]:
     size = SIZE // 100 if quick else SIZE
     updates = [torch.randn(size, generator=_seeded(i)) * 0.01 for i in range(REPLIES)]
     weights = [float(100 + 7 * i) for i in range(REPLIES)]
-    requests, replies = _messages(updates, weights)
+    requests, replies = messages(updates, weights)
     flower = FedAvg(weighted_by_key=EXAMPLES)
     logging.getLogger("flwr").setLevel(logging.WARNING)
 
     def plain_sum() -> None:
-        gathering = PlainSum().gather(requests, _gathering(size, len(requests)))
-        total = drive(gathering, lambda _: iter(replies))
+        trip = PlainSum().gather(requests, gathering(size, len(requests)))
+        total = drive(trip, lambda _: iter(replies))
         if total.replies != len(requests):
             raise RuntimeError(f"{total.replies} of {len(requests)} replies were used")
 
@@ -55,7 +55,7 @@ def measure(*, quick: bool = False) -> list[Figure]:
             total.add_(update, alpha=weight)
 
     repeats = 3 if quick else 11
-    ours, theirs, least = _side_by_side([plain_sum, fedavg, limit], repeats)
+    ours, theirs, least = side_by_side([plain_sum, fedavg, limit], repeats)
     _peak(size, 4 * REPLIES)  # what the allocator keeps is there before either is measured
     few, many = (_peak(size, count) for count in (REPLIES, 4 * REPLIES))
     return [
@@ -78,7 +78,7 @@ def measure(*, quick: bool = False) -> list[Figure]:
     ]
 
 
-def _side_by_side(functions: Sequence[Callable[[], None]], repeats: int) -> list[float]:
+def side_by_side(functions: Sequence[Callable[[], None]], repeats: int) -> list[float]:
     """Median seconds of each, taken in turns after one round of warm-up."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats + 1):
@@ -109,20 +109,22 @@ def _peak(size: int, count: int) -> float:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        drive(PlainSum().gather(requests, _gathering(size, count)), arriving)
+        drive(PlainSum().gather(requests, gathering(size, count)), arriving)
     finally:
         done.set()
         watcher.join()
     return float(max(most - before, 0))
 
 
-def _gathering(size: int, cohort: int) -> RoundSpec:
+def gathering(size: int, cohort: int) -> RoundSpec:
+    """A round of plain float32 updates."""
     return RoundSpec(1, size, torch.float32, cohort, Facts(size=size))
 
 
-def _messages(
+def messages(
     updates: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[list[Message], list[Message]]:
+    """Requests, and the replies with these updates and numbers of examples."""
     take_identity(1)
     requests = [Message(RecordDict(), 1001 + i, "train") for i in range(len(updates))]
     replies = []

@@ -26,6 +26,7 @@ from umbel.benchmarks.speed import (
     private_fashion,
     private_round,
     private_sgd,
+    robust,
     secure,
     training,
 )
@@ -43,6 +44,7 @@ ON_REQUEST = (
     "link",
     "secure",
     "compression",
+    "robust",
     *PRIVATE,
     "private-fashion",
 )
@@ -74,6 +76,7 @@ def parts(apps: Apps, quick: bool, flower: bool) -> Mapping[str, Callable[[], li
         "link": lambda: link.figures(quick=quick, flower=flower),
         "secure": lambda: secure.figures(quick=quick),
         "compression": lambda: compression.measure(quick=quick),
+        "robust": lambda: robust.measure(quick=quick),
         "noise": lambda: noise.measure(quick=quick),
         "private-sgd": lambda: private_sgd.measure(quick=quick),
         "private-round": lambda: private_round.measure(quick=quick),

@@ -79,7 +79,8 @@ class Rows:
             wide = block.double()
             if centre is not None:
                 wide -= wide[centre].clone()
-            found += wide @ wide.T
+            values = wide.numpy()
+            found += torch.from_numpy(values @ values.T)  # NumPy multiplies one half only
         return found
 
     @cached_property

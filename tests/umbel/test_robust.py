@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import umbel
+from umbel.scaffold import new_app
 from umbel.server.output.report import write_report
 
 TRUE = np.array([1.0, -1.0])
@@ -144,3 +145,19 @@ def test_root_examples_that_do_not_fit_are_refused(
 def test_local_noise_stands_under_a_rule(tmp_path: Path) -> None:
     result = ran(tmp_path, aggregator="median", mechanism="local", epsilon=50.0)
     assert (result.path / "certificate.json").is_file()
+
+
+def test_workers_and_a_resumed_run_make_the_same_model(tmp_path: Path) -> None:
+    app = new_app(tmp_path / "digits")
+    given = {"aggregator": "multi-krum", "bucket-size": 2, "liars": 0.1, "rounds": 4}
+    given |= {"schedule": "constant", "cohort": "all", "seed": 5}
+
+    def digest(**how: Any) -> bytes:
+        options = {**given, **how.pop("changes", {})}
+        return (umbel.run(options=options, **how).path / "model.safetensors").read_bytes()
+
+    whole = digest(app=app, nodes=14, workers=0, out=tmp_path / "whole")
+    assert digest(app=app, nodes=14, workers=2, out=tmp_path / "workers") == whole
+    half = tmp_path / "half"
+    digest(app=app, nodes=14, workers=0, out=half, changes={"rounds": 2})
+    assert digest(resume=half, workers=0) == whole

@@ -47,7 +47,7 @@ def assert_private(
     from umbel.benchmarks.attack.own import audit
     from umbel.benchmarks.attack.promises import noise, sampling
 
-    federation, known, name, spent, count = _subject(run)
+    federation, known, name, spent, count = subject(run)
     given = {**known, **(options or {})}
     found = audit(federation, given, name=name, canaries=canaries, seed=seed)
     result = next(one for one in found if one.adversary == against)
@@ -97,7 +97,7 @@ def assert_records_private(
     """
     from umbel.benchmarks.attack.promises import records
 
-    federation, known, name, _, count = _subject(run)
+    federation, known, name, _, count = subject(run)
     verdicts = records(federation, {**known, **(options or {})}, nodes or count or 10)
     if not verdicts:
         raise AssertionError(f"{name} promises nothing for single records; use PrivateSgd")
@@ -132,7 +132,7 @@ def assert_withstands_lies(
     """
     from umbel.benchmarks.attack.lies import tell
 
-    federation, known, name, _, count = _subject(run)
+    federation, known, name, _, count = subject(run)
     verdicts = tell(federation, {**known, **(options or {})}, nodes or count or 10)
     _all_hold(name, verdicts)
     return verdicts
@@ -144,7 +144,7 @@ def _all_hold(name: str, verdicts: "list[Verdict]") -> None:
         raise AssertionError(f"{name}: {'; '.join(bad)}")
 
 
-def _subject(
+def subject(
     run: "Federation | Path | str",
 ) -> tuple[Any, dict[str, Any], str, float | None, int]:
     """The federation, its options, its name, what a finished run has spent, and its nodes."""
