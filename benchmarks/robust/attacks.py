@@ -31,7 +31,7 @@ from torch import Tensor
 from umbel.core.contents import take_record
 from umbel.core.names import UPDATE
 from umbel.core.records import from_array, to_array
-from umbel.strategies.aggregator import RoundSpec
+from umbel.strategies.aggregator import Aggregate, RoundSpec
 from umbel.strategies.exchange import Exchange, Gather, Sealing, Seals, read_vector
 from umbel.strategies.secure.wire import plain_of
 
@@ -174,7 +174,8 @@ def lying(
                 replies = _lied((yield sent), among, lie, scene, round_.size, omniscient)
                 sent = trip.send(replies)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            result: Aggregate = end.value
+            return result
 
     object.__setattr__(changed, "gather", gather)
     return changed
