@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import WarmCommand
-from umbel.running import example
+from umbel.opening import example
 
 pytest.importorskip("pyarrow")
 

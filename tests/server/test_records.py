@@ -217,7 +217,10 @@ def test_the_latest_statement_of_each_node_and_unit_is_kept(tmp_path: Path) -> N
         kept_here.hear(message)
     forged = make(later, key)
     message = reply(1002)
-    attach(message.content, [replace(forged, signature=forged.signature[:-1] + b"\x00")])
+    attach(
+        message.content,
+        [replace(forged, signature=bytes([forged.signature[0] ^ 1, *forged.signature[1:]]))],
+    )
     kept_here.hear(message)  # a statement that its key did not sign is none
     kept_here.hear(reply(1002, error="gone"))
     kept_here.write()
