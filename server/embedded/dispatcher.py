@@ -33,7 +33,10 @@ class Dispatcher:
         """Hand a group over."""
         future = self._pool.submit(group)
         self._running[future] = group
-        future.add_done_callback(self._heard)
+        if future.done():  # nobody has to be woken: who gives is who waits
+            self._finished.append(future)
+        else:
+            future.add_done_callback(self._heard)
 
     def _heard(self, future: Future[Results]) -> None:
         """A group is done; this is called in whatever thread the pool has."""
@@ -50,7 +53,8 @@ class Dispatcher:
         """
         if not self._finished:
             self._pool.wait(self._news, timeout)
-        self._news.clear()
+        if self._news.is_set():
+            self._news.clear()
         found: list[tuple[Task, Done | None]] = []
         while self._finished:
             future = self._finished.popleft()

@@ -114,8 +114,6 @@ def run_command(
         opened(path, options).server_app()  # its faults are told before anything else is imported
 
     from umbel.running import Interrupted, run
-    from umbel.server.output import strict
-    from umbel.server.output.report import write_report
 
     try:
         result = run(
@@ -130,6 +128,10 @@ def run_command(
         )
     except Interrupted as stop:  # Typer would end here without a word
         raise typer.Exit(_stopped(stop)) from None
+
+    from umbel.server.output import strict
+    from umbel.server.output.report import write_report
+
     report = write_report(Path(result["run"]))
     if as_json:
         typer.echo(strict.dumps(result))
