@@ -2,7 +2,6 @@
 
 import logging
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from umbel.benchmarks.figures import Figure
-from umbel.benchmarks.speed.processes import resident
+from umbel.benchmarks.speed.processes import growth
 from umbel.core.flower import take_identity
 from umbel.core.records import to_array
 from umbel.server.drive import drive
@@ -108,21 +107,7 @@ def _peak(size: int, count: int) -> float:
             record = ArrayRecord({UPDATE: to_array(update)})
             yield Message(RecordDict({UPDATE: record, METRICS: metrics}), reply_to=request)
 
-    before, most, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.002):
-            most = max(most, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        drive(PlainSum().gather(requests, gathering(size, count)), arriving)
-    finally:
-        done.set()
-        watcher.join()
-    return float(max(most - before, 0))
+    return growth(lambda: drive(PlainSum().gather(requests, gathering(size, count)), arriving))
 
 
 def gathering(size: int, cohort: int) -> RoundSpec:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +140,25 @@ def anonymous() -> int:
         return 0
     found = re.search(r"^RssAnon:\s+(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
+
+
+def growth(work: Callable[[], object]) -> float:
+    """Bytes by which this process grows while it does some work, looked at every 2 ms."""
+    before, most, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return float(max(most - before, 0))
 
 
 def umbel(folder: Path, *words: str) -> "subprocess.Popen[str]":

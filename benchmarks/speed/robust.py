@@ -1,7 +1,6 @@
 """Robust rules over many updates, beside Flower's own in the same run, and their memory."""
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -13,7 +12,7 @@ from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg, MultiKrum
 
 from umbel.benchmarks.figures import Figure
 from umbel.benchmarks.speed.aggregation import gathering, messages, side_by_side
-from umbel.benchmarks.speed.processes import resident
+from umbel.benchmarks.speed.processes import growth
 from umbel.core.flower import take_identity
 from umbel.core.names import EXAMPLES, METRICS, UPDATE
 from umbel.core.records import to_array
@@ -138,18 +137,4 @@ def _peak(rule: EachRule, size: int) -> float:
         drive(PlainExchange(rule).gather(requests, gathering(size, REPLIES)), arriving(size))
 
     judged(1000)  # what libraries take when they are first used is no rule's
-    before, most, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.002):
-            most = max(most, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        judged(size)
-    finally:
-        done.set()
-        watcher.join()
-    return float(max(most - before, 0))
+    return growth(lambda: judged(size))

@@ -5,27 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from umbel.clients.at_rest.columns import TableColumns
-from umbel.clients.at_rest.pieces import File, Piece
+from umbel.clients.at_rest.pieces import Piece
 from umbel.clients.at_rest.places import arrow, reading
-from umbel.clients.at_rest.tables import FoundFiles, TableRuns, short
-
-
-@dataclass(frozen=True)
-class ArrowFormat:
-    """Arrow files."""
-
-    found: FoundFiles
-    layout: TableColumns
-
-    def kind(self, column: str) -> Any:
-        """Of a column."""
-        return self.layout.types[column]
-
-    def files(self) -> list[File]:
-        return [
-            ArrowFile(path, keys, self.found.system, self.layout)
-            for path, keys in self.found.keys.items()
-        ]
+from umbel.clients.at_rest.tables import TableRuns, short
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from umbel.clients.at_rest.columns import TableColumns
-from umbel.clients.at_rest.pieces import File, Piece
+from umbel.clients.at_rest.pieces import Piece
 from umbel.clients.at_rest.places import Place, arrow, reading
 from umbel.clients.at_rest.tables import FoundFiles, TableRuns, short
 from umbel.core.errors import ConfigError
@@ -36,24 +36,6 @@ def found_csv(place: Place) -> FoundFiles:
             "write it as Parquet"
         )
     return FoundFiles.of(place, "csv")
-
-
-@dataclass(frozen=True)
-class CsvFormat:
-    """CSV files, each with a line of names."""
-
-    found: FoundFiles
-    layout: TableColumns
-
-    def kind(self, column: str) -> Any:
-        """Of a column."""
-        return self.layout.types[column]
-
-    def files(self) -> list[File]:
-        return [
-            CsvFile(path, keys, self.found.system, self.layout)
-            for path, keys in self.found.keys.items()
-        ]
 
 
 @dataclass(frozen=True)

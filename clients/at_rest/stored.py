@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from umbel.clients.at_rest import division
-from umbel.clients.at_rest.arrow_files import ArrowFormat
+from umbel.clients.at_rest.arrow_files import ArrowFile
 from umbel.clients.at_rest.columns import TableColumns
-from umbel.clients.at_rest.csv_files import CsvFormat, found_csv
+from umbel.clients.at_rest.csv_files import CsvFile, found_csv
 from umbel.clients.at_rest.images import FOLDER, LABEL, ImageFormat
 from umbel.clients.at_rest.parquet import ParquetFormat
 from umbel.clients.at_rest.pieces import Format, Kept
 from umbel.clients.at_rest.places import Place
 from umbel.clients.at_rest.rows import StoredRows, Transform
-from umbel.clients.at_rest.tables import FoundFiles
+from umbel.clients.at_rest.tables import FoundFiles, TableFormat
 from umbel.clients.data.examples import Examples, Node, Split
 from umbel.clients.data.inputs import Columns, Inputs
 from umbel.clients.data.partition import Partitioner
@@ -233,7 +233,7 @@ class Csv(_Table):
 
     def _format(self, place: Place) -> Format:
         found = found_csv(place)
-        return CsvFormat(found, self._columns(found, place))
+        return TableFormat(found, self._columns(found, place), CsvFile)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -242,7 +242,7 @@ class Arrow(_Table):
 
     def _format(self, place: Place) -> Format:
         found = FoundFiles.of(place, "ipc")
-        return ArrowFormat(found, self._columns(found, place))
+        return TableFormat(found, self._columns(found, place), ArrowFile)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -4,12 +4,12 @@ Folders named like `hospital=Bern` are keys of all rows below them, as Hive writ
 begin with a dot or an underscore are nobody's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from umbel.clients.at_rest.columns import TableColumns
-from umbel.clients.at_rest.pieces import Mask
+from umbel.clients.at_rest.pieces import File, Mask
 from umbel.clients.at_rest.places import Place, arrow, reading
 from umbel.clients.data.examples import Examples
 from umbel.core.errors import ConfigError
@@ -53,6 +53,32 @@ class FoundFiles:
 def short(path: str) -> str:
     """The end of a path, which tells files apart in a sentence."""
     return "/".join(path.rsplit("/", 3)[-3:]) if path.count("/") > 3 else path
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """Files that are tables with the columns of one layout.
+
+    Attributes:
+        found: the files.
+        layout: their columns.
+        opened: makes a file of its path, what its path says of its rows, the file system and the
+            layout.
+    """
+
+    found: FoundFiles
+    layout: TableColumns
+    opened: Callable[[str, Mapping[str, Any], Any, TableColumns], File]
+
+    def kind(self, column: str) -> Any:
+        """Of a column."""
+        return self.layout.types[column]
+
+    def files(self) -> list[File]:
+        return [
+            self.opened(path, keys, self.found.system, self.layout)
+            for path, keys in self.found.keys.items()
+        ]
 
 
 class TableRuns:
