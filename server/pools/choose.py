@@ -3,6 +3,8 @@
     processes           worker processes of this machine (0 workers: none, in this process)
     threads             threads of this process
     dask://HOST:PORT    a Dask cluster
+    ray                 the Ray cluster of this machine
+    ray://HOST:PORT     a Ray cluster elsewhere
     NAME                registered in the app's task.py: register("pool", NAME, pool)
 
 A package that is not installed is missed only by whoever asks for its pool.
@@ -24,7 +26,7 @@ from umbel.server.pools.processes import ForkServer, Processes
 PoolLike: TypeAlias = Pool | concurrent.futures.Executor | str
 
 DEFAULT = "processes"
-CLUSTERS = {"dask": "dask"}
+CLUSTERS = {"dask": "dask", "ray": "ray"}
 """Names of pools that are clusters, and the modules that know how to talk to them."""
 
 
