@@ -10,6 +10,7 @@ random generators are a task's own. Nodes of the cluster may come and go.
 
 import logging
 import os
+import socket
 import threading
 import time
 import warnings
@@ -32,6 +33,8 @@ except ImportError as _missing:
         'the pool ray needs Ray, which is not installed: pip install "umbel[ray]"'
     ) from _missing
 
+CONNECT_S = 10.0
+"""How long a cluster's address may take to answer."""
 COUNT_EVERY_S = 1.0
 """How often the cluster is asked how many processors there are."""
 AGAIN = 4
@@ -50,6 +53,7 @@ def from_options(options: Mapping[str, Any]) -> Pool:
     address = asked if "://" in asked else "auto"
     if ray.is_initialized():
         return RayPool()
+    _check_there(asked if "://" in asked else os.environ.get("RAY_ADDRESS", ""))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Ray's own, about its own
@@ -66,6 +70,24 @@ def from_options(options: Mapping[str, Any]) -> Pool:
             "with: ray start --head, or correct the address"
         ) from error
     return RayPool(owned=True)
+
+
+def _check_there(address: str) -> None:
+    """Refuse an address at which nobody is: Ray itself asks it again and again, for minutes.
+
+    Raises:
+        ConfigError: nobody answers.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # Ray's own names for a cluster, or none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"there is no Ray cluster at {address} ({described(error)}); start one with: ray start "
+            "--head, or correct the address"
+        ) from error
 
 
 class RayPool(Pool):
