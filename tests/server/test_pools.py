@@ -146,7 +146,7 @@ def test_pools_have_names() -> None:
 @pytest.mark.parametrize(
     ("asked_for", "workers", "said"),
     [
-        ("cloud", None, r"pool is 'cloud'; it can be dask, processes, threads"),
+        ("cloud", None, r"pool is 'cloud'; it can be dask, ray, processes, threads"),
         ("threads", 0, "workers is 0, but threads need at least 1"),
         (Here(), 2, "workers is 2, but the pool has its own workers"),
         (7, None, "pool is a int; it must be a Pool"),
