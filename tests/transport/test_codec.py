@@ -265,7 +265,10 @@ def test_arrays_of_flowers_older_interface_come_back(array: np.ndarray[Any, Any]
     content = unannounced(Array(array).data)
     back = decode(b"".join(encode(content)))
     assert back == content
-    np.testing.assert_array_equal(back.array_records["r"]["0"].numpy(), array)
+    found = back.array_records["r"]["0"].numpy()
+    # Bytes: a NaN inside a structure equals nothing, not even itself.
+    assert (found.dtype, found.shape) == (array.dtype, array.shape)
+    assert found.tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("items", [0, 2, 4, 1 << 61])
