@@ -265,10 +265,12 @@ def test_arrays_of_flowers_older_interface_come_back(array: np.ndarray[Any, Any]
     content = unannounced(Array(array).data)
     back = decode(b"".join(encode(content)))
     assert back == content
-    found = back.array_records["r"]["0"].numpy()
+    found, sent = (one.array_records["r"]["0"].numpy() for one in (back, content))
     # Bytes: a NaN inside a structure equals nothing, not even itself.
+    assert (found.dtype, found.shape, found.tobytes()) == (sent.dtype, sent.shape, sent.tobytes())
     assert (found.dtype, found.shape) == (array.dtype, array.shape)
-    assert found.tobytes() == array.tobytes()
+    if array.dtype.names is None:
+        np.testing.assert_array_equal(found, array)
 
 
 @pytest.mark.parametrize("items", [0, 2, 4, 1 << 61])
