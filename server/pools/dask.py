@@ -11,15 +11,13 @@ works at a time, because random generators belong to a process. Workers may come
 
 import logging
 import threading
-import time
-import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
-from umbel.server.embedded.packing import Packed
 from umbel.server.pools.base import Group, Pool, Results, Work, WorkerLostError
+from umbel.server.pools.cluster import ClusterPool
 from umbel.server.pools.shipping import Shipment, bare_group, probe, run_shipped, shipped
 
 try:
@@ -31,15 +29,10 @@ except ImportError as _missing:
 
 CONNECT_S = 20.0
 """Seconds to find the scheduler, and a first worker."""
-COUNT_EVERY_S = 1.0
-"""How often the scheduler is asked how many workers there are."""
 TRIES = 5
 """How often something is sent again that was lost with a worker."""
 PAUSE_S = 1.0
 """Seconds in between, in which the scheduler hears of that."""
-AHEAD = 2
-"""Groups for each worker that are handed over at the same time: a task takes ten milliseconds to
-get there and back, which the other hides."""
 LARGE_GROUP = 1 << 20
 """Bytes of nodes' states from which a group travels as data, and not within Dask's own messages."""
 
@@ -75,7 +68,7 @@ def from_options(options: Mapping[str, Any]) -> Pool:
     return DaskPool(client, owned=True)
 
 
-class DaskPool(Pool):
+class DaskPool(ClusterPool):
     """Runs groups on the workers of a Dask cluster.
 
     Args:
@@ -94,17 +87,12 @@ class DaskPool(Pool):
         owned: bool = False,
         resources: Mapping[str, float] | None = None,
     ) -> None:
+        super().__init__()
         self._client, self._owned = client, owned
         self._where = str(client.scheduler.address)
         self._resources = dict(resources or {}) or None
         self._shipment: Shipment | None = None
         self._sent_shipment: Any = None
-        self._contents: dict[int, tuple[Packed, Any]] = {}
-        self._futures: weakref.WeakKeyDictionary[Future[Results], Any] = weakref.WeakKeyDictionary()
-        self._count = 0
-        self._counted = 0.0
-        self._closed = False
-        self._turn = threading.Lock()
         try:
             self._client.wait_for_workers(1, timeout=CONNECT_S)
         except (TimeoutError, OSError) as error:
@@ -115,20 +103,11 @@ class DaskPool(Pool):
                 f"{self._where} --nthreads 1"
             ) from error
 
-    @property
-    def workers(self) -> int:
-        now = time.monotonic()
-        if now - self._counted >= COUNT_EVERY_S:
-            try:
-                self._count = len(self._client.nthreads())
-            except (OSError, TimeoutError, ValueError) as error:
-                raise self._gone(error) from error
-            self._counted = time.monotonic()
-        return self._count
-
-    @property
-    def slots(self) -> int:
-        return max(1, AHEAD * self.workers)
+    def _workers_now(self) -> int:
+        try:
+            return len(self._client.nthreads())
+        except (OSError, TimeoutError, ValueError) as error:
+            raise self._gone(error) from error
 
     def _gone(self, why: BaseException) -> RunError:
         return RunError(
@@ -144,7 +123,7 @@ class DaskPool(Pool):
         """
         self._shipment = shipped(work)
         try:
-            self._sent_shipment = self._scattered(self._shipment)
+            self._sent_shipment = self._put(self._shipment)
             self._client.gather(
                 [
                     self._client.submit(probe, self._sent_shipment, workers=[worker], pure=False)
@@ -163,7 +142,7 @@ class DaskPool(Pool):
                 f"the workers of {self._where} cannot load the app: {described(error)}"
             ) from error
 
-    def _scattered(self, thing: Any) -> Any:
+    def _put(self, thing: Any) -> Any:
         """The thing on a worker, from which others get it; tried again if that has just died."""
         for left in reversed(range(TRIES)):
             try:
@@ -190,19 +169,13 @@ class DaskPool(Pool):
             inner = self._client.submit(
                 run_shipped,
                 self._sent_shipment,
-                self._scattered(bare) if large else bare,
+                self._put(bare) if large else bare,
                 *arguments,
                 pure=False,
                 resources=self._resources,
             )
-        self._futures[outer] = inner
+        self._handed[outer] = inner
         inner.add_done_callback(lambda done: self._done(done, group, outer, tries))
-
-    def _content(self, content: Packed) -> Any:
-        """The content on the workers; what is sent no longer is let go."""
-        if id(content) not in self._contents:
-            self._contents = {id(content): (content, self._scattered(content))}
-        return self._contents[id(content)][1]
 
     def _done(self, inner: Any, group: Group, outer: Future[Results], tries: int) -> None:
         """A group is done; Dask calls this in a thread of its own."""
@@ -226,21 +199,16 @@ class DaskPool(Pool):
         try:
             with self._turn:
                 self._contents.clear()
-            self._sent_shipment = self._scattered(self._shipment)
+            self._sent_shipment = self._put(self._shipment)
             self._begin(group, outer, tries)
         except Exception as error:
             outer.set_exception(self._gone(error))
 
     def abandon(self, future: Future[Results]) -> None:
-        inner = self._futures.pop(future, None)
+        inner = self._handed.pop(future, None)
         future.cancel()
         if inner is not None:
             inner.cancel(force=True)
-
-    def rest(self) -> None:
-        """Let the last contents go."""
-        with self._turn:
-            self._contents.clear()
 
     def close(self) -> None:
         if self._closed:

@@ -11,17 +11,14 @@ random generators are a task's own. Nodes of the cluster may come and go.
 import logging
 import os
 import socket
-import threading
-import time
 import warnings
-import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from umbel.core.errors import ConfigError, RunError, UmbelError, described
-from umbel.server.embedded.packing import Packed
 from umbel.server.pools.base import Group, Pool, Results, Work, WorkerLostError
+from umbel.server.pools.cluster import ClusterPool
 from umbel.server.pools.shipping import Shipment, bare_group, probe, run_shipped, shipped
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report home
@@ -35,12 +32,8 @@ except ImportError as _missing:
 
 CONNECT_S = 10.0
 """How long a cluster's address may take to answer."""
-COUNT_EVERY_S = 1.0
-"""How often the cluster is asked how many processors there are."""
 AGAIN = 4
 """How often Ray runs a group again whose worker has died."""
-AHEAD = 2
-"""Groups for each processor that are handed over at the same time, to hide the way there."""
 
 
 def from_options(options: Mapping[str, Any]) -> Pool:
@@ -90,7 +83,7 @@ def _check_there(address: str) -> None:
         ) from error
 
 
-class RayPool(Pool):
+class RayPool(ClusterPool):
     """Runs groups on the workers of the Ray cluster that this process is connected to.
 
     Args:
@@ -101,16 +94,11 @@ class RayPool(Pool):
     def __init__(
         self, *, owned: bool = False, resources: Mapping[str, float] | None = None
     ) -> None:
+        super().__init__()
         self._owned = owned
         self._resources = dict(resources or {"CPU": 1})
         self._run = ray.remote(run_shipped).options(max_retries=AGAIN, **self._needs())
         self._shipment: Any = None
-        self._contents: dict[int, tuple[Packed, Any]] = {}
-        self._refs: weakref.WeakKeyDictionary[Future[Results], Any] = weakref.WeakKeyDictionary()
-        self._count = 0
-        self._counted = 0.0
-        self._closed = False
-        self._turn = threading.Lock()
 
     def _needs(self) -> dict[str, Any]:
         named = {"CPU": "num_cpus", "GPU": "num_gpus"}
@@ -118,23 +106,17 @@ class RayPool(Pool):
         known = {named[key]: self._resources.get(key, 0) for key in named}
         return {**known, "resources": own} if own else known
 
-    @property
-    def workers(self) -> int:
-        now = time.monotonic()
-        if now - self._counted >= COUNT_EVERY_S:
-            try:
-                there = ray.cluster_resources()
-            except Exception as error:
-                raise self._gone(error) from error
-            self._count = min(
-                int(there.get(name, 0) / share) for name, share in self._resources.items() if share
-            )
-            self._counted = now
-        return self._count
+    def _workers_now(self) -> int:
+        try:
+            there = ray.cluster_resources()
+        except Exception as error:
+            raise self._gone(error) from error
+        return min(
+            int(there.get(name, 0) / share) for name, share in self._resources.items() if share
+        )
 
-    @property
-    def slots(self) -> int:
-        return max(1, AHEAD * self.workers)
+    def _put(self, thing: Any) -> Any:
+        return ray.put(thing)
 
     def _gone(self, why: BaseException) -> RunError:
         return RunError(
@@ -153,7 +135,7 @@ class RayPool(Pool):
             raise ConfigError(f"nothing in the Ray cluster has {need}; add a node that has")
         shipment: Shipment = shipped(work)
         try:
-            self._shipment = ray.put(shipment)
+            self._shipment = self._put(shipment)
             ray.get([self._probe(node["NodeID"]) for node in ray.nodes() if node["Alive"]])
         except UmbelError as error:
             raise _own(error) from error
@@ -174,17 +156,11 @@ class RayPool(Pool):
         try:
             with self._turn:
                 ref = self._run.remote(self._shipment, bare, *map(self._content, contents))
-            self._refs[outer] = ref
+            self._handed[outer] = ref
             ref.future().add_done_callback(lambda done: self._done(done, outer))
         except Exception as error:
             raise self._gone(error) from error
         return outer
-
-    def _content(self, content: Packed) -> Any:
-        """The content in the object store; what is sent no longer is let go."""
-        if id(content) not in self._contents:
-            self._contents = {id(content): (content, ray.put(content))}
-        return self._contents[id(content)][1]
 
     def _done(self, inner: "Future[Results]", outer: Future[Results]) -> None:
         if self._closed or not outer.set_running_or_notify_cancel():
@@ -202,15 +178,10 @@ class RayPool(Pool):
             outer.set_exception(self._gone(error))
 
     def abandon(self, future: Future[Results]) -> None:
-        ref = self._refs.pop(future, None)
+        ref = self._handed.pop(future, None)
         future.cancel()
         if ref is not None:
             ray.cancel(ref, force=True)
-
-    def rest(self) -> None:
-        """Let the last contents go."""
-        with self._turn:
-            self._contents.clear()
 
     def close(self) -> None:
         if self._closed:

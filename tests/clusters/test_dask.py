@@ -12,14 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.clusters.conftest import OPTIONS
 from tests.clusters.until import until
 from tests.fakes import APPS, WarmCommand
 from umbel.core.errors import ConfigError
 
 pytestmark = pytest.mark.clusters
 distributed = pytest.importorskip("distributed")
-
-OPTIONS = ("-c", "rounds=3", "--nodes", "6")
 
 
 class Cluster:
@@ -78,18 +77,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture(scope="module")
-def model(umbel: WarmCommand, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What worker processes of this machine make of the app."""
-    folder = tmp_path_factory.mktemp("processes")
-    out = folder / "run"
-    done = umbel.command(
-        "run", APPS / "slope", "--workers", "2", "--out", out, *OPTIONS, cwd=folder
-    )
-    assert done.status == 0, done.err
-    return (out / "model.safetensors").read_bytes()
 
 
 def test_the_same_model_on_dask_bit_for_bit(

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.clusters.conftest import OPTIONS
 from tests.clusters.until import START_S, until
 from tests.fakes import APPS, WarmCommand
 
@@ -22,7 +23,6 @@ pytest.importorskip("ray")
 
 WORKERS = ("ray::IDLE", "ray::run_shipped")
 """What Ray calls them; its own agents are called by other names."""
-OPTIONS = ("-c", "rounds=3", "--nodes", "6")
 
 
 def free_port() -> int:
@@ -84,18 +84,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture(scope="module")
-def model(umbel: WarmCommand, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What worker processes of this machine make of the app."""
-    folder = tmp_path_factory.mktemp("processes")
-    out = folder / "run"
-    done = umbel.command(
-        "run", APPS / "slope", "--workers", "2", "--out", out, *OPTIONS, cwd=folder
-    )
-    assert done.status == 0, done.err
-    return (out / "model.safetensors").read_bytes()
 
 
 def run(
