@@ -62,14 +62,18 @@ class Job:
 
 
 class Jobs:
-    """The jobs of a coordinator; several processes may hold them at once."""
+    """The jobs of a coordinator; several processes may hold them at once.
+
+    Attributes:
+        enrolment: the coordinator's database, which holds them.
+    """
 
     def __init__(self, enrolment: Enrolment) -> None:
-        self._enrolment = enrolment
+        self.enrolment = enrolment
 
     def all(self) -> list[Job]:
         """Every job, the first one first."""
-        return [Job.read(kept) for kept in self._enrolment.fact(_FACT) or []]
+        return [Job.read(kept) for kept in self.enrolment.fact(_FACT) or []]
 
     def of(self, number: int) -> Job:
         """One job.
@@ -121,7 +125,7 @@ class Jobs:
     @contextmanager
     def _changed(self) -> Iterator[list[Job]]:
         """All jobs, which are kept again as the caller leaves them, in one transaction."""
-        with self._enrolment.changed(_FACT) as fact:
+        with self.enrolment.changed(_FACT) as fact:
             jobs = [Job.read(kept) for kept in fact.value or []]
             yield jobs
             fact.value = [asdict(job) for job in jobs]

@@ -18,7 +18,6 @@ from umbel.core.options import Options
 from umbel.jobs import Job, Jobs, jobs_in, unfinished_job
 from umbel.opening import check_changes
 from umbel.runner import CANNOT_GO_ON, Prepared, Subject, execute, log_to, prepare
-from umbel.server.link.enrolment import Enrolment
 from umbel.server.link.grid import LinkGrid, ObservedLinkGrid, StoppedError
 from umbel.server.link.room import MARGIN
 from umbel.server.link.service import ServerSettings, Service, WatchedProgress
@@ -173,7 +172,6 @@ def _job_run(
 def _watching(service: Service, jobs: Jobs, current: "_Current") -> Iterator[None]:
     """Stop the run at its next safe place once its job is cancelled."""
     over, job = threading.Event(), current.job
-    current.cancelled = False
 
     def watch() -> None:
         seen = None
@@ -201,8 +199,8 @@ def submit(state: Path, changes: Options) -> Job:
     Raises:
         ConfigError: no state of a coordinator, or options that its app cannot have.
     """
-    with jobs_in(state) as jobs, contextlib.closing(Enrolment(state)) as enrolment:
-        _check_submission(enrolment.fact("run"), changes)
+    with jobs_in(state) as jobs:
+        _check_submission(jobs.enrolment.fact("run"), changes)
         return jobs.add(changes)
 
 
