@@ -233,8 +233,9 @@ def kept() -> Iterator[None]:
         yield
         return
     before = Generators()
+    _expendable.now = True
     try:
-        with expendable():
-            yield
+        yield
     finally:
+        _expendable.now = False
         before.restore()

@@ -201,11 +201,11 @@ class _Diverted(io.TextIOBase):
         return self._elsewhere if threading.get_ident() == self._thread else self._before
 
 
-@contextlib.contextmanager
-def output_to(log: IO[str] | None) -> Iterator[None]:
+def output_to(log: IO[str] | None) -> contextlib.AbstractContextManager[object]:
     """Send what an app prints to the run's log, so that it does not tear the progress bar."""
     if log is None:
-        yield
-        return
-    with contextlib.redirect_stdout(_Diverted(log, sys.stdout)):
-        yield
+        return _NOWHERE_ELSE
+    return contextlib.redirect_stdout(_Diverted(log, sys.stdout))
+
+
+_NOWHERE_ELSE = contextlib.nullcontext()

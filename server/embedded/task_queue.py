@@ -74,8 +74,11 @@ class TaskQueue:
             taken = {id(waiting) for waiting in group}
             self._queue = deque(w for w in self._queue if id(w) not in taken)
         self._at_work |= nodes
-        states = self._states.by_node
-        return [replace(w.task, state=states.get(w.task.envelope.node_id)) for w in group]
+        return [self._with_state(waiting.task) for waiting in group]
+
+    def _with_state(self, task: Task) -> Task:
+        state = self._states.by_node.get(task.envelope.node_id)
+        return task if state is task.state else replace(task, state=state)
 
     def put_back(self, tasks: Sequence[Task], wanted: Container[str]) -> None:
         """Put the tasks of a group back, each by itself, so that all workers share them."""
