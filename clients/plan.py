@@ -155,7 +155,7 @@ class Plan:
         self, message: Message, context: Context, split: Split, before: Received | None = None
     ) -> Received:
         """A request, unpacked; it shares the model with the one before if both were sent one."""
-        config = take_record(message.content, CONFIG, ConfigRecord)
+        config: dict[str, Any] = dict(take_record(message.content, CONFIG, ConfigRecord))
         if config["manifest"] != self.manifest.digest:
             raise ConfigError(
                 f"this node's model has {self.manifest.size} parameters in another layout than "
@@ -171,8 +171,9 @@ class Plan:
         buffers = dict(self.first.buffers) | self.kept(context)
         if BUFFERS in model:
             buffers |= self.synced_buffers.unflatten(from_array(model[BUFFERS]))
-        buffers |= public_of(message)
-        number = int(config["round"])  # type: ignore[arg-type]  # a number, as this handler is sent it
+        public = public_of(message)
+        buffers |= public
+        number = int(config["round"])
         account = Charging(message, context, self.options)
         job = Job(
             round=number,
@@ -184,7 +185,9 @@ class Plan:
             ledger=account,
         )
         weights = Weights(parameters, buffers)
-        return Received(message, context, split, weights, vector, job, account, sent)
+        return Received(
+            message, context, split, weights, vector, job, account, sent, config, public
+        )
 
     def begin(self, task: Received) -> Received:
         """The task as the layers want it: where training begins, what is added to gradients."""
@@ -208,30 +211,30 @@ class Plan:
         weights = Weights(self.manifest.unflatten(vector), task.weights.buffers)
         return replace(task, vector=vector, weights=weights)
 
-    def told(self, task: Received) -> NodeContext:
-        """What the layers are told of a round, before training."""
-        message, number, rate = task.message, task.job.round, task.job.learning_rate
-        model = take_record(message.content, MODEL, ArrayRecord)
+    def told(self, task: Received, steps: int = 0) -> NodeContext:
+        """What the layers are told of a round; before training, nothing was stepped yet."""
+        model = take_record(task.message.content, MODEL, ArrayRecord)
         sent = {
             name.removeprefix(SENT): from_array(array)
             for name, array in model.items()
             if name.startswith(SENT)
         }
-        config: Mapping[str, Any] = take_record(message.content, CONFIG, ConfigRecord)
         return NodeContext(
-            config=config,
+            config=task.config,
             sent=sent,
-            round=number,
+            round=task.job.round,
             seed=task.job.seed,
-            learning_rate=rate or 0.0,
+            steps=steps,
+            learning_rate=task.job.learning_rate or 0.0,
+            start_loss=task.start_loss,
         )
 
     def reply(self, task: Received, trained: Trained) -> Message:
         update = self.manifest.flatten(trained.weights.parameters).sub_(task.vector)
-        config = dict(take_record(task.message.content, CONFIG, ConfigRecord))
+        config = task.config
         measured = {**trained.metrics, EXAMPLES: trained.examples}
         buffers, examples = trained.weights.buffers, trained.examples
-        told = replace(self.told(task), steps=trained.steps, start_loss=task.start_loss)
+        told = self.told(task, trained.steps)
         del trained  # a model; from here on only its difference is needed
         encoded, said = self.stack.encode(update, config, task.context.state, measured, told)
         del update
@@ -241,9 +244,9 @@ class Plan:
         if self.synced_buffers.size:
             sent = averaged_buffers(buffers, str(self.options["buffers"]))
             record[BUFFERS] = to_array(self.synced_buffers.flatten(sent))
-        public = public_of(task.message)
-        own = {k: v for k, v in buffers.items() if k not in public}
-        self._keep(task.context, own, examples)
+        if buffers:
+            own = {k: v for k, v in buffers.items() if k not in task.public}
+            self._keep(task.context, own, examples)
         metrics = MetricRecord({**said})
         content = RecordDict({UPDATE: record, METRICS: metrics})
         if self._seals is not None:

@@ -1,6 +1,7 @@
 """One request to a node, unpacked, and whose it is."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Context, Message
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from umbel.clients.data.examples import Node, Split
 from umbel.clients.ledger.charging import Charging
-from umbel.clients.trainers.base import Job, Weights
+from umbel.clients.trainers.base import Job, Tree, Weights
 
 SAYS_NO_DATA = True
 """See `umbel.core.errors`."""
@@ -27,6 +28,8 @@ class Received:
         job: for the trainer.
         account: charges the node's ledger.
         sent: the model's bytes as they came.
+        config: the scalars of the broadcast.
+        public: what questions have released so far.
         start_loss: of these weights on the node's examples, where a layer asks for it.
     """
 
@@ -38,6 +41,8 @@ class Received:
     job: Job
     account: Charging
     sent: bytes | memoryview
+    config: dict[str, Any]
+    public: Tree
     start_loss: float | None = None
 
 
