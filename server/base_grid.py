@@ -1,7 +1,8 @@
 """What Umbel's own engines share as Flower grids."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from flwr.app import Array, Message, RecordDict
 from flwr.serverapp import Grid
@@ -28,6 +29,8 @@ class BaseGrid(Grid):
     """
 
     states: NodeStates | None = None
+    simulates = False
+    """Whether time is that of simulated devices, and not the machine's."""
 
     def __init__(self, run_id: int, enough: float = 1.0) -> None:
         self._run = empty_run(run_id)
@@ -57,6 +60,13 @@ class BaseGrid(Grid):
     def gone(self) -> set[int]:
         """Ids of nodes that were shut out for good and are asked no more."""
         return set()
+
+    def told(self) -> Mapping[str, float]:
+        """What the engine itself says of a round that is over, for the run's lines."""
+        return {}
+
+    def go_on(self, line: Mapping[str, Any]) -> None:
+        """Go on with a run whose last line this is."""
 
     def array(self, vector: Tensor) -> Array:
         """A vector as it is sent to many nodes."""

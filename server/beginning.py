@@ -3,6 +3,7 @@
 from umbel.core.records import Tree
 from umbel.server import checkpoint
 from umbel.server.checkpoint import Position
+from umbel.server.drive import go_on
 from umbel.server.parts import RunParts
 from umbel.strategies.layout import averaged_buffers
 
@@ -26,6 +27,7 @@ class Beginning:
             lines = parts.run.rounds()
             for observer in parts.observers:
                 position = observer.resume(position, lines)
+            go_on(parts.grid, [line for line in lines if line["round"] <= position.round])
             return self._after_a_stop(position)
         position = self._new()
         for observer in parts.observers:

@@ -1,8 +1,9 @@
 """The loop that runs an exchange's protocol over a grid, and the clock that watches it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -43,6 +44,22 @@ def states_of(grid: Grid) -> NodeStates | None:
 def sharing(grid: Grid) -> int:
     """How many places of work share this grid's virtual nodes; 0 where nodes are their own."""
     return grid.sharing if isinstance(grid, BaseGrid) else 0
+
+
+def told(grid: Grid) -> Mapping[str, float]:
+    """What the engine itself says of a round that is over."""
+    return grid.told() if isinstance(grid, BaseGrid) else {}
+
+
+def go_on(grid: Grid, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Let the engine go on where a run stands that wrote these lines."""
+    if isinstance(grid, BaseGrid) and lines:
+        grid.go_on(lines[-1])
+
+
+def simulates(grid: Grid) -> bool:
+    """Whether the engine's time is that of simulated devices."""
+    return isinstance(grid, BaseGrid) and grid.simulates
 
 
 def drive(gathering: Gather, send: Callable[[Sequence[Message]], Iterator[Message]]) -> Aggregate:

@@ -18,7 +18,7 @@ from umbel.server import buffered
 from umbel.server.beginning import Beginning
 from umbel.server.checkpoint import Position
 from umbel.server.collecting import Collector
-from umbel.server.drive import Phases
+from umbel.server.drive import Phases, told
 from umbel.server.ending import outcome
 from umbel.server.observers.base import RoundDone
 from umbel.server.output.progress import Progress
@@ -129,6 +129,7 @@ class Rounds:
             train={**said, **more},
             learning_rate=parts.requests.learning_rate(number),
             epsilon=guard.epsilon(),
+            told=told(parts.grid),
         )
         del sum_, model
         for observer in parts.observers:

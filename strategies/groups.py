@@ -7,6 +7,7 @@ from umbel.core.options import OptionGroup, Options, Value
 from umbel.strategies.aggregators.named import RobustOptions
 from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.compression.options import CompressionOptions
+from umbel.strategies.device_options import DeviceOptions
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.run_options import RunOptions
@@ -15,6 +16,7 @@ from umbel.strategies.secure.options import SecureOptions
 GROUPS: Mapping[str, type[OptionGroup]] = {
     "every run": RunOptions,
     "asynchronous rounds": AsyncOptions,
+    "simulated devices": DeviceOptions,
     "privacy": PrivacyOptions,
     "secure sum": SecureOptions,
     "method": MethodOptions,

@@ -49,6 +49,7 @@ from umbel.strategies.async_options import AsyncOptions
 from umbel.strategies.composition import Asked, compose
 from umbel.strategies.compression.options import CompressionOptions
 from umbel.strategies.contract import Contract
+from umbel.strategies.device_options import DeviceOptions
 from umbel.strategies.exchange import Advises, ComparesWithOwn, Feeds, PlainExchange, compares
 from umbel.strategies.layout import shows_statistics
 from umbel.strategies.methods.fine_tuning import FineTuning
@@ -240,6 +241,7 @@ class Federation:
             StackError: layers that do not fit together.
         """
         asked = Asked.read(options)
+        DeviceOptions.read(options)
         trainer = self.trainer_for(options)
         if isinstance(trainer, ChecksOptions):
             trainer.check_options(options)

@@ -21,13 +21,16 @@ from flwr.serverapp import Grid, ServerApp
 
 from umbel.clients.trainers.base import SizesGroups
 from umbel.core.app_folder import AppFolder
+from umbel.core.errors import ConfigError
 from umbel.core.options import Options, override, renamed, renaming_notes
 from umbel.federation import Federation, FederationServerApp
+from umbel.server.drive import simulates
 from umbel.server.kept_model import watching_strategies
 from umbel.server.output.progress import Progress
 from umbel.server.output.rundir import RunDirectory, machine, versions
 from umbel.server.output.session import Session, session
 from umbel.server.round_recorder import RoundRecorder
+from umbel.strategies.device_options import NONE
 from umbel.strategies.private.options import PrivacyOptions
 
 CANNOT_GO_ON = (
@@ -170,6 +173,12 @@ def execute(
         shown: where the rounds are shown.
         spoken: where sentences are.
     """
+    devices = str(prepared.options.get("devices", NONE))
+    if prepared.federation is not None and devices != NONE and not simulates(grid):
+        raise ConfigError(
+            f"devices={devices} simulates how long virtual nodes take, and the nodes of this "
+            "engine are real; leave it out, or run the app on one machine: umbel run"
+        )
     server = prepared.subject.server_app
     context = Context(grid.run.run_id, 1, {}, RecordDict(), dict(prepared.options))
     with session(directory, shown) as opened:

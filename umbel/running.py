@@ -4,9 +4,10 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from umbel.server.output.rundir import RunDirectory
 from umbel.server.pools.base import Pool
 from umbel.server.pools.choose import DEFAULT, PoolLike, make_pool
 from umbel.server.pools.processes import ForkServer
+from umbel.server.simulated.devices import Device, devices_of
+from umbel.server.simulated.grid import SimulatedGrid
 from umbel.strategies.aggregators.named import RobustOptions
 from umbel.strategies.compression.options import CompressionOptions
+from umbel.strategies.device_options import DeviceOptions
 from umbel.strategies.methods.options import MethodOptions
 from umbel.strategies.private.options import PrivacyOptions
 from umbel.strategies.secure.options import SecureOptions
@@ -114,11 +118,12 @@ def run(
 
 @dataclass(frozen=True)
 class _Planned:
-    """A run that has been checked, how many nodes it has, and where they run."""
+    """A run that has been checked, how many nodes it has, where they run, and what as."""
 
     prepared: Prepared
     nodes: int
     pool: PoolLike
+    devices: Sequence[Device] | None = None
 
 
 def _planned(
@@ -150,7 +155,11 @@ def _planned(
             "with Federation can be resumed"
         )
     prepared = prepare(subject, changes, began)
-    return _Planned(prepared, nodes or subject.nodes or NODES, pool or subject.pool or DEFAULT)
+    count = nodes or subject.nodes or NODES
+    devices = None
+    if prepared.federation is not None and (asked := DeviceOptions.read(prepared.options)).on:
+        devices = devices_of(asked, count, int(prepared.options["seed"]))
+    return _Planned(prepared, count, pool or subject.pool or DEFAULT, devices)
 
 
 def _check_data(planned: _Planned) -> None:
@@ -275,7 +284,9 @@ def _executed(
     whole = prepared.federation is not None
     log_to(directory.log_path, quiet=whole)
     show_fetching(progress)
-    kind = EmbeddedGrid if whole else ObservedGrid
+    kind: Callable[..., EmbeddedGrid] = EmbeddedGrid if whole else ObservedGrid
+    if planned.devices is not None:
+        kind = partial(SimulatedGrid, devices=planned.devices)
     grid = kind(
         prepared.subject.client,
         planned.nodes,

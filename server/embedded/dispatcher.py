@@ -52,7 +52,7 @@ class Dispatcher:
             UmbelError: the pool cannot go on.
         """
         if not self._finished:
-            self._pool.wait(self._news, timeout)
+            self._pool.wait(self._news, None if timeout is None else min(timeout, LONGEST_WAIT))
         if self._news.is_set():
             self._news.clear()
         found: list[tuple[Task, Done | None]] = []
@@ -100,5 +100,8 @@ class Dispatcher:
                 given_up += group
         return given_up
 
+
+LONGEST_WAIT = 86400.0
+"""Seconds; systems refuse to wait for more than some weeks at a time, and who waits looks again."""
 
 GO_ON = "mend it, and go on with: umbel run --resume RUN"

@@ -35,6 +35,7 @@ class RoundDone:
         train: what the stack says of the round.
         learning_rate: of the nodes; None leaves it to them.
         epsilon: spent so far; None without privacy.
+        told: what the engine itself says, for the run's lines.
         metrics: of the central evaluation, where this round had one.
         federated: the nodes' own evaluation, likewise.
         line: what is written down of the round, once it is.
@@ -49,6 +50,7 @@ class RoundDone:
     train: Mapping[str, float]
     learning_rate: float | None
     epsilon: float | None
+    told: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     federated: FederatedEvaluation | None = None
     line: Mapping[str, Any] = field(default_factory=dict)

@@ -56,6 +56,7 @@ class RunLines(Watcher):
             "epsilon": done.epsilon,
             "learning_rate": done.learning_rate,
             **({"secure": dict(sum_.about)} if sum_.about else {}),
+            **done.told,
             **({} if sum_.revealed else {"aborted": sum_.aborted}),
             **self._failures.limited(done.number, sum_.limited),
             **self._failures.judged(sum_.judged),

@@ -42,6 +42,7 @@ class Round:
     train: dict[str, float]
     federated: dict[str, dict[str, float]]
     epsilon: float | None
+    simulated: float | None = None
     judged: Sequence[tuple[str, float, str]] = ()
 
     @classmethod
@@ -72,6 +73,7 @@ class Round:
                 if (numbers := _numbers(part))
             },
             epsilon=_number(line.get("epsilon")),
+            simulated=_amount(line.get("simulated_s")),
             judged=[
                 (str(entry.get("node", "?")), influence, str(entry.get("rule", "")))
                 for entry in (judged if isinstance(judged, list) else [])
@@ -88,7 +90,7 @@ class Round:
 def plots_of(rounds: Sequence[Round], nodes: Sequence[Mapping[str, Any]]) -> list[Plot]:
     """Every plot for which there is something to show, most important first."""
     plots = [_metric(rounds, name, stem) for name, stem in _metrics(rounds)]
-    plots.append(_nodes(rounds, nodes))
+    plots += [_by_devices(rounds), _nodes(rounds, nodes)]
     trained = [one for one in rounds if one.number > 0]
     plots += [_epsilon(trained), _bytes(trained), _seconds(trained)]
     return [plot for plot in plots if plot is not None]
@@ -201,8 +203,37 @@ def _metric(rounds: Sequence[Round], name: str, stem: str) -> Plot | None:
     )
 
 
+def _by_devices(rounds: Sequence[Round]) -> Plot | None:
+    """The main metric over the time of simulated devices."""
+    timed = [(one.simulated, {**_means(one), **one.metrics}) for one in rounds]
+    name = headline({name: 0 for at, found in timed if at is not None for name in found})
+    points = [(at, found[name]) for at, found in timed if at is not None and name in found]
+    values = [value for _, value in points]
+    if name is None or not np.isfinite(drawable(values)).any():
+        return None
+    scale = 100.0 if is_share(name, values) else 1.0
+    return draw_lines(
+        "device-time",
+        f"{title_text(name)} by the time of devices",
+        f"What a virtual clock said when each model was made; it ended at {points[-1][0]:.3g} s.",
+        [_line("model", BLUE, points, scale)],
+        unit=f"{name} (%)" if scale == 100 else name,
+        logarithmic=direction(name) <= 0,
+        across="seconds of simulated devices",
+    )
+
+
+def _means(one: Round) -> dict[str, float]:
+    """What the nodes measured, where they did."""
+    return {name: part["mean"] for name, part in one.federated.items() if "mean" in part}
+
+
 def _line(
-    label: str, color: str, points: Sequence[tuple[int, float]], scale: float, dashed: bool = False
+    label: str,
+    color: str,
+    points: Sequence[tuple[float, float]],
+    scale: float,
+    dashed: bool = False,
 ) -> Line:
     x, y = np.array(points, dtype=float).T
     return Line(label, color, x, y * scale, dashed=dashed)

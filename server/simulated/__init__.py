@@ -1,0 +1,1 @@
+"""Simulated time: virtual nodes answer when devices of theirs would."""
