@@ -35,6 +35,7 @@ from umbel.server.embedded.mapped import File
 from umbel.server.embedded.packing import BY_FILE, Packed, pack
 from umbel.server.embedded.seeds import MessageSeeds
 from umbel.server.embedded.task_runner import Post, TaskRunner
+from umbel.server.mailbox import Mailbox
 from umbel.server.node_states import NodeStates
 from umbel.server.pools.base import Pool, Work
 from umbel.server.pools.here import Here
@@ -169,7 +170,7 @@ class EmbeddedGrid(BaseGrid):
         ids = self._push(messages)
         # The app does nothing between the replies, so its generators are kept once for all.
         kept = streams.kept() if self._pool.in_process else contextlib.nullcontext()
-        with self.open(timeout) as box, kept:
+        with self._box(timeout) as box, kept:
             box.expect(ids)
             replies = {reply.metadata.reply_to_message_id: reply for reply in box}
         answers = [
@@ -180,7 +181,10 @@ class EmbeddedGrid(BaseGrid):
 
     # ---- what only engines of Umbel have
 
-    def open(self, timeout: float | None = None) -> EmbeddedMailbox:
+    def open(self, timeout: float | None = None) -> Mailbox:
+        return self._box(timeout)
+
+    def _box(self, timeout: float | None) -> EmbeddedMailbox:
         return EmbeddedMailbox(self._push, self._runner, len(self._pool.pids), timeout)
 
     def roster(self) -> list[NodeRef]:

@@ -112,7 +112,8 @@ def _device(row: Mapping[str, str | None], where: str) -> Device:
     if seconds <= 0:
         raise ConfigError(f"{where}: seconds is {seconds:g}; a training takes some time: above 0")
     latency = _number(row, "latency", where) if row.get("latency") else 0.0
-    return Device(seconds, *links, latency)
+    download, upload = links
+    return Device(seconds, download, upload, latency)
 
 
 def _number(row: Mapping[str, str | None], name: str, where: str) -> float:

@@ -168,7 +168,10 @@ def test_a_table_says_what_each_device_is_like(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"devices": "phones"}, "devices is 'phones'; it can be none, equal, lognormal or the path"),
+        (
+            {"devices": "phones"},
+            "devices is 'phones'; it can be none, equal, lognormal or the path",
+        ),
         ({"device-seconds": 2.0}, "no devices are simulated; add devices=lognormal"),
         ({"devices": "equal", "device-spread": 2.0}, "devices=equal are all alike"),
         ({"devices": "lognormal", "device-seconds": 0.0}, "it must be above 0"),
