@@ -81,7 +81,8 @@ DEVICES = (
     Device(3.0),
     Device(3.0),
 )
-"""The second takes 0.25 + 1 s to receive 250 floats and their head of 128 bytes, 1 s to train, and 0.25 + 2 s to send them."""
+"""The second takes 0.25 + 1 s to receive 250 floats and their head of 128 bytes, 1 s to train, and
+0.25 + 2 s to send them."""
 
 
 @pytest.fixture
