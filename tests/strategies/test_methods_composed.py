@@ -46,6 +46,7 @@ PROTECTIONS: dict[str, dict[str, Any]] = {
 }
 OWN = {"fedprox": {"proximal-mu": 0.5}, "fedper": {"personal-layers": "head*"}}
 OWN["fedrep"] = OWN["fedper"]
+OWN["afl"] = {"afl-rate": 0.01}  # local noise may throw a model far, and its loss with it
 MODEL = {"body": torch.zeros(3), "head.weight": torch.zeros(1)}
 BUFFERS = {"head.running_mean": torch.zeros(1)}
 MORE = {
