@@ -8,8 +8,9 @@ page: several times the copy itself. Most apps only ask for `numpy()`, which cop
 from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, Message
 
+from umbel.core.contents import records_of
 from umbel.core.npy import values_in
 
 
@@ -93,3 +94,11 @@ def array_of(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Arr
 def buffer_of(array: Array) -> bytes | memoryview:
     """An array's bytes where they lie; to be read only."""
     return array.held.view if type(array) is HeldArray else array.data
+
+
+def bytes_in(message: Message) -> int:
+    """Bytes of the arrays in a message; names and scalars beside them, and errors, have none."""
+    if message.has_error():
+        return 0
+    arrays = records_of(message.content, ArrayRecord)
+    return sum(len(buffer_of(array)) for record in arrays for array in record.values())

@@ -83,6 +83,11 @@ class OptionGroup:
         """Every option with its default."""
         return {dashed(field.name): field.default for field in fields(cls)}  # type: ignore[misc]  # all have one
 
+    def changed(self) -> dict[str, Value]:
+        """The options that are others than their defaults."""
+        own = {name: getattr(self, name.replace("-", "_")) for name in self.defaults()}
+        return {name: own[name] for name, before in self.defaults().items() if own[name] != before}
+
     @classmethod
     def read(cls, options: Options) -> Self:
         """The group with what a run says of it; other names in the mapping are left alone.

@@ -233,9 +233,8 @@ def kept() -> Iterator[None]:
         yield
         return
     before = Generators()
-    _expendable.now = True
     try:
-        yield
+        with expendable():
+            yield
     finally:
-        _expendable.now = False
         before.restore()

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ConfigRecord, Message, MetricRecord
 
 from umbel.core.contents import records_of
 from umbel.core.errors import RunError
-from umbel.core.held import buffer_of
+from umbel.core.held import bytes_in
 from umbel.core.text import plain
 from umbel.server.kept_model import KeptModel
 from umbel.server.output.rundir import RunDirectory
@@ -122,7 +122,7 @@ class RoundRecorder:
             },
         )
         line["phases"][kind] = line["phases"].get(kind, 0.0) + seconds
-        line["bytes_down"] += sum(_size(message) for message in messages)
+        line["bytes_down"] += sum(bytes_in(message) for message in messages)
         sums = self._sums.setdefault((number, kind), MeanMetrics())
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -132,7 +132,7 @@ class RoundRecorder:
                 )
                 continue
             line["clients"] += kind == "train"
-            line["bytes_up"] += _size(reply)
+            line["bytes_up"] += bytes_in(reply)
             values = {
                 name: float(value)
                 for record in records_of(reply.content, MetricRecord)
@@ -151,10 +151,3 @@ class RoundRecorder:
         if number.isdigit():
             return int(number)
         return len(self._lines) + (kind == "train" or not self._lines)
-
-
-def _size(message: Message) -> int:
-    if message.has_error():
-        return 0
-    arrays = records_of(message.content, ArrayRecord)
-    return sum(len(buffer_of(array)) for record in arrays for array in record.values())

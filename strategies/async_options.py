@@ -1,11 +1,11 @@
 """The options of asynchronous rounds, and what cannot be asked for under them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from umbel.core.errors import ConfigError
 from umbel.core.limits import at_least, check_limits, one_of, option
-from umbel.core.options import OptionGroup, dashed
+from umbel.core.options import OptionGroup
 from umbel.strategies.run_options import RunOptions
 
 if TYPE_CHECKING:  # options are told without torch, which takes a second
@@ -34,14 +34,13 @@ class AsyncOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         check_limits(self)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not self.on and value != field.default:
-                name = dashed(field.name)
-                raise ConfigError(
-                    f"{name} is {value}, but the rounds of mode=sync wait for their nodes; add "
-                    "mode=async, or leave it out"
-                )
+        if self.on:
+            return
+        for name, value in self.changed().items():
+            raise ConfigError(
+                f"{name} is {value}, but the rounds of mode=sync wait for their nodes; add "
+                "mode=async, or leave it out"
+            )
 
     @property
     def on(self) -> bool:

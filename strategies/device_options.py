@@ -1,10 +1,10 @@
 """The options of simulated devices: how long virtual nodes would take, were they devices."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from umbel.core.errors import ConfigError
 from umbel.core.limits import above, at_least, check_limits, option
-from umbel.core.options import OptionGroup, dashed
+from umbel.core.options import OptionGroup
 
 NONE = "none"
 DRAWN = ("equal", "lognormal")
@@ -39,23 +39,22 @@ class DeviceOptions(OptionGroup):
                 f"devices is {self.devices!r}; it can be {NONE}, {', '.join(DRAWN)} or the path of "
                 f"a table that ends in {TABLE}"
             )
-        for field in fields(self):
-            if field.name == "devices" or getattr(self, field.name) == field.default:
-                continue
-            said = f"{dashed(field.name)} is {getattr(self, field.name):g}"
-            if not self.on:
-                raise ConfigError(
-                    f"{said}, but no devices are simulated; add devices=lognormal, or leave it out"
-                )
-            if self.table:
-                raise ConfigError(
-                    f"{said}, but {self.devices} says what each device is like; leave it out"
-                )
-            if field.name == "device_spread" and self.devices == "equal":
-                raise ConfigError(
-                    f"{said}, but devices=equal are all alike; take devices=lognormal, or leave it "
-                    "out"
-                )
+        for name, value in self.changed().items():
+            why = self._ignores(name)
+            if why:
+                raise ConfigError(f"{name} is {value:g}, but {why}, or leave it out")
+
+    def _ignores(self, name: str) -> str:
+        """Why an option would do nothing, and what else to ask for; empty where it does."""
+        if name == "devices":
+            return ""
+        if not self.on:
+            return "no devices are simulated; add devices=lognormal"
+        if self.table:
+            return f"{self.devices} says what each device is like; change that table"
+        if name == "device-spread" and self.devices == "equal":
+            return "devices=equal are all alike; take devices=lognormal"
+        return ""
 
     @property
     def on(self) -> bool:

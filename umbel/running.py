@@ -156,10 +156,16 @@ def _planned(
         )
     prepared = prepare(subject, changes, began)
     count = nodes or subject.nodes or NODES
-    devices = None
-    if prepared.federation is not None and (asked := DeviceOptions.read(prepared.options)).on:
-        devices = devices_of(asked, count, int(prepared.options["seed"]))
-    return _Planned(prepared, count, pool or subject.pool or DEFAULT, devices)
+    place = pool or subject.pool or DEFAULT
+    return _Planned(prepared, count, place, _devices(prepared, count))
+
+
+def _devices(prepared: Prepared, nodes: int) -> Sequence[Device] | None:
+    """What virtual nodes are like, where their time is simulated."""
+    if prepared.federation is None:
+        return None
+    asked = DeviceOptions.read(prepared.options)
+    return devices_of(asked, nodes, int(prepared.options["seed"])) if asked.on else None
 
 
 def _check_data(planned: _Planned) -> None:

@@ -204,8 +204,5 @@ class _Diverted(io.TextIOBase):
 def output_to(log: IO[str] | None) -> contextlib.AbstractContextManager[object]:
     """Send what an app prints to the run's log, so that it does not tear the progress bar."""
     if log is None:
-        return _NOWHERE_ELSE
+        return contextlib.nullcontext()
     return contextlib.redirect_stdout(_Diverted(log, sys.stdout))
-
-
-_NOWHERE_ELSE = contextlib.nullcontext()

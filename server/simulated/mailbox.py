@@ -11,11 +11,10 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message
 
-from umbel.core.contents import records_of
 from umbel.core.flower import expired
-from umbel.core.held import buffer_of
+from umbel.core.held import bytes_in
 from umbel.server.drive import ROUND_TTL
 from umbel.server.mailbox import Mailbox
 from umbel.server.simulated.devices import Device
@@ -87,9 +86,7 @@ class SimulatedMailbox(Mailbox):
             if device is None:
                 continue  # to nobody
             trains = data.message_type.partition(".")[0] == "train"
-            trained = self._clock.now + device.until_trained(
-                bytes_of(message.content), trains=trains
-            )
+            trained = self._clock.now + device.until_trained(bytes_in(message), trains=trains)
             self._sent += 1
             self._open[data.message_id] = _Trip(self._sent, device, trained, self._clock.now + ttl)
             heapq.heappush(self._earliest, (trained, self._sent, data.message_id))
@@ -127,8 +124,7 @@ class SimulatedMailbox(Mailbox):
 
     def _arrive(self, reply: Message) -> None:
         trip = self._open.pop(reply.metadata.reply_to_message_id)
-        sent = bytes_of(reply.content) if reply.has_content() else 0
-        at = trip.trained + trip.device.to_send(sent)
+        at = trip.trained + trip.device.to_send(bytes_in(reply))
         if at > trip.until:
             at, reply = trip.until, expired(reply)
         heapq.heappush(self._here, (at, trip.number, reply))
@@ -138,12 +134,3 @@ class SimulatedMailbox(Mailbox):
         self._open.clear()
         self._earliest.clear()
         self._here.clear()
-
-
-def bytes_of(content: RecordDict) -> int:
-    """Bytes of the arrays in a message; names and scalars beside them count for nothing."""
-    return sum(
-        len(buffer_of(array))
-        for record in records_of(content, ArrayRecord)
-        for array in record.values()
-    )

@@ -12,11 +12,15 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from tests.written import write_app
+from umbel.core.app_folder import open_app
 from umbel.core.errors import ConfigError
 from umbel.core.records import to_array
+from umbel.runner import Subject, execute, prepare
 from umbel.running import run
+from umbel.server.embedded.grid import EmbeddedGrid
 from umbel.server.output.progress import SilentProgress
 from umbel.server.output.report import write_report
+from umbel.server.output.rundir import RunDirectory
 from umbel.server.simulated.devices import Device, devices_of
 from umbel.server.simulated.grid import SimulatedGrid
 from umbel.strategies.device_options import DeviceOptions
@@ -186,6 +190,21 @@ def test_what_cannot_be_simulated_is_refused_first(
     with pytest.raises(ConfigError, match=said):
         run(app, options=options, nodes=4, out=tmp_path / "run", progress=SilentProgress())
     assert not (tmp_path / "run").exists()
+
+
+def test_an_engine_whose_nodes_are_not_simulated_refuses(tmp_path: Path) -> None:
+    subject = Subject.of(open_app(write_app(tmp_path / "app", TASK, "")))
+    prepared = prepare(subject, {"devices": "lognormal"})
+    directory = RunDirectory.create(tmp_path, "app", prepared.config("another"))
+    quiet = SilentProgress()
+    with (
+        EmbeddedGrid(subject.client, 4, run_config=prepared.options) as grid,
+        pytest.raises(
+            ConfigError, match="devices=lognormal simulates .* run the app on one machine"
+        ),
+    ):
+        execute(prepared, grid, directory, quiet, quiet)
+    assert not directory.rounds()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
