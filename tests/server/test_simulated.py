@@ -200,7 +200,7 @@ def test_an_engine_whose_nodes_are_not_simulated_refuses(tmp_path: Path) -> None
     with (
         EmbeddedGrid(subject.client, 4, run_config=prepared.options) as grid,
         pytest.raises(
-            ConfigError, match="devices=lognormal simulates .* run the app on one machine"
+            ConfigError, match=r"devices=lognormal simulates .* run the app on one machine"
         ),
     ):
         execute(prepared, grid, directory, quiet, quiet)
